@@ -1,0 +1,42 @@
+"""Visual autoregressive generation: tokenizers, backbones and samplers that plug into one another.
+
+Public names are imported on first use (PEP 562), so that ``import vargen`` stays light: it pulls in neither triton
+nor diffusers nor transformers.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+__version__ = "0.1.0"
+
+_here = Path(__file__).parent
+if not (_here / "tokenizers").is_dir():  # a checkout on a file system without symbolic links
+    __path__.append(str(_here.parent))
+
+# public name -> module below vargen that defines it; the only list, read by the documentation and by the tests
+_names = {
+    "ImagePipeline": "pipelines.image",
+    "VQTokenizer": "tokenizers.vq",
+    "LlamaGenTransformer": "backbones.llamagen",
+    "NextTokenSampler": "samplers.next_token",
+    "ImagePipelineOutput": "outputs",
+    "SamplerOutput": "outputs",
+    "DecodeStats": "outputs",
+}
+
+__all__ = ["__version__", *_names]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _names:
+        raise AttributeError(f"module 'vargen' has no attribute {name!r}")
+    value = getattr(import_module(f"vargen.{_names[name]}"), name)
+    globals()[name] = value  # the next access does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_names])

@@ -1,0 +1,1 @@
+"""Autoregressive backbones and the one cached forward under them."""

@@ -1,0 +1,1 @@
+"""From prompts and labels to the condition a backbone reads."""

@@ -1,0 +1,68 @@
+"""What samplers and pipelines return: plain dataclasses whose every field states its shape.
+
+Letters: B images, N code positions, W window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput
+from torch import Tensor
+
+Guarantee = Literal["exact", "relaxed", "heuristic"]
+
+
+@dataclass
+class DecodeStats:
+    """How a batch was decoded.
+
+    ``num_forwards`` counts forward passes of the target backbone, prefill included; the passes of a drafter or a
+    diffusion head are counted beside it and never mixed in.
+    """
+
+    num_forwards: int = 0
+    num_drafter_forwards: int = 0
+    num_head_rows: int = 0
+    forwards_per_image: Tensor | None = None  # [B] int64: passes until this image was complete, prefill included
+    commit_trace: Tensor | None = None  # [B, N] int64: index of the forward (0 = prefill) that made position n permanent
+    guarantee: Guarantee = "exact"  # what this run kept; lower than the sampler's own when a cap or a fallback struck
+    notes: list[str] = field(default_factory=list)  # one line for each departure from the sampler's own guarantee
+    extra: dict[str, Any] = field(default_factory=dict)  # numbers of one sampler only, named in its documentation
+
+    def tokens_per_forward(self, num_codes: int) -> float:
+        """Mean number of codes that one forward pass made permanent, over the batch."""
+        if self.forwards_per_image is None:
+            return num_codes / max(self.num_forwards, 1)
+        return float(num_codes / self.forwards_per_image.double().mean())
+
+
+@dataclass
+class SamplerOutput:
+    """Result of ``sampler.sample``.
+
+    ``codes`` is ``[B, N]`` int64 in the backbone's order (raster), or a list over scales of ``[B, n_k]`` for next-scale
+    samplers; ``latents`` is ``[B, N, C]`` for continuous backbones. ``seeds`` holds the 64-bit seed of every image.
+    """
+
+    codes: Tensor | list[Tensor] | None
+    seeds: list[int]
+    stats: DecodeStats
+    latents: Tensor | None = None
+
+
+@dataclass
+class ImagePipelineOutput(BaseOutput):
+    """Result of ``ImagePipeline.__call__``.
+
+    ``images``: list of PIL images, ``[B, H, W, 3]`` float array in [0, 1] (``"np"``), ``[B, 3, H, W]`` float tensor in
+    [0, 1] (``"pt"``), or ``None`` for ``output_type="codes"``.
+    """
+
+    images: list[Any] | np.ndarray | torch.Tensor | None
+    codes: Any
+    seeds: list[int]
+    stats: DecodeStats
