@@ -1,0 +1,141 @@
+"""The three rooms at the root are parts of vargen, and the names they share with other libraries stay theirs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ("tokenizers", "samplers", "kernels")
+
+
+def settings() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+
+
+def tracked(*patterns: str) -> list[str]:
+    """Files under version control, or what lies on disk where the tests run from an unpacked archive."""
+    listed = subprocess.run(["git", "ls-files", "--", *patterns], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode == 0:
+        return listed.stdout.split()
+    return [str(path.relative_to(ROOT)) for pattern in patterns for path in (ROOT / pattern).rglob("*")]
+
+
+def python_folders(folder: str) -> set[str]:
+    """Dotted names of `folder` and of everything below it that holds a Python file."""
+    files = [path for path in (ROOT / folder).rglob("*.py") if "__pycache__" not in path.parts]
+    return {".".join(path.parent.relative_to(ROOT).parts) for path in files}
+
+
+def run_in_root(code: str) -> str:
+    """Run `code` in a fresh interpreter with the repository root first on sys.path."""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_every_package_is_listed() -> None:
+    rooms = {f"vargen.{name}" for room in ROOMS for name in python_folders(room)}
+    package = {name for name in python_folders("vargen") if name.split(".")[1:2] != ["assets"]}
+    found = package | rooms | {f"vargen.{room}" for room in ROOMS}
+    assert set(settings()["packages"]) == found
+
+
+def test_listed_packages_are_sorted_and_unique() -> None:
+    packages = settings()["packages"]
+    assert packages == sorted(set(packages))
+
+
+def test_package_dir_maps_the_three_rooms() -> None:
+    assert settings()["package-dir"] == {f"vargen.{room}": room for room in ROOMS}
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_has_no_init(room: str) -> None:
+    assert not (ROOT / room / "__init__.py").exists(), f"{room}/__init__.py would shadow another library's package"
+
+
+def test_no_test_folder_is_named_like_a_library() -> None:
+    assert not {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} & set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_is_linked_into_the_package(room: str) -> None:
+    link = ROOT / "vargen" / room
+    if not link.is_symlink():
+        pytest.skip("this file system holds no symbolic links")
+    assert os.readlink(link) == f"../{room}"
+
+
+def test_import_works_where_links_are_missing(tmp_path: Path) -> None:
+    for folder in ("vargen", *ROOMS):
+        skip = shutil.ignore_patterns("__pycache__", "assets", *(ROOMS if folder == "vargen" else ()))
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skip)
+    code = "import vargen.tokenizers.vq as vq, vargen.kernels.draw as draw; print(vq.__file__, draw.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert [Path(name).parent for name in done.stdout.split()] == [tmp_path / "tokenizers", tmp_path / "kernels"]
+
+
+def test_hugging_face_tokenizers_is_not_shadowed() -> None:
+    pytest.importorskip("tokenizers")
+    location = Path(run_in_root("import tokenizers; tokenizers.Tokenizer; print(tokenizers.__file__)"))
+    assert ROOT / "tokenizers" not in location.parents
+
+
+def test_transformers_and_diffusers_import_in_the_root() -> None:
+    pytest.importorskip("transformers")
+    code = "import transformers, diffusers; transformers.T5EncoderModel, diffusers.AutoencoderKL; print('both')"
+    assert run_in_root(code) == "both"
+
+
+def test_kernels_of_another_library_is_not_shadowed(tmp_path: Path) -> None:
+    """A regular package called `kernels` wins over our folder, although the root comes first on sys.path."""
+    (tmp_path / "kernels").mkdir()
+    (tmp_path / "kernels" / "__init__.py").write_text("whose = 'theirs'\n")
+    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels; print(kernels.whose)"
+    assert run_in_root(code) == "theirs"
+
+
+def test_rooms_are_importable_by_their_full_names() -> None:
+    code = "import vargen.tokenizers, vargen.samplers, vargen.kernels; print(len(vargen.kernels.__path__))"
+    assert int(run_in_root(code)) >= 1
+
+
+BUILD_LIST = """
+import sys
+from setuptools import Distribution
+from setuptools.config.pyprojecttoml import apply_configuration
+
+distribution = apply_configuration(Distribution({"script_name": "setup.py"}), "pyproject.toml")
+build = distribution.get_command_obj("build_py")
+build.build_lib = sys.argv[1]
+build.ensure_finalized()
+for package, module, path in build.find_all_modules():
+    print(path)
+for package, folder, target, names in build.data_files:
+    print(*(f"{folder}/{name}" for name in names), sep="\\n")
+"""
+
+
+def test_wheel_would_hold_every_module_and_data_file(tmp_path: Path) -> None:
+    """Ask setuptools what it would put into a wheel; nothing that is tracked may be missing."""
+    pytest.importorskip("setuptools")
+    command = [sys.executable, "-W", "ignore", "-c", BUILD_LIST, str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    built = {os.path.normpath(name) for name in done.stdout.split()}
+    links = {f"vargen/{room}" for room in ROOMS}
+    expected = {name for name in tracked("vargen", *ROOMS) if name not in links and (ROOT / name).is_file()}
+    assert expected - built == set()
+
+
+def test_tracked_tree_is_small() -> None:
+    size = sum((ROOT / name).stat().st_size for name in tracked(".") if (ROOT / name).is_file())
+    assert size < 40 * 2**20, f"tracked files hold {size / 2**20:.1f} MiB; the ceiling is 40 MiB"
