@@ -96,9 +96,7 @@ class Level(nn.Module):
     ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
-        self.res = nn.ModuleList(
-            ResBlock(widths[j], out_channels, num_groups, dropout) for j in range(num_res_blocks)
-        )
+        self.res = nn.ModuleList(ResBlock(widths[j], out_channels, num_groups, dropout) for j in range(num_res_blocks))
         self.attn = nn.ModuleList(AttnBlock(out_channels, num_groups) for _ in self.res) if attention else None
         if resample == "down":
             self.downsample = Downsample(out_channels)
@@ -121,7 +119,9 @@ def _mid(channels: int, num_groups: int, dropout: float, attention: Attention) -
     return nn.ModuleList(
         [
             ResBlock(channels, channels, num_groups, dropout),
-            AttnBlock(channels, num_groups) if attention else nn.Identity(),  # keeps the official index of the last block
+            AttnBlock(channels, num_groups)
+            if attention
+            else nn.Identity(),  # keeps the official index of the last block
             ResBlock(channels, channels, num_groups, dropout),
         ]
     )

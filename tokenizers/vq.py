@@ -236,10 +236,14 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         if images.ndim != 4 or images.shape[1] != channels:
             raise ValueError(f"images must be [B, {channels}, H, W], got {tuple(images.shape)}")
         if not images.is_floating_point():
-            raise ValueError(f"images must be floating point in [-1, 1], got {images.dtype}; divide uint8 by 127.5, minus 1")
+            raise ValueError(
+                f"images must be floating point in [-1, 1], got {images.dtype}; divide uint8 by 127.5, minus 1"
+            )
         height, width = images.shape[-2:]
         if height % self.downsample or width % self.downsample or 0 in (height, width):
-            raise ValueError(f"image sides must be multiples of {self.downsample}, got {height}x{width}; resize or pad")
+            raise ValueError(
+                f"image sides must be multiples of {self.downsample}, got {height}x{width}; resize or pad"
+            )
 
     def _check_codes(self, codes: Tensor) -> Tensor:
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:

@@ -1,0 +1,113 @@
+"""Which published model family a state dict belongs to, told by its key names.
+
+Used for error messages and by ``verify_checkpoint``; nothing is loaded here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+
+@dataclass(frozen=True)
+class Family:
+    """A published key layout: every pattern of ``all_of`` occurs, none of ``none_of`` does (``fnmatch`` patterns)."""
+
+    name: str
+    title: str  # as written in messages
+    loader: str  # what reads such a file
+    all_of: tuple[str, ...]
+    none_of: tuple[str, ...] = ()
+
+
+_GPT = ("tok_embeddings.weight", "layers.*.attention.wqkv.weight")
+_NO = "no loader in vargen"
+
+# the first match wins, so the more specific layout stands first
+_families: list[Family] = [
+    Family("nar-video", "NAR video transformer", "NARTransformer", (*_GPT, "output_D.weight")),
+    Family("nar", "NAR transformer", "NARTransformer", (*_GPT, "medusa_output.weight")),
+    Family("par", "PAR transformer", "PARTransformer", (*_GPT, "spe_tok_embeddings.*")),
+    Family("randar", "RandAR transformer", _NO, (*_GPT, "pos_instruct_embeddings")),
+    Family("controlar", "ControlAR transformer", _NO, (*_GPT, "condition_layers.*")),
+    Family(
+        "llamagen-t2i",
+        "LlamaGen text-to-image transformer",
+        "LlamaGenTransformer",
+        (*_GPT, "cls_embedding.cap_proj.*"),
+    ),
+    Family(
+        "llamagen-c2i",
+        "LlamaGen class-to-image transformer",
+        "LlamaGenTransformer",
+        (*_GPT, "cls_embedding.embedding_table.weight"),
+    ),
+    Family("distilled-decoding", "Distilled Decoding transformer", _NO, ("n_d_embed.weight",)),
+    Family("mvar", "M-VAR transformer", _NO, ("pos_1LC", "blocks.*.mamba.*")),
+    Family("var", "VAR transformer", "VARTransformer", ("pos_1LC", "lvl_embed.weight")),
+    Family("mar", "MAR transformer", "MARTransformer", ("diffloss.net.*", "z_proj.weight")),
+    Family("xar", "xAR transformer", _NO, ("encoder_blocks.*", "decoder_blocks.*", "pred.weight")),
+    Family("nbp", "NBP video transformer", "NBPTransformer", ("transformer.tok_emb.weight",)),
+    Family("rar", "RAR transformer", _NO, ("target_aware_pos_embed",)),
+    Family("arpg", "ARPG transformer", _NO, ("layers.cross_dec.*", "layers.self_dec.*")),
+    Family("lpd", "LPD transformer", _NO, ("token_emb.weight", "mask_token", "fake_latent")),
+    Family("var-vqvae", "VAR multi-scale tokenizer", "MultiScaleVQTokenizer", ("quantize.quant_resi.*",)),
+    Family(
+        "llamagen-vq", "LlamaGen VQ tokenizer", "VQTokenizer", ("quantize.embedding.weight", "*decoder.conv_blocks.*")
+    ),
+    Family("taming-vqgan", "taming VQGAN", "VQTokenizer", ("quantize.embedding.weight", "decoder.up.*")),
+    Family("taming-gumbel", "taming Gumbel VQGAN", _NO, ("quantize.embed.weight", "decoder.up.*")),
+    Family(
+        "diffusers-vq", "diffusers VQModel", "diffusers.VQModel", ("quantize.embedding.weight", "decoder.up_blocks.*")
+    ),
+    Family(
+        "kl-autoencoder", "KL autoencoder", "load_kl16", ("decoder.up.*", "post_quant_conv.weight"), ("quantize.*",)
+    ),
+    Family(
+        "diffusers-kl", "diffusers AutoencoderKL", "diffusers.AutoencoderKL", ("decoder.up_blocks.*",), ("quantize.*",)
+    ),
+    Family("patchgan", "PatchGAN discriminator", _NO, ("main.0.weight", "main.11.weight")),
+    Family("janus", "Janus model", "vargen.wrap", ("*generation_head.*",)),
+    Family("hf-llama", "Hugging Face language model", "vargen.wrap", ("*layers.*.self_attn.q_proj.weight",)),
+]
+
+
+def register_family(family: Family) -> None:
+    """Add a layout in front of the known ones; a name that exists already is refused.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if any(known.name == family.name for known in _families):
+        raise ValueError(f"family {family.name!r} is already registered")
+    _families.insert(0, family)
+
+
+def get_family(name: str) -> Family:
+    """Return the family called ``name``.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    for family in _families:
+        if family.name == name:
+            return family
+    raise ValueError(f"unknown family {name!r}; known: {', '.join(f.name for f in _families)}")
+
+
+def guess_family(keys: Iterable[str]) -> Family | None:
+    """Return the family whose key patterns fit, or ``None``.
+
+    >>> guess_family(["tok_embeddings.weight", "layers.0.attention.wqkv.weight", "medusa_output.weight"]).name
+    'nar'
+    """
+    names = list(keys)
+
+    def occurs(pattern: str) -> bool:
+        return any(fnmatchcase(name, pattern) for name in names)
+
+    for family in _families:
+        if all(occurs(p) for p in family.all_of) and not any(occurs(p) for p in family.none_of):
+            return family
+    return None
