@@ -1,0 +1,47 @@
+"""Triton where it can be imported, and a stand-in elsewhere.
+
+The stand-in keeps the modules importable and the plain-operator rules callable through ``.fn``; a kernel that is
+launched through it says what is missing.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor
+
+try:
+    import triton
+    import triton.language as tl
+
+    jit = triton.jit
+    HAS_TRITON = True
+except ImportError:
+    triton = tl = None
+    HAS_TRITON = False
+
+    class jit:  # noqa: N801 - it stands for triton.jit
+        """What ``triton.jit`` returns, as far as it is used without Triton."""
+
+        def __init__(self, fn: Any) -> None:
+            self.fn = fn
+
+        def __getitem__(self, grid: Any) -> Any:
+            raise RuntimeError(f"{self.fn.__name__} needs triton; install it or set VARGEN_KERNELS=torch")
+
+
+INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read once, as Triton does when it decorates
+
+
+def use_triton(tensor: Tensor) -> bool:
+    """Whether an operation on ``tensor`` runs as a Triton kernel.
+
+    The only switch is the environment variable ``VARGEN_KERNELS``: ``torch`` (or ``0``) takes the PyTorch twins,
+    ``triton`` the kernels, on the CPU too if ``TRITON_INTERPRET=1`` was set before Triton was imported; unset means
+    kernels on CUDA devices and twins elsewhere.
+    """
+    choice = os.environ.get("VARGEN_KERNELS", "")
+    if choice in ("0", "torch") or not HAS_TRITON:
+        return False
+    return tensor.is_cuda or (choice == "triton" and INTERPRET)

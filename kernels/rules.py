@@ -1,0 +1,36 @@
+"""Acceptance rules, written once: plain operators, so that Triton kernels call them as device functions and the
+PyTorch twins through ``.fn``.
+
+p is the target law, q the draft law, u uniform in [0, 1). Nothing else in the library compares p with q.
+"""
+
+from __future__ import annotations
+
+from vargen.kernels.language import jit
+
+
+@jit
+def accept(p, q, u):
+    """Keep a draft token with probability min(1, p / q) (Leviathan et al., 2023, arXiv:2211.17192).
+
+    Strict and without division: p = 0 is never accepted, q = 0 < p and p = q always are, NaN never is.
+    """
+    return u * q < p
+
+
+@jit
+def residual(p, q):
+    """Unnormalised law of the token that replaces a rejected draft: (p - q) where it is positive, else 0."""
+    return (p - q) * (q < p)
+
+
+@jit
+def within(mass, limit):
+    """Whether the mass of the nearest neighbours may join the token (LANTERN, arXiv:2410.03355): prefix property."""
+    return mass <= limit
+
+
+@jit
+def near(p, p_draft, threshold):
+    """Grouped acceptance (GSD, arXiv:2508.07747): a token joins the group when its probability is close enough."""
+    return (p - p_draft < threshold) & (p_draft - p < threshold)
