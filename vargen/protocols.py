@@ -1,0 +1,137 @@
+"""What samplers ask of a backbone: the window session.
+
+A stream is the sequence of code slots 0..S-1 that follows the condition. ``open`` runs the condition, ``step`` scores a
+window of proposals in one forward, ``commit`` makes a prefix (or a tree path) of it permanent. Randomness lives in the
+sampler, never in the backbone.
+
+Letters: B images, N code positions, V codes, W window, G guidance branches (conditional first), D width, S stream slots,
+R = G * B rows, branch-major (row ``g * B + b`` is image b of branch g).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The stream of one image: which slots hold codes, which are forced, and where each code lies on its grid."""
+
+    length: int  # S
+    forced: Tensor  # [S] int64 token id of a structural slot, -1 for a code slot
+    grids: tuple[tuple[int, int], ...]  # (h, w) in stream order; the last one is decoded to pixels
+    slot_grid: Tensor  # [S, 3] int64 grid number, row, column; -1 for forced slots
+    run_length: int  # slots that must be fed; the last code and trailing forced slots are not
+
+    @classmethod
+    def raster(cls, grid_size: tuple[int, int]) -> Layout:
+        """One grid of codes, row by row, no forced slots."""
+        h, w = grid_size
+        index = torch.arange(h * w)
+        slot_grid = torch.stack([torch.zeros_like(index), index // w, index % w], dim=-1)
+        return cls(h * w, torch.full((h * w,), -1), ((h, w),), slot_grid, h * w - 1)
+
+
+class StepOut(NamedTuple):
+    """Scores of one window."""
+
+    logits: Tensor  # [G, B, W, V] float32; entry j, fed at slot t, predicts slot t + 1
+    hidden: Tensor | None = None  # [G, B, W, D] hidden states as they enter the head (after the final norm)
+
+
+@runtime_checkable
+class Condition(Protocol):
+    """A prepared condition, opaque to samplers."""
+
+    batch: int  # B
+    branches: int  # G: 2 when guidance is on, else 1
+
+    @property
+    def lengths(self) -> Tensor:
+        """[R] int64 condition positions of every row."""
+        ...
+
+
+@runtime_checkable
+class Session(Protocol):
+    """The state of one decode, opaque to samplers but for its progress."""
+
+    capacity: int
+
+    @property
+    def length(self) -> Tensor:
+        """[B] int64 committed stream slots of every image."""
+        ...
+
+
+@runtime_checkable
+class Backbone(Protocol):
+    """A causal model that scores windows of codes."""
+
+    num_codes: int  # N
+    codebook_size: int  # V
+    hidden_size: int  # D
+    grid_size: tuple[int, int]
+    features: frozenset[str]  # of "window", "ragged", "tree_mask", "free_order", "hidden"
+
+    @property
+    def device(self) -> torch.device:
+        """Where codes are expected."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights; logits are float32 whatever it is."""
+        ...
+
+    def layout(self, height: int | None = None, width: int | None = None) -> Layout:
+        """The stream of an image; backbones of one size refuse another."""
+        ...
+
+    def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> Any:
+        """Check and embed a batch of conditions; two branches iff ``guidance_scale`` is not 1."""
+        ...
+
+    def open(self, condition: Any, *, max_window: int = 1) -> tuple[Any, StepOut]:
+        """Run the condition; logits ``[G, B, 1, V]`` predict slot 0. Windows of the session are at most max_window."""
+        ...
+
+    def step(
+        self,
+        session: Any,
+        codes: Tensor,
+        *,
+        slots: Tensor | None = None,
+        mask: Tensor | None = None,
+        hidden: bool = False,
+    ) -> StepOut:
+        """Score a window; it vanishes unless ``commit`` follows.
+
+        Args:
+            session: from ``open``.
+            codes: [B, W] int64, the same for every branch; values at forced slots are ignored.
+            slots: [B, W] the slot whose content entry j is; default ``session.length[b] + j``.
+            mask: [W, W] or [B, W, W], True where entry i may see entry j; replaces the causal order inside the window.
+                Committed slots are always visible.
+            hidden: return hidden states.
+        """
+        ...
+
+    def commit(self, session: Any, n: int | Tensor, path: Tensor | None = None) -> None:
+        """Make the first ``n`` entries of the last window permanent (0 <= n <= W), one int or ``[B]`` int64.
+
+        For tree windows ``path [B, K]`` lists the indices of the accepted entries in order, ``n[b]`` of them valid.
+        """
+        ...
+
+    def select(self, session: Any, rows: Tensor) -> None:
+        """Keep the images ``rows`` (any order) and drop the others from session and cache."""
+        ...
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Input embeddings of codes, ``[...]`` to ``[..., D]``."""
+        ...
