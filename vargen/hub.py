@@ -9,20 +9,26 @@ from pathlib import Path
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
 from vargen.families import Family, get_family, guess_family, register_family
 from vargen.files import atomic_dir, atomic_write
+from vargen.verify import Manifest, VerifyReport, convert_checkpoint, register_manifest, verify_checkpoint
 
 __all__ = [
     "CheckpointError",
     "Family",
+    "Manifest",
+    "VerifyReport",
     "atomic_dir",
     "atomic_write",
     "check_family",
+    "convert_checkpoint",
     "get_family",
     "guess_family",
     "load_original",
     "load_strict",
     "register_family",
+    "register_manifest",
     "resolve_model",
     "shipped_models",
+    "verify_checkpoint",
 ]
 
 MODELS_FOLDER = Path(__file__).parent / "assets" / "models"

@@ -1,0 +1,105 @@
+"""Pixels in and out: the conventions of LlamaGen's evaluation (and of ADM, whose crop it uses).
+
+Inside the library an image is a float tensor in [-1, 1]. A different rounding to 8 bits or a different resize moves an
+FID in its third digit, so published numbers are compared with published conventions.
+
+Letters: B images, C channels, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal, get_args
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+Rounding = Literal["nearest", "llamagen", "truncate"]
+
+
+def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Convert decoder output to 8 bits.
+
+    Args:
+        images: ``[B, C, H, W]`` float (any shape works); values beyond [-1, 1] are clamped.
+        rounding: ``"nearest"`` rounds 127.5 (x + 1), ties to even. ``"llamagen"`` truncates 127.5 x + 128, as the
+            official files for FID do: the same values, ties upwards. ``"truncate"`` truncates 127.5 (x + 1), as some
+            other repositories do: half a grey level darker on average.
+
+    Returns:
+        uint8 of the same shape.
+
+    Raises:
+        ValueError: unknown rounding, or NaN.
+    """
+    if rounding not in get_args(Rounding):
+        raise ValueError(f"rounding must be one of {', '.join(get_args(Rounding))}, got {rounding!r}")
+    x = images.detach().float()
+    if bool(x.isnan().any()):
+        raise ValueError("images hold NaN; check the codes and the precision of the decoder")
+    if rounding == "nearest":
+        x = (x * 127.5 + 127.5).round()
+    else:
+        x = x * 127.5 + (128.0 if rounding == "llamagen" else 127.5)
+    return x.clamp(0, 255).to(torch.uint8)
+
+
+def to_pil(images: Tensor, rounding: Rounding = "nearest") -> list[Image.Image]:
+    """Convert decoder output ``[B, 3, H, W]`` (or ``[B, 1, H, W]``) around [-1, 1] to PIL images."""
+    if images.ndim != 4 or images.shape[1] not in (1, 3):
+        raise ValueError(f"images must be [B, 3, H, W] or [B, 1, H, W], got {tuple(images.shape)}")
+    pixels = to_uint8(images, rounding).permute(0, 2, 3, 1).cpu().numpy()  # B H W C
+    return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
+
+
+def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
+    """Convert PIL images of one size to ``[B, 3, H, W]`` float32 in [-1, 1].
+
+    Transparency is dropped, as official data loading does; flatten such images first if it matters.
+
+    Raises:
+        ValueError: no images, or different sizes.
+    """
+    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    if len({picture.size for picture in pictures}) != 1:
+        sizes = ", ".join(sorted({f"{w}x{h}" for w, h in (p.size for p in pictures)})) or "no image"
+        raise ValueError(f"images must share one size, got {sizes}; give preprocess a size")
+    pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+    return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def center_crop(image: Image.Image, size: int) -> Image.Image:
+    """Resize the shorter side to ``size`` and cut the centre square, as ADM (arXiv:2105.05233) and LlamaGen do.
+
+    The image is halved with a box filter while its shorter side is at least twice the size, then resized bicubically.
+    """
+    if size < 1:
+        raise ValueError(f"size must be at least 1, got {size}")
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def preprocess(images: Image.Image | Sequence[Image.Image], size: int | None = None) -> Tensor:
+    """Turn PIL images into tokenizer input.
+
+    Args:
+        images: one image or several.
+        size: side of the centre crop; ``None`` keeps the images as they are.
+
+    Returns:
+        ``[B, 3, H, W]`` float32 in [-1, 1].
+    """
+    pictures = [images] if isinstance(images, Image.Image) else list(images)
+    return from_pil(pictures if size is None else [center_crop(picture.convert("RGB"), size) for picture in pictures])
+
+
+def resize(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """Resize float images ``[B, C, H, W]`` before rounding, as LlamaGen does for evaluation (bicubic, no antialias)."""
+    return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
