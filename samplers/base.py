@@ -1,0 +1,268 @@
+"""What every sampler is: a small frozen object that holds settings, and the loop that runs it.
+
+A sampler keeps no state, so one object serves many threads. Everything that changes while codes are drawn lives in an
+explicit state: ``start`` makes it, ``step`` spends one forward pass of the backbone on it, ``stream`` yields it after
+every step and ``sample`` runs to the end. Settings round-trip through diffusers' configuration format, so samplers
+are stored in pipeline folders and swapped like schedulers.
+
+Letters: B images, N code positions, V codes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any, ClassVar, Protocol, Self
+
+from diffusers.configuration_utils import ConfigMixin, FrozenDict
+from diffusers.schedulers.scheduling_utils import SchedulerMixin
+from torch import Tensor
+
+from vargen.outputs import Guarantee, SamplerOutput
+
+MAX_SEED = 2**64
+
+
+class State(Protocol):
+    """What ``stream`` yields and what a callback receives."""
+
+    codes: Tensor  # [B, N] int64, -1 where nothing is decided yet
+    num_committed: Tensor  # [B] int64, permanent codes of each image
+    num_forwards: int  # forward passes of the backbone so far, prefill included
+    done: bool  # every image is complete
+
+
+Callback = Callable[[int, Any], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler(SchedulerMixin, ConfigMixin):
+    """Base of all samplers: shared settings, configuration format, checks and the common loop.
+
+    Args:
+        guidance_scale: classifier-free guidance ``u + guidance_scale * (c - u)``; 1 is off and skips the
+            unconditional branch.
+        temperature: divides the guided logits; 0 is greedy.
+        top_k: keep the ``top_k`` most likely codes, ties with the last one kept; 0 is off.
+        top_p: keep the most likely codes up to this mass, the one that crosses it included; 1 is off.
+
+    Raises:
+        ValueError: a setting out of its range, or an unknown one (the nearest known name is shown).
+    """
+
+    config_name: ClassVar[str] = "sampler_config.json"
+    guarantee: ClassVar[Guarantee] = "exact"
+    required_features: ClassVar[frozenset[str]] = frozenset()  # of the backbone's session, see vargen.protocols
+
+    guidance_scale: float = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def __new__(cls, *_args: Any, **settings: Any) -> Self:
+        check_names(settings, cls.setting_names(), cls.__name__)  # before the constructor, which names no neighbour
+        return super().__new__(cls)
+
+    def __post_init__(self) -> None:
+        self.check()
+        settings = {name: getattr(self, name) for name in self.setting_names()}
+        object.__setattr__(self, "_internal_dict", FrozenDict({"_class_name": type(self).__name__, **settings}))
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a setting out of range; subclasses add their own settings."""
+        check_number("guidance_scale", self.guidance_scale, low=0.0, hint="1 is off")
+        check_number("temperature", self.temperature, low=0.0, hint="0 is greedy")
+        check_integer("top_k", self.top_k, low=0, hint="0 is off")
+        check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True, hint="1 is off")
+
+    @classmethod
+    def setting_names(cls) -> tuple[str, ...]:
+        """Names of all settings, shared ones first."""
+        return tuple(field.name for field in dataclasses.fields(cls))
+
+    def replace(self, **overrides: Any) -> Self:
+        """Return a copy with some settings changed.
+
+        Example:
+            >>> from vargen.samplers.next_token import NextTokenSampler
+            >>> NextTokenSampler(top_k=64).replace(temperature=0.9).top_k
+            64
+        """
+        check_names(overrides, self.setting_names(), type(self).__name__)
+        return dataclasses.replace(self, **overrides)
+
+    @classmethod
+    def from_config(cls, config: Any, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
+        """Build the sampler from a configuration, with some settings overridden.
+
+        A configuration of another sampler gives its shared settings, so that samplers swap like schedulers:
+        ``pipe.sampler = SpeculativeJacobiSampler.from_config(pipe.sampler.config, window=32)``. Called on
+        ``Sampler`` itself it builds the class that the configuration names.
+
+        Raises:
+            ValueError: unknown setting; the nearest known one is shown.
+        """
+        if not isinstance(config, dict):
+            raise ValueError(f"config must be a dictionary such as sampler.config, got {type(config).__name__}")
+        named = config.get("_class_name", cls.__name__)
+        if cls is Sampler:
+            return find_sampler(named).from_config(config, return_unused_kwargs, **overrides)
+        known = cls.setting_names()
+        settings = {name: value for name, value in config.items() if not name.startswith("_")}
+        if named == cls.__name__:  # settings of another sampler may be unknown here, our own may not
+            check_names(settings, known, cls.__name__)
+        check_names(overrides, known, cls.__name__)
+        unused = {name: value for name, value in settings.items() if name not in known}
+        sampler = cls(**({name: settings[name] for name in known if name in settings} | overrides))
+        return (sampler, unused) if return_unused_kwargs else sampler
+
+    def sample(
+        self,
+        backbone: Any,
+        condition: Any,
+        *,
+        seeds: Sequence[int] | Tensor | int,
+        tokenizer: Any = None,
+        drafter: Any = None,
+        callback: Callback | None = None,
+        **options: Any,
+    ) -> SamplerOutput:
+        """Draw the codes of B images.
+
+        Args:
+            backbone: a model that opens sessions with the features in ``required_features``.
+            condition: what the backbone's ``prepare`` takes: class ids ``[B]``, attribute ids, caption features.
+            seeds: B 64-bit integers, one an image; an image depends on its own seed only.
+            tokenizer: only for samplers that read the codebook.
+            drafter: a small backbone, only for samplers that draft with one.
+            callback: called as ``callback(step, state)`` after every forward pass, prefill included.
+
+        Returns:
+            ``codes [B, N]`` int64 in the backbone's order, the seeds, and statistics of the run.
+        """
+        state = None
+        for state in self.stream(
+            backbone, condition, seeds=seeds, tokenizer=tokenizer, drafter=drafter, callback=callback, **options
+        ):
+            pass
+        return self.finish(state)
+
+    def stream(
+        self, backbone: Any, condition: Any, *, seeds: Any, callback: Callback | None = None, **options: Any
+    ) -> Iterator[Any]:
+        """Yield the state after every forward pass; the arguments are those of ``sample``."""
+        state = self.start(backbone, condition, seeds=seeds, **options)
+        while True:
+            if callback is not None:
+                callback(state.num_forwards - 1, state)
+            yield state
+            if state.done:
+                return
+            state = self.step(state)
+
+    def start(self, backbone: Any, condition: Any, *, seeds: Any, **options: Any) -> Any:
+        """Check the arguments, run the prefill and return the first state."""
+        raise NotImplementedError
+
+    def step(self, state: Any) -> Any:
+        """Spend one forward pass of the backbone; at least one more code of every unfinished image is permanent."""
+        raise NotImplementedError
+
+    def finish(self, state: Any) -> SamplerOutput:
+        """Turn the last state into the result."""
+        raise NotImplementedError
+
+    def check_backbone(self, backbone: Any) -> None:
+        """Raise ``ValueError`` unless the backbone offers what this sampler needs; fitting samplers are named."""
+        offered = frozenset(getattr(backbone, "features", ()))
+        missing = self.required_features - offered
+        if missing:
+            fitting = [c.__name__ for c in known_samplers() if c.required_features and c.required_features <= offered]
+            raise ValueError(
+                f"{type(self).__name__} needs a backbone with {', '.join(sorted(missing))}; {type(backbone).__name__} "
+                f"offers {', '.join(sorted(offered)) or 'none of it'}. Samplers that fit: {', '.join(fitting) or 'none'}"
+            )
+        if self.top_k > (num_codes := int(backbone.codebook_size)):
+            raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {self.top_k} (0 is off)")
+
+
+def check_names(given: Any, known: Sequence[str], owner: str) -> None:
+    """Raise ``ValueError`` for the first name that is not a setting, naming the nearest one."""
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            raise ValueError(
+                f"{owner} has no setting {name!r}; did you mean {near[0]!r}? Settings: {', '.join(known)}"
+            )
+
+
+def check_number(
+    name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False, hint: str = ""
+) -> None:
+    """Raise ``ValueError`` unless ``value`` is a finite number in the range."""
+    bounds = f"{'greater than' if open_low else 'at least'} {low:g}" + (
+        f" and at most {high:g}" if high < math.inf else ""
+    )
+    hint = f" ({hint})" if hint else ""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}{hint}")
+    if value < low or value > high or (open_low and value == low):
+        raise ValueError(f"{name} must be {bounds}, got {value!r}{hint}")
+
+
+def check_integer(name: str, value: Any, *, low: int, high: int | None = None, hint: str = "") -> None:
+    """Raise ``ValueError`` unless ``value`` is an integer in the range."""
+    bounds = f"at least {low}" if high is None else f"in {low}..{high}"
+    if (
+        isinstance(value, bool)
+        or not isinstance(value, Integral)
+        or value < low
+        or (high is not None and value > high)
+    ):
+        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}" + (f" ({hint})" if hint else ""))
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """Raise ``ValueError`` unless ``value`` is one of the allowed words; the nearest one is shown."""
+    if value not in allowed:
+        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}; did you mean {near!r}?")
+
+
+def check_seeds(seeds: Sequence[int] | Tensor | int, num_images: int) -> list[int]:
+    """Return the seeds as a list of ``num_images`` integers in [0, 2^64)."""
+    given = seeds.tolist() if isinstance(seeds, Tensor) else seeds
+    listed = list(given) if isinstance(given, (list, tuple, range)) else [given]
+    for seed in listed:
+        check_integer("seed", seed, low=-MAX_SEED // 2, high=MAX_SEED - 1)
+    if len(listed) != num_images:
+        raise ValueError(f"seeds must hold one integer an image: {num_images} images, got {len(listed)} seeds")
+    return [int(seed) % MAX_SEED for seed in listed]
+
+
+def known_samplers() -> list[type[Sampler]]:
+    """All samplers of the package, by name."""
+    package = importlib.import_module("vargen.samplers")
+    for module in pkgutil.iter_modules(package.__path__):
+        importlib.import_module(f"vargen.samplers.{module.name}")
+
+    def below(cls: type[Sampler]) -> Iterator[type[Sampler]]:
+        for child in cls.__subclasses__():
+            if not child.__name__.startswith("_") and child.__module__.startswith("vargen."):
+                yield child
+            yield from below(child)
+
+    return sorted(set(below(Sampler)), key=lambda c: c.__name__)
+
+
+def find_sampler(name: str) -> type[Sampler]:
+    """Return the sampler class of that name; an unknown name raises and shows the nearest."""
+    classes = {cls.__name__: cls for cls in known_samplers()}
+    check_choice("sampler", name, list(classes))
+    return classes[name]

@@ -1,0 +1,290 @@
+"""The window decoder: every sampler for causal backbones, next-token included, is a drafter and an acceptance rule here.
+
+One iteration scores a window of W proposals in one forward pass. Entry j of the window is the proposal for slot
+``length + j`` and row j of the logits is the law of that same slot, given the permanent codes and the proposals before
+it. The rule decides how many rows become permanent, at least one; the drafter proposes again for the others. Images
+advance raggedly, each by its own count, and leave the batch when they are complete. Next-token sampling is W = 1.
+
+Not covered: trees of proposals, and backbones without a causal session.
+
+Letters: B images of the call, A images still decoded, N code positions, S slots that need a decision, V codes,
+W window, w rows of this iteration, G guidance branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vargen.kernels.draw import draw
+from vargen.kernels.verify import verify_window
+from vargen.kernels.window import Draft, GroupSpec, Verdict, VerifyNoise
+from vargen.outputs import DecodeStats, SamplerOutput
+from vargen.random import GumbelCache, seed_tensor
+from vargen.samplers.base import Sampler, check_integer, check_seeds
+from vargen.samplers.drafters import Drafter
+from vargen.samplers.stream import Stream, forced_slots
+
+POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
+NOISE_BLOCK = 1 << 18  # numbers of Gumbel noise made at once for next-token sampling on the CPU
+
+
+@dataclass
+class WindowState:
+    """Everything that changes while a batch is decoded, and what ``stream`` yields.
+
+    A run goes on from any state with ``sampler.step(state)``, which advances the state in place.
+    """
+
+    backbone: Any
+    session: Any
+    stream: Stream
+    drafter: Drafter | None
+    noise: GumbelCache | None  # on the CPU: rows of position-keyed noise, made once for all iterations
+    seeds: list[int]  # of all B images
+    keys: Tensor  # [A] int64 seeds of the images still decoded
+    rows: Tensor  # [A] int64 their places in the call
+    forced: Tensor | None  # [A, S] int64 code fixed beforehand, -1 where free
+    slots: Tensor  # [B, S + 1] int64 what is permanent, -1 elsewhere; the last column takes what is thrown away
+    trace: Tensor  # [B, S + 1] int64 forward that made a slot permanent, -1 elsewhere
+    length: Tensor  # [A] int64 permanent slots
+    width: int = 1  # w of the next iteration
+    draft: Draft | None = None
+    num_forwards: int = 0
+    next_poll: int = 0
+    ahead: Tensor | None = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
+    done: bool = False
+
+    @property
+    def codes(self) -> Tensor:
+        """[B, N] int64 codes so far, -1 where none is permanent yet."""
+        return self.stream.only_codes(self.slots)
+
+    @property
+    def commit_trace(self) -> Tensor:
+        """[B, N] int64 forward (0 = prefill) that made each code permanent, -1 where none did yet."""
+        return self.stream.only_codes(self.trace)
+
+    @property
+    def num_committed(self) -> Tensor:
+        """[B] int64 permanent codes of each image."""
+        return (self.commit_trace >= 0).sum(-1)
+
+    def window_slots(self) -> Tensor:
+        """[A, w] int64 slots of the next window; those past the end repeat the last slot."""
+        offset = torch.arange(self.width, device=self.length.device)
+        return (self.length[:, None] + offset).clamp(max=self.stream.num_slots - 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSampler(Sampler):
+    """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule."""
+
+    required_features: ClassVar[frozenset[str]] = frozenset({"window", "ragged"})
+
+    @property
+    def num_rows(self) -> int:
+        """W, the rows of one forward pass; 1 is next-token sampling."""
+        return 1
+
+    @property
+    def rule(self) -> str:
+        """The ``carry`` of ``verify_window``: how rows are accepted and how their outcome is carried on."""
+        return "gumbel"
+
+    @property
+    def group(self) -> GroupSpec | None:
+        """The groups of a relaxed acceptance, if the rule has any."""
+        return None
+
+    def make_drafter(self, backbone: Any, drafter: Any, stream: Stream, seeds: Tensor) -> Drafter | None:
+        """Return the drafter of one run; None proposes nothing, which is right for W = 1 only."""
+        return None
+
+    @property
+    def warp(self) -> dict[str, float]:
+        """The shared settings as keyword arguments of the kernels."""
+        return {
+            "guidance_scale": self.guidance_scale,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+    def start(
+        self,
+        backbone: Any,
+        condition: Any,
+        *,
+        seeds: Sequence[int] | Tensor | int,
+        tokenizer: Any = None,
+        drafter: Any = None,
+        forced_codes: Tensor | None = None,
+    ) -> WindowState:
+        """Check the arguments, run the condition and commit the first code.
+
+        Args:
+            backbone, condition, seeds, drafter: as in ``sample``.
+            tokenizer: not read by window samplers.
+            forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free. A fixed prefix continues an
+                image; the law of every free code is the backbone's, given all codes before it.
+        """
+        self.check_backbone(backbone)
+        prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
+        listed = check_seeds(seeds, prepared.batch)
+        table, structural = Stream.of(backbone)
+        forced = forced_slots(forced_codes, structural, table, len(listed), int(backbone.codebook_size))
+        session, out = backbone.open(prepared, max_window=self.num_rows)
+        state = self._first_state(backbone, session, table.to(out.logits.device), listed, out.logits)
+        state.forced = None if forced is None else forced.to(out.logits.device)
+        state.drafter = self.make_drafter(backbone, drafter, state.stream, state.keys) if self.num_rows > 1 else None
+        self._decide(state, out.logits)
+        return state
+
+    def step(self, state: WindowState) -> WindowState:
+        """Score the drafts in one forward pass, commit, draft again."""
+        if state.done:
+            return state
+        if self.num_rows == 1:
+            codes = state.slots[:, state.num_forwards - 1, None]  # b 1
+        else:
+            last = state.slots[state.rows, state.length - 1]  # a
+            codes = torch.cat([last[:, None], state.draft.tokens[:, : state.width - 1]], dim=1).clamp(min=0)  # a w
+        self._decide(state, state.backbone.step(state.session, codes).logits)
+        return state
+
+    def finish(self, state: WindowState) -> SamplerOutput:
+        """Collect codes and statistics."""
+        trace = state.commit_trace.clone()
+        stats = DecodeStats(
+            num_forwards=state.num_forwards,
+            num_drafter_forwards=0 if state.drafter is None else state.drafter.num_forwards,
+            forwards_per_image=trace.amax(-1) + 1,
+            commit_trace=trace,
+            guarantee=self.guarantee,
+        )
+        return SamplerOutput(codes=state.codes.clone(), seeds=state.seeds, stats=stats)
+
+    def _first_state(
+        self, backbone: Any, session: Any, stream: Stream, seeds: list[int], logits: Tensor
+    ) -> WindowState:
+        device, num_codes = logits.device, logits.shape[-1]
+        keys = seed_tensor(seeds, device)
+        empty = torch.full((len(seeds), stream.num_slots + 1), -1, dtype=torch.int64, device=device)
+        noise = None
+        if device.type == "cpu" and self.temperature > 0:
+            ahead = max(1, min(stream.num_slots, NOISE_BLOCK // (len(seeds) * num_codes)))
+            noise = GumbelCache(keys, ahead if self.num_rows == 1 else self.num_rows, num_codes)
+        return WindowState(
+            backbone=backbone,
+            session=session,
+            stream=stream,
+            drafter=None,
+            noise=noise,
+            seeds=seeds,
+            keys=keys,
+            rows=torch.arange(len(seeds), device=device),
+            forced=None,
+            slots=empty,
+            trace=empty.clone(),
+            length=torch.zeros(len(seeds), dtype=torch.int64, device=device),
+            draft=Draft.none(len(seeds), 1, device),
+        )
+
+    def _decide(self, state: WindowState, logits: Tensor) -> None:
+        """Draw or verify the rows ``logits [G, A, w, V]``, commit, and prepare the next iteration."""
+        if self.num_rows == 1:
+            self._commit_one(state, logits)
+            return
+        num_rows = (state.stream.num_slots - state.length).clamp(max=state.width)  # a
+        verdict = self._verify(state, logits, num_rows)
+        count = verdict.num_committed
+        offset = torch.arange(state.width, device=logits.device)
+        place = torch.where(offset < count[:, None], state.length[:, None] + offset, state.stream.num_slots)  # a w
+        state.slots[state.rows[:, None], place] = verdict.tokens
+        state.trace[state.rows[:, None], place] = state.num_forwards
+        state.length = state.length + count
+        if state.num_forwards > 0:  # the prefill feeds no code
+            state.backbone.commit(state.session, count)
+        state.num_forwards += 1
+        keep = self._look(state)
+        if state.done:
+            return
+        if keep is not None:
+            logits, num_rows = logits[:, keep], num_rows[keep]
+            verdict = Verdict(*(value[keep] for value in vars(verdict).values()))
+        state.draft = state.drafter.propose(state, logits, verdict, num_rows)
+
+    def _verify(self, state: WindowState, logits: Tensor, num_rows: Tensor) -> Verdict:
+        """Run the acceptance rule on the rows of this iteration."""
+        slots = state.window_slots()
+        positions = state.stream.code_index[slots]  # a w
+        noise = None
+        if state.noise is not None and self.rule == "gumbel":
+            noise = VerifyNoise(fresh=state.noise.rows(positions))
+        return verify_window(
+            logits,
+            state.draft,
+            carry=self.rule,
+            seeds=state.keys,
+            positions=positions,
+            iteration=torch.full_like(state.keys, state.num_forwards),
+            num_rows=num_rows,
+            forced=None if state.forced is None else state.forced.gather(1, slots),
+            group=self.group,
+            noise=noise,
+            **self.warp,
+        )
+
+    def _look(self, state: WindowState) -> Tensor | None:
+        """Learn the progress, drop complete images and set the next width; return the images kept if some left.
+
+        On a GPU this waits for the device, hence only every few iterations, and the window keeps its shape.
+        """
+        on_cpu = state.length.device.type == "cpu"
+        if not on_cpu:
+            state.width = self.num_rows
+            if state.num_forwards < state.next_poll:
+                return None
+        left = state.stream.num_slots - state.length
+        most = int(left.max())
+        state.done = most == 0
+        if on_cpu:
+            state.width = min(self.num_rows, most)
+        state.next_poll = state.num_forwards + max(-(-most // self.num_rows), min(POLL_EVERY, most))
+        if state.done or bool((left > 0).all()):
+            return None
+        keep = (left > 0).nonzero().flatten()
+        state.backbone.select(state.session, keep)
+        state.rows, state.keys, state.length = state.rows[keep], state.keys[keep], state.length[keep]
+        state.forced = None if state.forced is None else state.forced[keep]
+        if state.noise is not None:
+            state.noise.select(keep)
+        state.drafter.select(keep)
+        return keep
+
+    def _commit_one(self, state: WindowState, logits: Tensor) -> None:
+        """Next-token sampling: every image commits one code, so nothing is verified, gathered or polled."""
+        now, last = state.num_forwards, state.stream.num_slots - 1
+        noise = None
+        if state.noise is not None:
+            block = state.noise.capacity
+            if now % block == 0:  # many positions at once: small calls would cost as much as a small model
+                ahead = state.stream.code_index[now : now + block]
+                state.ahead = state.noise.rows(ahead.expand(len(state.keys), -1))
+            noise = state.ahead[:, now % block, None]
+        position = state.stream.code_index[now].expand(len(state.keys), 1)
+        tokens = draw(logits, seeds=state.keys, positions=position, noise=noise, **self.warp)[:, 0]
+        if state.forced is not None:
+            tokens = torch.where(state.forced[:, now] >= 0, state.forced[:, now], tokens)
+        state.slots[:, now] = tokens
+        state.trace[:, now] = now
+        state.length += 1
+        if now > 0:
+            state.backbone.commit(state.session, 1)
+        state.num_forwards += 1
+        state.done = now == last
