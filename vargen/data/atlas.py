@@ -157,12 +157,22 @@ class HeroAtlas:
         packed.setflags(write=False)
         return masks, packed
 
-    def _layers(self) -> list[tuple[int, NDArray[np.bool_] | None]]:
-        """Return the drawing order as (slot index, condition over ids of the deciding slot or None)."""
+    def _layers(self) -> list[tuple[int, int, NDArray[np.bool_]]]:
+        """Return the drawing order: (slot drawn, slot that decides, per attribute id of the latter whether to draw)."""
         layer = np.zeros(self.num_attributes, dtype="U16")
         for entry in self.record["parts"]:
             layer[entry["id"]] = entry.get("layer", "")
         tucked = layer == "under boots"  # trousers go into the boots; skirts hang over them
         front = layer == "front"  # scarves lie over the clothes, cloaks hang behind the body
-        rules = {"boots:under": ~tucked, "boots:over": tucked, "cloak:back": ~front, "cloak:front": front}
-        return [(self.slots.index(step.split(":")[0]), rules.get(step)) for step in self.record["draw_order"]]
+        rules = {
+            "boots:under": ("legs", ~tucked),
+            "boots:over": ("legs", tucked),
+            "cloak:back": ("cloak", ~front),
+            "cloak:front": ("cloak", front),
+        }
+        layers = []
+        for step in self.record["draw_order"]:
+            slot = step.partition(":")[0]
+            decider, rule = rules.get(step, (slot, np.ones(self.num_attributes, dtype=bool)))
+            layers.append((self.slots.index(slot), self.slots.index(decider), rule))
+        return layers

@@ -192,8 +192,8 @@ def _draw(
     for start in range(0, batch, _CHUNK):
         ids = attributes[start : start + _CHUNK]
         owner = np.zeros((len(ids), size * size), dtype=np.int16)  # b p: attribute id of the topmost part
-        for slot, rule in atlas.layers:
-            part = ids[:, slot] if rule is None else np.where(rule[ids[:, slot]], ids[:, slot], 0)
+        for slot, decider, rule in atlas.layers:
+            part = np.where(rule[ids[:, decider]], ids[:, slot], UNSPECIFIED)
             np.copyto(owner, part[:, None].astype(np.int16), where=atlas.masks[part])
         colours = flat[owner * np.int32(size * size) + column]
         images[start : start + _CHUNK] = colours[..., None].view(np.uint8)[..., :3]

@@ -19,46 +19,37 @@ from numpy.typing import ArrayLike, NDArray
 from vargen.data.atlas import UNSPECIFIED, HeroAtlas
 
 # words that take no article: plurals and materials
-_NO_ARTICLE = frozenset(
-    ["armour", "boots", "bracers", "claws", "gauntlets", "gloves", "hair", "hide", "horns", "leggings", "mail"]
-    + ["pigtails", "plate", "sandals", "shoes", "shorts", "skin", "trousers"]
-)
-_FILLERS = frozenset(
-    [
-        "a",
-        "an",
-        "the",
-        "some",
-        "any",
-        "his",
-        "her",
-        "its",
-        "their",
-        "with",
-        "and",
-        "or",
-        "nor",
-        "in",
-        "of",
-        "on",
-        "who",
-    ]
-    + ["wearing", "wears", "wear", "holding", "holds", "hold", "carrying", "carries", "has", "having", "plus", "armed"]
-    + ["dressed", "hero", "heroine", "character", "portrait", "picture", "image", "sprite", "pixel", "art"]
-)
-_SUBJECTS = frozenset({"hero", "heroine", "character"})  # enough for a prompt that asks for anybody
+_NO_ARTICLE = frozenset({
+    "armour", "boots", "bracers", "claws", "gauntlets", "gloves", "hair", "hide", "horns", "mail", "leggings",
+    "pigtails", "plate", "sandals", "shoes", "shorts", "skin", "trousers",
+})  # fmt: skip
+_FILLERS = frozenset({
+    "a", "an", "the", "some", "any", "one", "his", "her", "its", "their", "with", "and", "or", "nor", "in", "of", "on",
+    "at", "to", "who", "is", "plus", "wearing", "wears", "wear", "holding", "holds", "hold", "carrying",
+    "carries", "having", "has", "armed", "dressed", "wielding", "wields", "left", "right", "hand", "hands", "head",
+    "feet", "portrait", "picture", "image", "sprite", "pixel", "art",
+})  # fmt: skip
+# say nothing about any slot ("orc warrior" is an orc), but are enough for a prompt that asks for anybody
+_SUBJECTS = frozenset({
+    "hero", "heroine", "character", "adventurer", "archer", "assassin", "barbarian", "druid", "fighter", "guard",
+    "hunter", "jester", "king", "knight", "monk", "necromancer", "ninja", "paladin", "pharaoh", "pirate", "priest",
+    "priestess", "prince", "princess", "queen", "ranger", "rogue", "samurai", "soldier", "thief", "viking", "warrior",
+    "witch", "wizard",
+})  # fmt: skip
 _NEGATIONS = frozenset({"no", "without", "lacking", "minus", "not"})
-_KEEP_NEGATION = frozenset(["a", "an", "the", "any", "wearing", "holding", "carrying", "having"])
+_KEEP_NEGATION = frozenset({"a", "an", "the", "any", "wearing", "holding", "carrying", "having"})
 _SPELLINGS = {
     "armor": "armour", "gray": "grey", "gold": "golden", "blonde": "blond", "violet": "purple", "crimson": "red",
     "scarlet": "red", "turquoise": "cyan", "teal": "cyan", "aqua": "cyan", "mage": "wizard", "sorcerer": "wizard",
-    "cape": "cloak", "mantle": "cloak", "pant": "trouser", "pants": "trousers", "helm": "helmet", "saber": "sabre",
-    "mustache": "moustache", "ax": "axe", "jeweled": "jewelled", "checked": "checkered", "chequered": "checkered",
-    "hauberk": "mail", "stave": "staff", "redheaded": "red hair", "greatsword": "great sword",
-    "longsword": "long sword", "shortsword": "short sword", "battleaxe": "battle axe", "waraxe": "war axe",
-    "handaxe": "hand axe", "pickaxe": "pick axe", "warhammer": "war hammer", "chainmail": "chain mail",
-    "scalemail": "scale mail", "platemail": "plate mail", "morningstar": "morning star", "longbow": "long bow",
-    "spellbook": "spell book",
+    "cape": "cloak", "mantle": "cloak", "pant": "trouser", "helm": "helmet", "saber": "sabre", "ax": "axe",
+    "mustache": "moustache", "jeweled": "jewelled", "checked": "checkered", "chequered": "checkered",
+    "hauberk": "mail", "stave": "staff", "greatsword": "great sword", "longsword": "long sword",
+    "shortsword": "short sword", "battleaxe": "battle axe", "waraxe": "war axe", "handaxe": "hand axe",
+    "pickaxe": "pick axe", "warhammer": "war hammer", "chainmail": "chain mail", "scalemail": "scale mail",
+    "platemail": "plate mail", "morningstar": "morning star", "longbow": "long bow", "spellbook": "spell book",
+    # plurals that lose more than an s
+    "scarve": "scarf", "elve": "elf", "dwarve": "dwarf", "knive": "knife", "torche": "torch", "dresse": "dress",
+    "mummie": "mummy", "men": "man", "women": "woman", "cutlasse": "cutlass", "moustachio": "moustache",
 }  # fmt: skip
 
 
@@ -107,50 +98,62 @@ def parse_prompt(text: str) -> NDArray[np.int64]:
         (s,) ids; 0 for slots that the text does not mention.
 
     Raises:
-        ValueError: empty text, unknown words (the nearest known phrases are named), two parts for one slot.
+        ValueError: empty text, unknown words (the nearest known phrases are named), two parts for one slot, a
+            negation without a part or of the base.
     """
-    atlas, phrases = HeroAtlas.load(), _phrases()
-    words = _words(text)
+    atlas = HeroAtlas.load()
+    words, originals = _words(text)
     if not words:
         raise ValueError("the prompt is empty; describe a hero, for example 'deep elf with a red cloak'")
-    found: dict[int, tuple[int, str]] = {}  # slot -> id, words
-    unknown: list[str] = []
-    negated = after_negated = anybody = False
+    mentions, unknown = _mentions(words)
+    if unknown:
+        raise ValueError(_unknown_message(unknown, words, originals))
+    attributes = np.full(len(atlas.slots), UNSPECIFIED, dtype=np.int64)
+    spoken: dict[int, str] = {}
+    for attribute, phrase in mentions:
+        slot = int(atlas.slot_of[attribute])
+        if attributes[slot] not in (UNSPECIFIED, attribute):
+            raise ValueError(
+                f"two parts for one place ({atlas.slots[slot]}): {spoken[slot]!r} and {phrase!r}; name only one"
+            )
+        attributes[slot], spoken[slot] = attribute, phrase
+    if not mentions and not _SUBJECTS.intersection(words):
+        raise ValueError(f"the prompt {text.strip()!r} names no part of a hero; try 'deep elf with a red cloak'")
+    return attributes
+
+
+def _mentions(words: list[str]) -> tuple[list[tuple[int, str]], list[int]]:
+    """Find (attribute id, phrase) in the order of the text, and the positions of unknown words."""
+    atlas, phrases = HeroAtlas.load(), _phrases()
+    mentions: list[tuple[int, str]] = []
+    unknown: list[int] = []
+    negated = after_negated = False
     position = 0
     while position < len(words):
+        word = words[position]
         length, attribute = _longest_match(words, position, phrases)
         if length:
-            spoken = " ".join(words[position : position + length])
-            slot = int(atlas.slot_of[attribute])
+            phrase = " ".join(words[position : position + length])
             if negated:
-                attribute, spoken = atlas.none_id(atlas.slots[slot]), f"no {spoken}"
-            earlier = found.setdefault(slot, (attribute, spoken))
-            if earlier[0] != attribute:
-                raise ValueError(
-                    f"two parts for one place ({atlas.slots[slot]}): {earlier[1]!r} and {spoken!r}; name only one"
-                )
+                slot = atlas.slots[atlas.slot_of[attribute]]
+                if slot == "base":  # every hero has one; a model never saw its none id
+                    raise ValueError(f"'no {phrase}' cannot be asked for; say what the hero is instead")
+                attribute, phrase = atlas.none_id(slot), f"no {phrase}"
+            mentions.append((attribute, phrase))
             negated, after_negated = False, negated
-            position += length
-            continue
-        word = words[position]
-        position += 1
-        if word in _NEGATIONS or (after_negated and word in ("or", "nor")):
-            negated = True  # "no hat or beard" negates both
-        elif word in _FILLERS or word == ",":
-            negated = negated and word in _KEEP_NEGATION
-            anybody = anybody or word in _SUBJECTS
+        elif word in _NEGATIONS or (after_negated and word in ("or", "nor")):
+            negated, after_negated = True, False  # "no hat or beard" negates both
         else:
-            unknown.append(word)
-            negated = False
-        after_negated = after_negated and word in ("or", "nor", ",")
-    if unknown:
-        raise ValueError(_unknown_message(unknown, words, phrases))
-    if not found and not anybody:
-        raise ValueError(f"the prompt {text.strip()!r} names no part of a hero; try 'deep elf with a red cloak'")
-    attributes = np.full(len(atlas.slots), UNSPECIFIED, dtype=np.int64)
-    for slot, (attribute, _) in found.items():
-        attributes[slot] = attribute
-    return attributes
+            known = word in _FILLERS or word in _SUBJECTS or word == ","
+            if not known:
+                unknown.append(position)
+            elif negated and word not in _KEEP_NEGATION:
+                break
+            after_negated = after_negated and word == ","
+        position += max(length, 1)
+    if negated and not unknown:
+        raise ValueError("a negation in the prompt is not followed by a known part; write for example 'no hat'")
+    return mentions, unknown
 
 
 def _is_part(attribute: int) -> bool:
@@ -164,25 +167,24 @@ def _with_article(name: str) -> str:
     return f"{'an' if vowel else 'a'} {name}"
 
 
-def _words(text: str) -> list[str]:
-    """Split into normalised words; a comma, semicolon, colon or full stop becomes one ','."""
-    plain = re.sub(r"['\u2019]s?\b", "", text.lower())
-    tokens = re.findall(r"[^\W_]+|[,;:.!?]", plain)
+def _words(text: str) -> tuple[list[str], list[str]]:
+    """Split into normalised words, with the word of the text that each came from; punctuation becomes ','."""
     words: list[str] = []
-    for token in tokens:
-        if not token[0].isalnum():
-            words.append(",")
-            continue
-        for word in _SPELLINGS.get(token, token).split():
-            singular = _singular(word)
-            words.extend(_SPELLINGS.get(singular, singular).split())
-    return words if any(word != "," for word in words) else []
+    originals: list[str] = []
+    for token in re.findall(r"[^\W_]+|[,;:.!?]", re.sub(r"['\u2019]s?\b", "", text.lower())):
+        normal = [","]
+        if token[0].isalnum():
+            singulars = [_singular(word) for word in _SPELLINGS.get(token, token).split()]
+            normal = " ".join(_SPELLINGS.get(word, word) for word in singulars).split()
+        words += normal
+        originals += [token] * len(normal)
+    return (words, originals) if any(word != "," for word in words) else ([], [])
 
 
 def _singular(word: str) -> str:
     if word in _FILLERS or word in _NEGATIONS or len(word) <= 3 or not word.endswith("s") or word.endswith("ss"):
         return word
-    return "hoof" if word == "hooves" else word[:-1]
+    return word[:-1]
 
 
 @lru_cache(maxsize=1)
@@ -197,7 +199,7 @@ def _phrases() -> _Phrases:
             spoken[phrase] = atlas.none_id(slot)
     ids: dict[tuple[str, ...], int] = {}
     for phrase, attribute in spoken.items():
-        key = tuple(_words(phrase))
+        key = tuple(_words(phrase)[0])
         if ids.setdefault(key, attribute) != attribute:
             raise ValueError(f"atlas.json: the phrase {phrase!r} stands for two parts")
     return _Phrases(ids, max(map(len, ids)), spoken)
@@ -211,13 +213,14 @@ def _longest_match(words: list[str], position: int, phrases: _Phrases) -> tuple[
     return 0, UNSPECIFIED
 
 
-def _unknown_message(unknown: list[str], words: list[str], phrases: _Phrases) -> str:
+def _unknown_message(unknown: list[int], words: list[str], originals: list[str]) -> str:
     near: list[str] = []
-    for word in unknown:
-        after = words[words.index(word) + 1 : words.index(word) + 2]
-        tries = [" ".join([word, *after]), word] if after and after[0] not in _FILLERS | {","} else [word]
-        for phrase in tries:
-            near += difflib.get_close_matches(phrase, phrases.spoken, n=3, cutoff=0.6)
-    hint = f"; nearest known: {', '.join(repr(n) for n in dict.fromkeys(near))}" if near else ""
-    plural = "s" if len(unknown) > 1 else ""
-    return f"unknown word{plural} in the prompt: {', '.join(map(repr, dict.fromkeys(unknown)))}{hint}"
+    spoken = list(_phrases().spoken)
+    for position in unknown:
+        after = words[position + 1] if position + 1 < len(words) else ","
+        whole = [f"{words[position]} {after}"] if after != "," and after not in _FILLERS else []
+        for phrase in [*whole, words[position]]:  # "yellow hat": phrases like the pair, then like the word
+            near += difflib.get_close_matches(phrase, spoken, n=3, cutoff=0.6)
+    hint = f"; nearest known: {', '.join(map(repr, dict.fromkeys(near)))}" if near else ""
+    names = ", ".join(repr(word) for word in dict.fromkeys(originals[position] for position in unknown))
+    return f"unknown word{'s' if len(unknown) > 1 else ''} in the prompt: {names}{hint}"
