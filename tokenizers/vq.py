@@ -7,7 +7,8 @@ Letters: B images, H W pixels, h w code grid, V codes, C channels of a code.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -173,7 +174,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         self._check_images(images)
         if self.config.encoder_type == "patch":
             return F.pixel_unshuffle(images.to(self.dtype), self.downsample)
-        return self.quant_conv(self.encoder(images.to(self.dtype)))
+        with _half_precision_explained(self.dtype):
+            return self.quant_conv(self.encoder(images.to(self.dtype)))
 
     def encode(self, images: Tensor) -> VQEncoderOutput:
         """Turn images into codes.
@@ -206,7 +208,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         """Turn code vectors ``[B, C, h, w]`` into images ``[B, in_channels, H, W]``, unclamped."""
         if latents.ndim != 4 or latents.shape[1] != self.config.codebook_dim:
             raise ValueError(f"latents must be [B, {self.config.codebook_dim}, h, w], got {tuple(latents.shape)}")
-        images = self.decoder(self.post_quant_conv(latents.contiguous()))
+        with _half_precision_explained(self.dtype):
+            images = self.decoder(self.post_quant_conv(latents.contiguous()))
         if self.config.encoder_type == "patch" and self.config.patch_residual:
             images = images + F.pixel_shuffle(latents, self.downsample)
         return images
@@ -266,6 +269,17 @@ def _check_range(images: Tensor) -> None:
     if not (low >= -1 - RANGE_SLACK and high <= 1 + RANGE_SLACK):  # NaN fails too
         got = "NaN" if low != low or high != high else f"[{low:.4g}, {high:.4g}]"
         raise ValueError(f"image values must lie in [-1, 1], got {got}; see vargen.images.preprocess")
+
+
+@contextmanager
+def _half_precision_explained(dtype: torch.dtype) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        if "not implemented for" not in str(error):
+            raise
+        name = str(dtype).removeprefix("torch.")
+        raise ValueError(f"{name} is not supported on this CPU; use float32") from error
 
 
 def _check_config(config: Any, downsample: int) -> None:
