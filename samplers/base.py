@@ -65,7 +65,7 @@ class Sampler(SchedulerMixin, ConfigMixin):
     top_k: int = 0
     top_p: float = 1.0
 
-    def __new__(cls, *_args: Any, **settings: Any) -> Self:
+    def __new__(cls, *_args: Any, **settings: Any) -> Self:  # noqa: D102
         check_names(settings, cls.setting_names(), cls.__name__)  # before the constructor, which names no neighbour
         return super().__new__(cls)
 
@@ -146,12 +146,10 @@ class Sampler(SchedulerMixin, ConfigMixin):
         Returns:
             ``codes [B, N]`` int64 in the backbone's order, the seeds, and statistics of the run.
         """
-        state = None
-        for state in self.stream(
+        *_, last = self.stream(
             backbone, condition, seeds=seeds, tokenizer=tokenizer, drafter=drafter, callback=callback, **options
-        ):
-            pass
-        return self.finish(state)
+        )
+        return self.finish(last)
 
     def stream(
         self, backbone: Any, condition: Any, *, seeds: Any, callback: Callback | None = None, **options: Any

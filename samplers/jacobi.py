@@ -8,12 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
-
 from vargen.samplers.base import check_choice, check_integer
-from vargen.samplers.drafters import INITS, Drafter, Init, JacobiDrafter
-from vargen.samplers.stream import Stream
-from vargen.samplers.window import WindowSampler
+from vargen.samplers.drafters import INITS, Drafter, Init, JacobiDrafter, shared_guesses
+from vargen.samplers.window import WindowSampler, WindowState
 
 CARRIES = ("gumbel", "maximal", "independent")
 
@@ -55,7 +52,10 @@ class SpeculativeJacobiSampler(WindowSampler):
         """The carry."""
         return self.carry
 
-    def make_drafter(self, backbone: Any, drafter: Any, stream: Stream, seeds: Tensor) -> Drafter:
+    def make_drafter(self, state: WindowState, drafter: Any) -> Drafter:
         """Draft from the previous iteration."""
-        shared = self.carry == "gumbel" and self.temperature > 0
-        return JacobiDrafter(self.init, stream, seeds, int(backbone.codebook_size), shared_noise=shared)
+        guesses = None
+        if self.carry == "gumbel" and self.temperature > 0:
+            num_codes = int(state.backbone.codebook_size)
+            guesses = shared_guesses(state.keys, state.stream, num_codes, state.noise)
+        return JacobiDrafter(self.init, guesses)

@@ -20,8 +20,6 @@ class Stream:
     code_slots: Tensor | None  # [N] slots that hold codes; None when all of them do
     code_index: Tensor  # [S] number of the code in each slot (a structural slot has its predecessor's): keys the noise
     stride: int  # slots between a code and the one below it
-    has_left: Tensor  # [S] bool: the slot before is the left neighbour
-    has_above: Tensor  # [S] bool: the slot `stride` before is the upper neighbour
 
     @classmethod
     def of(cls, backbone: Any) -> tuple[Stream, Tensor | None]:
@@ -38,8 +36,6 @@ class Stream:
             code_slots=None if all_codes else is_code.nonzero().flatten(),
             code_index=(is_code.long().cumsum(0) - 1).clamp(min=0),
             stride=stride,
-            has_left=is_code & (column > 0),
-            has_above=is_code & (row > 0) & (grid == grid[-1]),
         )
         return stream, None if all_codes else torch.where(is_code, -1, 0)
 

@@ -14,7 +14,7 @@ W window, w rows of this iteration, G guidance branches.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,12 +25,13 @@ from vargen.kernels.verify import verify_window
 from vargen.kernels.window import Draft, GroupSpec, Verdict, VerifyNoise
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.random import GumbelCache, seed_tensor
-from vargen.samplers.base import Sampler, check_integer, check_seeds
+from vargen.samplers.base import Sampler, check_seeds
 from vargen.samplers.drafters import Drafter
 from vargen.samplers.stream import Stream, forced_slots
 
 POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
-NOISE_BLOCK = 1 << 18  # numbers of Gumbel noise made at once for next-token sampling on the CPU
+NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
+NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
 
 
 @dataclass
@@ -52,8 +53,8 @@ class WindowState:
     slots: Tensor  # [B, S + 1] int64 what is permanent, -1 elsewhere; the last column takes what is thrown away
     trace: Tensor  # [B, S + 1] int64 forward that made a slot permanent, -1 elsewhere
     length: Tensor  # [A] int64 permanent slots
-    width: int = 1  # w of the next iteration
-    draft: Draft | None = None
+    width: int  # w of the next iteration
+    draft: Draft  # proposals for it
     num_forwards: int = 0
     next_poll: int = 0
     ahead: Tensor | None = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
@@ -73,11 +74,6 @@ class WindowState:
     def num_committed(self) -> Tensor:
         """[B] int64 permanent codes of each image."""
         return (self.commit_trace >= 0).sum(-1)
-
-    def window_slots(self) -> Tensor:
-        """[A, w] int64 slots of the next window; those past the end repeat the last slot."""
-        offset = torch.arange(self.width, device=self.length.device)
-        return (self.length[:, None] + offset).clamp(max=self.stream.num_slots - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,7 +97,7 @@ class WindowSampler(Sampler):
         """The groups of a relaxed acceptance, if the rule has any."""
         return None
 
-    def make_drafter(self, backbone: Any, drafter: Any, stream: Stream, seeds: Tensor) -> Drafter | None:
+    def make_drafter(self, state: WindowState, drafter: Any) -> Drafter | None:
         """Return the drafter of one run; None proposes nothing, which is right for W = 1 only."""
         return None
 
@@ -141,8 +137,9 @@ class WindowSampler(Sampler):
         session, out = backbone.open(prepared, max_window=self.num_rows)
         state = self._first_state(backbone, session, table.to(out.logits.device), listed, out.logits)
         state.forced = None if forced is None else forced.to(out.logits.device)
-        state.drafter = self.make_drafter(backbone, drafter, state.stream, state.keys) if self.num_rows > 1 else None
-        self._decide(state, out.logits)
+        if self.num_rows > 1:
+            state.drafter = self.make_drafter(state, drafter)
+        self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
         return state
 
     def step(self, state: WindowState) -> WindowState:
@@ -153,7 +150,8 @@ class WindowSampler(Sampler):
             codes = state.slots[:, state.num_forwards - 1, None]  # b 1
         else:
             last = state.slots[state.rows, state.length - 1]  # a
-            codes = torch.cat([last[:, None], state.draft.tokens[:, : state.width - 1]], dim=1).clamp(min=0)  # a w
+            drafts = state.draft.tokens[:, : state.width - 1]  # a w-1
+            codes = torch.cat([last[:, None], drafts], dim=1).clamp(min=0)  # a missing draft is fed as any code
         self._decide(state, state.backbone.step(state.session, codes).logits)
         return state
 
@@ -177,8 +175,9 @@ class WindowSampler(Sampler):
         empty = torch.full((len(seeds), stream.num_slots + 1), -1, dtype=torch.int64, device=device)
         noise = None
         if device.type == "cpu" and self.temperature > 0:
-            ahead = max(1, min(stream.num_slots, NOISE_BLOCK // (len(seeds) * num_codes)))
-            noise = GumbelCache(keys, ahead if self.num_rows == 1 else self.num_rows, num_codes)
+            room = NOISE_BLOCK if self.num_rows == 1 else NOISE_CACHE
+            held = min(stream.num_slots, max(self.num_rows, room // (len(seeds) * num_codes)))
+            noise = GumbelCache(keys, held, num_codes)
         return WindowState(
             backbone=backbone,
             session=session,
@@ -192,7 +191,8 @@ class WindowSampler(Sampler):
             slots=empty,
             trace=empty.clone(),
             length=torch.zeros(len(seeds), dtype=torch.int64, device=device),
-            draft=Draft.none(len(seeds), 1, device),
+            width=min(self.num_rows, stream.num_slots),
+            draft=Draft.none(len(seeds), min(self.num_rows, stream.num_slots), device),
         )
 
     def _decide(self, state: WindowState, logits: Tensor) -> None:
@@ -200,28 +200,28 @@ class WindowSampler(Sampler):
         if self.num_rows == 1:
             self._commit_one(state, logits)
             return
-        num_rows = (state.stream.num_slots - state.length).clamp(max=state.width)  # a
-        verdict = self._verify(state, logits, num_rows)
-        count = verdict.num_committed
-        offset = torch.arange(state.width, device=logits.device)
-        place = torch.where(offset < count[:, None], state.length[:, None] + offset, state.stream.num_slots)  # a w
+        prefill = state.num_forwards == 0
+        slots = state.length[:, None] + torch.arange(state.width, device=logits.device)  # a w
+        num_rows = (state.stream.num_slots - state.length).clamp(max=1 if prefill else state.width)  # a
+        verdict = self._verify(state, logits, slots, num_rows)
+        committed = slots < (state.length + verdict.num_committed)[:, None]
+        place = torch.where(committed, slots, state.stream.num_slots)
         state.slots[state.rows[:, None], place] = verdict.tokens
         state.trace[state.rows[:, None], place] = state.num_forwards
-        state.length = state.length + count
-        if state.num_forwards > 0:  # the prefill feeds no code
-            state.backbone.commit(state.session, count)
+        state.length = state.length + verdict.num_committed
+        if not prefill:  # which feeds no code
+            state.backbone.commit(state.session, verdict.num_committed)
         state.num_forwards += 1
         keep = self._look(state)
-        if state.done:
-            return
         if keep is not None:
-            logits, num_rows = logits[:, keep], num_rows[keep]
+            logits, slots, num_rows = logits[:, keep], slots[keep], num_rows[keep]
             verdict = Verdict(*(value[keep] for value in vars(verdict).values()))
-        state.draft = state.drafter.propose(state, logits, verdict, num_rows)
+        if not state.done:
+            state.draft = narrow(state.drafter.propose(state, logits, verdict, slots, num_rows), state.width)
 
-    def _verify(self, state: WindowState, logits: Tensor, num_rows: Tensor) -> Verdict:
+    def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Verdict:
         """Run the acceptance rule on the rows of this iteration."""
-        slots = state.window_slots()
+        slots = slots.clamp(max=state.stream.num_slots - 1)  # rows past the end do not count
         positions = state.stream.code_index[slots]  # a w
         noise = None
         if state.noise is not None and self.rule == "gumbel":
@@ -288,3 +288,9 @@ class WindowSampler(Sampler):
             state.backbone.commit(state.session, 1)
         state.num_forwards += 1
         state.done = now == last
+
+
+def narrow(draft: Draft, width: int) -> Draft:
+    """The first ``width`` proposals."""
+    parts = {name: getattr(draft, name)[:, :width] for name in ("tokens", "kind", "prob", "row")}
+    return replace(draft, **parts)
