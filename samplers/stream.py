@@ -27,7 +27,7 @@ class Stream:
         layout = backbone.layout()
         is_code = layout.forced < 0
         num_slots = int(is_code.nonzero()[-1]) + 1
-        is_code, (grid, row, column) = is_code[:num_slots], layout.slot_grid[:num_slots].unbind(-1)
+        is_code, grid, column = is_code[:num_slots], layout.slot_grid[:num_slots, 0], layout.slot_grid[:num_slots, 2]
         starts = ((grid == grid[-1]) & (column == 0)).nonzero().flatten()
         stride = int(starts[1] - starts[0]) if len(starts) > 1 else num_slots
         all_codes = bool(is_code.all())
