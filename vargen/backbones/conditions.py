@@ -24,10 +24,16 @@ class ClassEmbedding(nn.Module):
         self.has_null = dropout_prob > 0
         self.embedding_table = nn.Embedding(num_classes + int(self.has_null), dim)
 
-    def check(self, condition: Any) -> Tensor:
-        """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them."""
+    def check(self, condition: Any, values: bool = True) -> Tensor:
+        """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them.
+
+        The null label passes. ``values=False`` leaves the range unchecked: looking at it stops a GPU.
+        """
         labels = _ids(condition, "class labels", 1, self.embedding_table.weight.device)
-        _check_range(labels, self.embedding_table.num_embeddings, f"class label must be in 0..{self.num_classes - 1}")
+        if values:
+            null = f" ({self.num_classes} = no class)" if self.has_null else ""
+            rule = f"class label must be in 0..{self.num_classes - 1}{null}"
+            _check_range(labels, self.embedding_table.num_embeddings, rule)
         return labels
 
     def mask(self, condition: Tensor) -> Tensor | None:
@@ -78,7 +84,7 @@ class CaptionEmbedding(nn.Module):
         self.cap_proj = CaptionProjection(caption_dim, dim)
         self.register_buffer("uncond_embedding", torch.randn(num_tokens, caption_dim) / caption_dim**0.5)
 
-    def check(self, condition: Any) -> tuple[Tensor, Tensor]:
+    def check(self, condition: Any, values: bool = True) -> tuple[Tensor, Tensor]:
         """Return (features [B, T, C], mask [B, T] bool), padded features zeroed."""
         if not isinstance(condition, tuple | list) or len(condition) != 2:
             raise ValueError(f"caption condition must be (features, mask), got {type(condition).__name__}")
@@ -120,12 +126,16 @@ class AttributeEmbedding(nn.Module):
         self.embedding_table = nn.Embedding(num_attributes, dim)
         self.slot_embedding = nn.Embedding(num_slots, dim)
 
-    def check(self, condition: Any) -> Tensor:
-        """Return the ids ``[B, num_slots]`` int64 on the module's device, or say what is wrong with them."""
+    def check(self, condition: Any, values: bool = True) -> Tensor:
+        """Return the ids ``[B, num_slots]`` int64 on the module's device, or say what is wrong with them.
+
+        ``values=False`` leaves the range unchecked.
+        """
         ids = _ids(condition, "attribute ids", 2, self.embedding_table.weight.device)
         if ids.shape[1] != self.num_tokens:
             raise ValueError(f"attribute ids must have shape [batch, {self.num_tokens}], got {tuple(ids.shape)}")
-        _check_range(ids, self.num_attributes, f"attribute id must be in 0..{self.num_attributes - 1}")
+        if values:
+            _check_range(ids, self.num_attributes, f"attribute id must be in 0..{self.num_attributes - 1}")
         return ids
 
     def mask(self, condition: Tensor) -> Tensor | None:

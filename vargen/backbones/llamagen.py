@@ -93,6 +93,7 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
         if dim % num_heads or (dim // num_heads) % 4 or num_heads % num_kv_heads:
             got = f"dim={dim}, num_heads={num_heads}, num_kv_heads={num_kv_heads}"
             raise ValueError(f"dim / num_heads must be a multiple of 4 and num_kv_heads divide num_heads, got {got}")
+        constant_rows(0, 4, condition_rope)  # refuse a wrong name now, not at the first forward
         self.grid_size = (int(grid_size[0]), int(grid_size[1]))
         self.cls_embedding = self._condition_embedding(condition_type)
         self.tok_embeddings = nn.Embedding(codebook_size, dim)
@@ -184,7 +185,8 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
         """
         if codes.ndim != 2 or not 0 < codes.shape[1] <= self.num_codes:
             raise ValueError(f"codes must be [batch, 1..{self.num_codes}], got {tuple(codes.shape)}")
-        condition = self._drop_condition(self.cls_embedding.check(condition), len(codes), drop, generator)
+        condition = self.cls_embedding.check(condition, values=False)
+        condition = self._drop_condition(condition, len(codes), drop, generator)
         x = torch.cat([self.cls_embedding(condition), self.embed(codes[:, :-1])], dim=1)
         index = torch.arange(x.shape[1], device=x.device)
         mask = self._training_mask(self.cls_embedding.mask(condition), x.shape[1])
