@@ -139,7 +139,7 @@ class VectorQuantizer(nn.Module):
         if self.training:
             x = F.normalize(flat.float(), dim=-1) if self.l2_norm else flat.float()
             quantized = self.lookup(codes).float()
-            losses = self._losses(x, quantized)
+            losses: tuple[Tensor | None, Tensor | None, Tensor | None] = self._losses(x, quantized)
             self._record(codes)
             rows = (x + (quantized - x).detach()).to(z.dtype)  # straight-through
         else:

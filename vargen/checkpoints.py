@@ -223,8 +223,8 @@ def load_strict(
     if missing or extra:
         if family is not None:
             check_family(state_dict, family)
-        parts = [f"{len(missing)} missing keys: {_shown(missing)}"] if missing else []
-        parts += [f"{len(extra)} unexpected keys: {_shown(extra)}"] if extra else []
+        named = {"missing": missing, "unexpected": extra}
+        parts = [f"{len(n)} {word} key{'s'[: len(n) > 1]}: {_shown(n)}" for word, n in named.items() if n]
         raise CheckpointError(f"checkpoint does not fit {type(module).__name__}; {'; '.join(parts)}")
     wrong = [k for k in expected if expected[k].shape != given[k].shape]
     if wrong:

@@ -9,7 +9,7 @@ from pathlib import Path
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
 from vargen.families import Family, get_family, guess_family, register_family
 from vargen.files import atomic_dir, atomic_write
-from vargen.verify import Manifest, VerifyReport, convert_checkpoint, register_manifest, verify_checkpoint
+from vargen.manifests import Manifest, VerifyReport, convert_checkpoint, register_manifest, verify_checkpoint
 
 __all__ = [
     "CheckpointError",
