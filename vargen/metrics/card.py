@@ -1,0 +1,156 @@
+"""Model cards written from measurements: nothing stands in the table that no report holds."""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vargen.data.atlas import ATLAS_FOLDER
+from vargen.files import atomic_write
+from vargen.hub import resolve_model
+from vargen.metrics.report import attribute_table, metric_table, read_report
+
+TRAINING_RECORD = "training.json"  # written by `vargen train` beside the model, where it does
+
+
+def write_card(
+    model: str | Path, results: str | Path | Sequence[str | Path], *, recipe: str | Path | None = None
+) -> Path:
+    """Write ``README.md`` into a model folder.
+
+    Args:
+        model: shipped name or folder.
+        results: one or several ``report.json`` files (or folders that hold one) of ``vargen eval``. They must name
+            this model.
+        recipe: TOML of the training recipe; default: ``training.json`` or ``recipe.toml`` in the model folder.
+
+    Returns:
+        Path of the card.
+
+    Raises:
+        ValueError: no model folder, no report, a report of another model.
+    """
+    folder = Path(resolve_model(model))
+    if not folder.is_dir():
+        raise ValueError(f"{model} is not a folder on this machine: a card is written beside the weights")
+    files = [results] if isinstance(results, str | Path) else list(results)
+    if not files:
+        raise ValueError(
+            "a card needs at least one report; write one with vargen eval fid or vargen eval reconstruction"
+        )
+    reports = [read_report(file) for file in files]
+    for file, report in zip(files, reports, strict=True):
+        named = report["subject"].get("model", "")
+        if named and Path(named).name != folder.name:
+            raise ValueError(f"{file} measured the model {named!r}, not {folder.name!r}; evaluate this one")
+    text = _card(folder, reports, _recipe(folder, recipe))
+    path = folder / "README.md"
+    with atomic_write(path, overwrite=True) as beside:
+        beside.write_text(text)
+    return path
+
+
+def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
+    source = json.loads((ATLAS_FOLDER / "atlas.json").read_text())["source"]
+    lines = ["---", "library_name: vargen", "license: apache-2.0", "---", "", f"# {folder.name}", ""]
+    lines += [_summary(folder), ""]
+    lines += ["## Components", "", *_components(folder), ""]
+    if any("heroes" in str(r["protocol"].get("reference", "")) for r in reports):
+        lines += ["## Data", "", f"Pixel heroes composed at random from {source['title']} ({source['licence']}).", ""]
+        lines += [source["note"], ""]
+    lines += ["## Licence", "", "The weights: Apache-2.0, as the library.", ""]
+    if recipe:
+        lines += ["## Training", "", *_flat(recipe), ""]
+    lines += ["## Measurements", ""]
+    for report in reports:
+        lines += _measurement(report)
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _summary(folder: Path) -> str:
+    index = folder / "model_index.json"
+    if not index.is_file():
+        return "A model of vargen."
+    names = {k: v[1] for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[1]}
+    backbone, tokenizer = names.get("backbone"), names.get("tokenizer")
+    if not backbone or not tokenizer:
+        return "A pipeline of vargen."
+    return f"{backbone} over codes of {tokenizer}; load it with `ImagePipeline.from_pretrained({folder.name!r})`."
+
+
+def _components(folder: Path) -> list[str]:
+    """List every weights file with its parameters, counted from the file's own header."""
+    from safetensors import safe_open
+
+    lines = ["| file | parameters | dtype | bytes |", "|---|---|---|---|"]
+    for file in sorted(folder.rglob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            slices = [tensors.get_slice(key) for key in tensors.keys()]  # noqa: SIM118 - not a dict
+            count = sum(_product(s.get_shape()) for s in slices)
+            dtypes = sorted({s.get_dtype() for s in slices})
+        lines.append(f"| {file.relative_to(folder)} | {count:,} | {', '.join(dtypes)} | {file.stat().st_size:,} |")
+    return lines if len(lines) > 2 else ["No safetensors file."]
+
+
+def _measurement(report: dict[str, Any]) -> list[str]:
+    titles = {
+        "fid": "Generation",
+        "compare": "Comparison",
+        "reconstruction": "Reconstruction",
+        "likelihood": "Likelihood",
+    }
+    lines = [f"### {titles[report['kind']]}", ""]
+    where = report["environment"]
+    lines += [
+        f"Measured {where['date']} on {where['hardware']}, vargen {where['vargen']}, torch {where['torch']}.",
+        "",
+    ]
+    lines += [f"- {k.replace('_', ' ')}: {v}" for k, v in report["protocol"].items()]
+    sampler = report["subject"].get("sampler") or {}
+    if sampler:
+        settings = {**{k: v for k, v in sampler.items() if k != "name"}, **(report["subject"].get("settings") or {})}
+        lines += [f"- sampler: {sampler['name']}, " + ", ".join(f"{k}={v}" for k, v in settings.items())]
+    decode = report.get("decode") or {}
+    if decode.get("forwards_per_image"):
+        lines += [
+            f"- decoding: {decode['forwards_per_image']:.1f} forward passes an image, "
+            f"{decode['images_per_second']:.2f} images/s, guarantee {decode['guarantee']}"
+        ]
+    lines += ["", *metric_table(report["results"]), ""]
+    if report.get("attributes"):
+        lines += ["Attribute accuracy: " + attribute_table(report["attributes"])[0], ""]
+        lines += [*attribute_table(report["attributes"])[2:], ""]
+    return lines
+
+
+def _recipe(folder: Path, recipe: str | Path | None) -> dict[str, Any]:
+    candidates = [Path(recipe)] if recipe is not None else [folder / TRAINING_RECORD, folder / "recipe.toml"]
+    for path in candidates:
+        if path.is_file():
+            try:
+                return json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+            except ValueError as error:
+                raise ValueError(f"{path} is not a readable recipe: {error}") from error
+    if recipe is not None:
+        raise ValueError(f"no recipe at {recipe}")
+    return {}
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in record.items():
+        if isinstance(value, dict):
+            lines += _flat(value, f"{prefix}{key}.")
+        else:
+            lines.append(f"- {prefix}{key}: {value}")
+    return lines
+
+
+def _product(shape: Sequence[int]) -> int:
+    product = 1
+    for size in shape:
+        product *= size
+    return product

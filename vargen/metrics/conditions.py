@@ -1,0 +1,64 @@
+"""What a model is asked to draw for an evaluation: one prompt or class label an image, balanced and reproducible."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from vargen.metrics.heroes import Heroes, draw_heroes
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Prompts or class labels, one an image, and where they come from; ``heroes`` where their attributes are known."""
+
+    source: str
+    prompts: list[str] | None = None
+    class_labels: list[int] | None = None
+    heroes: Heroes | None = None
+
+    def __len__(self) -> int:
+        return len(self.values())
+
+    def values(self) -> list[Any]:
+        """Return the prompts or the labels."""
+        return list(self.prompts if self.prompts is not None else self.class_labels or [])
+
+    def arguments(self, start: int, stop: int) -> dict[str, Any]:
+        """Return the keyword of a pipeline call for some of the images."""
+        return {"prompt" if self.prompts is not None else "class_labels": self.values()[start:stop]}
+
+    def digest(self) -> str:
+        """Return hex digits that change with any prompt or label."""
+        return hashlib.sha256(json.dumps(self.values()).encode()).hexdigest()[:16]
+
+
+def hero_conditions(num: int, *, held_out: bool = False) -> Conditions:
+    """Return captions of fresh test heroes, drawn with the heroes' own law."""
+    heroes = draw_heroes(num, "prompts", held_out=held_out)
+    kind = "held-out pairs" if held_out else "any pair"
+    return Conditions(f"captions of fresh test heroes ({kind})", prompts=heroes.captions, heroes=heroes)
+
+
+def prompt_file(path: str | Path, num: int) -> Conditions:
+    """Read one prompt a line and repeat the list until there are ``num``: equally often, give or take one."""
+    try:
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read prompts from {path}: {error}") from error
+    prompts = [line for line in lines if line]
+    if not prompts:
+        raise ValueError(f"no prompts in {path}: write one a line")
+    return Conditions(
+        f"{len(prompts)} prompts of a file, in turn", prompts=[prompts[i % len(prompts)] for i in range(num)]
+    )
+
+
+def class_conditions(num_classes: int, num: int) -> Conditions:
+    """Return class labels in turn: equally often, give or take one."""
+    if num_classes < 1:
+        raise ValueError(f"the number of classes must be at least 1, got {num_classes}")
+    return Conditions(f"{num_classes} classes, balanced", class_labels=[i % num_classes for i in range(num)])

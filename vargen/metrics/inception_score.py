@@ -1,0 +1,82 @@
+"""Inception score: exp of the mean KL between p(y|x) and p(y) (Salimans et al., 2016, arXiv:1606.03498)."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchmetrics.image.inception import InceptionScore as _InceptionScore
+
+from vargen.images import Rounding
+from vargen.metrics._base import FeatureListMetric
+from vargen.metrics.networks import FeatureNetwork
+from vargen.metrics.results import InceptionScoreResult, protocol
+
+
+class InceptionScore(FeatureListMetric, _InceptionScore):
+    """torchmetrics' Inception score over any network tapped at its logits, in float64, with splits from a seed."""
+
+    def __init__(
+        self,
+        network: FeatureNetwork,
+        *,
+        splits: int = 10,
+        seed: int = 0,
+        rounding: Rounding = "nearest",
+        **kwargs: Any,
+    ):
+        if not network.tap.startswith("logits") and network.tap != "output":
+            raise ValueError(f"an Inception score needs logits, got the tap {network.tap!r}; ask for tap='logits'")
+        if splits < 1:
+            raise ValueError(f"splits must be at least 1, got {splits}")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            super().__init__(feature=network, splits=splits, **kwargs)
+        self.seed, self.num_features = seed, network.num_features
+        self.replace_lists("features")
+        self.set_rounding(rounding)
+
+    @property
+    def metric_name(self) -> str:
+        """ "IS" for the logits of the Inception network, otherwise "IS-" and the network."""
+        return "IS" if self.inception.name == "inception" else f"IS-{self.inception.label}"
+
+    def update(self, imgs: Tensor) -> None:
+        """Add images: ``[B, 3, H, W]`` uint8, or float in [0, 1]."""
+        self.add_features(self.inception(self.quantise(imgs)))
+
+    def add_features(self, features: Tensor) -> None:
+        """Add ``[B, D]`` logits."""
+        self.features.append(features.detach().to(self.device, torch.float64))
+
+    def compute(self) -> tuple[Tensor, Tensor]:
+        """Return mean and standard deviation over the splits, float64."""
+        logits = self.stacked("features")
+        if len(logits) < self.splits:
+            raise ValueError(f"an Inception score over {self.splits} splits needs that many images, got {len(logits)}")
+        # images sorted by class would put few classes into each split and pull the score down several times
+        order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(self.seed))
+        log_probs = logits[order.to(logits.device)].log_softmax(1)
+        scores = []
+        for split in log_probs.tensor_split(self.splits):
+            marginal = split.exp().mean(0)
+            scores.append((split.exp() * (split - marginal.log())).sum(1).mean().exp())
+        stacked = torch.stack(scores)
+        return stacked.mean(), stacked.std() if self.splits > 1 else stacked.new_tensor(float("nan"))
+
+    def result(self, **fields: Any) -> InceptionScoreResult:
+        """Return the score with its protocol."""
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            count = len(self.stacked("features"))
+        mean, std = self.compute()
+        return InceptionScoreResult(
+            metric=self.metric_name,
+            value=float(mean),
+            std=float(std),
+            splits=self.splits,
+            seed=self.seed,
+            **protocol(self.inception, self.rounding_used, 0, count),
+            **fields,
+        )

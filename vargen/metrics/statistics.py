@@ -1,0 +1,78 @@
+"""Gaussian statistics of features: sums in float64, so that shards and images need not be kept.
+
+Letters: N samples, D features.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vargen.files import atomic_write
+from vargen.metrics._files import open_npz
+
+
+@dataclass(frozen=True)
+class GaussianStatistics:
+    """Count, sum ``[D]`` and sum of outer products ``[D, D]`` of features, float64 on the CPU."""
+
+    count: int
+    total: Tensor
+    outer: Tensor
+
+    @classmethod
+    def from_features(cls, features: Tensor) -> GaussianStatistics:
+        """Sum ``[N, D]`` features."""
+        x = features.detach().to("cpu", torch.float64)
+        return cls(len(x), x.sum(0), x.T @ x)
+
+    @classmethod
+    def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> GaussianStatistics:
+        """Rebuild the sums from a mean and an unbiased covariance (the ``mu`` and ``sigma`` of published files)."""
+        mean, covariance = mean.double(), covariance.double()
+        return cls(count, mean * count, covariance * (count - 1) + count * torch.outer(mean, mean))
+
+    def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
+        return GaussianStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
+
+    @property
+    def num_features(self) -> int:
+        """D."""
+        return len(self.total)
+
+    @property
+    def mean(self) -> Tensor:
+        """Mean ``[D]``."""
+        return self.total / max(self.count, 1)
+
+    @property
+    def covariance(self) -> Tensor:
+        """Unbiased covariance ``[D, D]``; needs two samples."""
+        if self.count < 2:
+            raise ValueError(f"a covariance needs at least 2 images, got {self.count}; add images")
+        mean = self.mean
+        return (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+
+    def save(self, path: str | Path) -> None:
+        """Write ``mu``, ``sigma`` and ``num_samples`` as npz, the layout of published reference statistics."""
+        with atomic_write(path, overwrite=True) as beside, open(beside, "wb") as stream:
+            np.savez(stream, mu=self.mean.numpy(), sigma=self.covariance.numpy(), num_samples=np.int64(self.count))
+
+    @classmethod
+    def load(cls, path: str | Path, count: int | None = None) -> GaussianStatistics:
+        """Read npz with ``mu`` and ``sigma``; ``count`` where the file does not say how many samples it holds."""
+        with open_npz(path) as file:
+            if "mu" not in file or "sigma" not in file:
+                raise ValueError(f"{path} holds {sorted(file)[:4]}, expected mu and sigma")
+            mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
+            stored = int(file["num_samples"]) if "num_samples" in file else count
+        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+            raise ValueError(
+                f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not belong together"
+            )
+        # 50,000 is what published files hold; the count enters only the bookkeeping of merges
+        return cls.from_moments(mean, covariance, stored or 50_000)
