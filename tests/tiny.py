@@ -1,0 +1,53 @@
+"""Tiny pipelines of real components: 8x8 pixels, 4x4 codes of 64, random weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from vargen.backbones.llamagen import LlamaGenTransformer
+from vargen.pipelines.image import ImagePipeline
+from vargen.samplers.next_token import NextTokenSampler
+from vargen.tokenizers.vq import VQTokenizer
+
+CODEBOOK_SIZE, GRID, NUM_CLASSES = 64, (4, 4), 10
+
+
+def tiny_tokenizer(codebook_size: int = CODEBOOK_SIZE) -> VQTokenizer:
+    torch.manual_seed(0)
+    tokenizer = VQTokenizer(
+        base_channels=8,
+        channel_multipliers=[1, 2],
+        num_res_blocks=1,
+        z_channels=8,
+        codebook_size=codebook_size,
+        codebook_dim=12,
+        l2_norm=False,
+        norm_num_groups=4,
+        attention=False,
+        encoder_type="patch",
+    )
+    torch.nn.init.uniform_(tokenizer.quantize.embedding.weight, -1, 1)
+    return tokenizer.eval()
+
+
+def tiny_backbone(**config: Any) -> LlamaGenTransformer:
+    torch.manual_seed(1)
+    defaults: dict[str, Any] = {
+        "num_classes": NUM_CLASSES,
+        "condition_rope": "identity",
+        "codebook_size": CODEBOOK_SIZE,
+    }
+    backbone = LlamaGenTransformer(dim=32, num_layers=2, num_heads=2, grid_size=GRID, **{**defaults, **config})
+    torch.nn.init.normal_(backbone.output.weight, std=0.5)  # it starts at zero: every law would be flat
+    return backbone.eval()
+
+
+def tiny_pipeline(**components: Any) -> ImagePipeline:
+    """A class-conditional pipeline without a progress bar."""
+    defaults = {"tokenizer": tiny_tokenizer, "backbone": tiny_backbone, "sampler": NextTokenSampler}
+    made = {name: components[name] if name in components else make() for name, make in defaults.items()}
+    pipe = ImagePipeline(**{**components, **made})
+    pipe.set_progress_bar_config(disable=True)
+    return pipe

@@ -1,0 +1,67 @@
+"""`vargen convert`: an official checkpoint into a folder for `from_pretrained`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vargen.cli import _common
+
+
+@_common.one_line_errors
+def convert(
+    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file in the official layout.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Tokenizer checkpoint: writes a whole pipeline instead of one model.")
+    ] = None,
+    key: Annotated[str | None, typer.Option(help="Entry of a training container, such as ema.")] = None,
+    num_heads: Annotated[int | None, typer.Option(help="Attention heads, where shapes cannot tell.")] = None,
+    grid_size: Annotated[str | None, typer.Option(help="Codes, rows x columns, such as 16x16.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another setting of the model; repeatable.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+) -> None:
+    """Convert an official checkpoint into a folder for from_pretrained. Never runs code from the file.
+
+    \b
+    Examples:
+      vargen convert vq_ds16_c2i.pt vq16
+      vargen convert c2i_B_256.pt llamagen-b --tokenizer vq_ds16_c2i.pt --grid-size 16
+      vargen generate -m llamagen-b --class-label 207 -g 4 --top-k 2000
+    """
+    config = _common.read_settings(settings or [])
+    if num_heads is not None:
+        config["num_heads"] = num_heads
+    if grid_size is not None:
+        config["grid_size"] = _common.read_size(grid_size, "--grid-size")
+    _common.check_output(folder, overwrite=overwrite, folder=True)
+    if tokenizer is None:
+        from vargen.hub import convert_checkpoint
+
+        convert_checkpoint(checkpoint, folder, key=key, overwrite=overwrite, **config)
+    else:
+        _convert_pipeline(checkpoint, tokenizer, folder, key, overwrite, config)
+    typer.echo(f"written to {folder}")
+
+
+def _convert_pipeline(
+    checkpoint: Path, tokenizer: Path, folder: Path, key: str | None, overwrite: bool, config: dict[str, Any]
+) -> None:
+    import vargen
+    from vargen.hub import atomic_dir, guess_family, load_original
+
+    state_dict = load_original(checkpoint, key=key)
+    family = guess_family(state_dict)
+    if family is None or not family.loader.endswith("Transformer") or family.loader not in vargen.__all__:
+        found = f"looks like a {family.title}" if family else "is of no known family"
+        raise ValueError(f"{checkpoint} {found}; a pipeline needs a transformer that vargen loads")
+    backbone = getattr(vargen, family.loader).from_original(state_dict, **config)
+    pipe = vargen.ImagePipeline(
+        tokenizer=vargen.VQTokenizer.from_original(tokenizer), backbone=backbone, sampler=vargen.NextTokenSampler()
+    )
+    with atomic_dir(folder, overwrite=overwrite) as beside:
+        pipe.save_pretrained(beside)

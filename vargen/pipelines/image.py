@@ -1,0 +1,313 @@
+"""Prompts or class labels to images: one diffusers pipeline for every tokenizer, backbone and sampler.
+
+Letters: P prompts, B = P * num_images_per_prompt images, prompt-major, N code positions, h w code grid, H W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from vargen.hub import resolve_model
+from vargen.images import to_pil
+from vargen.outputs import DecodeStats, ImagePipelineOutput, SamplerOutput
+from vargen.pipelines import inputs
+from vargen.pipelines.components import dtype_argument, index_entry, read_index, register_library
+from vargen.random import image_seeds
+
+register_library()
+
+UNDRAWN = 0.0  # grey, in [-1, 1]: pixels of codes that an interrupted call did not draw
+_POLL_EVERY = 16  # steps between two looks at the progress on a GPU, where each look waits for it
+
+
+class ImagePipeline(DiffusionPipeline):
+    """Generate images.
+
+    Components swap like schedulers do in diffusers, for example
+    ``pipe.sampler = SpeculativeJacobiSampler.from_config(pipe.sampler.config, window=16)``.
+
+    Args:
+        tokenizer: turns codes into pixels.
+        backbone: scores codes; its codebook must have the tokenizer's size.
+        sampler: draws codes from the backbone; a small frozen object that holds settings.
+        conditioner: turns prompts or class names into what the backbone reads; without one, class labels are ids.
+        drafter: a small backbone, for samplers that draft with one.
+
+    Raises:
+        ValueError: tokenizer and backbone have different codebook sizes.
+
+    Example:
+        >>> from vargen import ImagePipeline  # doctest: +SKIP
+        >>> pipe = ImagePipeline.from_pretrained("heroes32-llamagen")  # doctest: +SKIP
+        >>> pipe("deep elf with a red cloak", num_images_per_prompt=4, seed=7).images[0]  # doctest: +SKIP
+    """
+
+    model_cpu_offload_seq = "conditioner->drafter->backbone->tokenizer"
+    _optional_components = ["conditioner", "drafter"]  # noqa: RUF012 - diffusers reads a list
+    _callback_tensor_inputs = ("codes", "num_committed")
+
+    def __init__(
+        self, tokenizer: Any, backbone: Any, sampler: Any, conditioner: Any = None, drafter: Any = None
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            tokenizer=tokenizer, backbone=backbone, sampler=sampler, conditioner=conditioner, drafter=drafter
+        )
+        self._interrupt = False
+        self._check_components()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in self._optional_components and name in self.config:
+            # diffusers forgets the class of a component that was left out at first; saving would then drop it
+            self.register_to_config(**{name: index_entry(value)})
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | PathLike[str], **kwargs: Any) -> Self:
+        """Load a pipeline.
+
+        Args:
+            pretrained_model_name_or_path: name of a shipped model (``vargen models`` lists them), a folder, or the id
+                of a repository on the Hugging Face Hub.
+            kwargs: those of ``DiffusionPipeline.from_pretrained``; components given by name replace the stored ones.
+                ``dtype`` (default float32, whatever the files hold) works with every version of diffusers.
+
+        Raises:
+            ValueError: unknown name (the nearest are shown), incomplete folder, unknown component class.
+        """
+        found = resolve_model(pretrained_model_name_or_path)
+        if Path(found).is_dir():
+            read_index(Path(found))
+        return super().from_pretrained(str(found), **dtype_argument(kwargs))
+
+    @property
+    def interrupt(self) -> bool:
+        """Set it to ``True`` (``pipe._interrupt = True``, from a callback) to stop after the current step."""
+        return self._interrupt
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] | None = None,
+        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        num_images_per_prompt: int = 1,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | list[int] | None = None,
+        generator: torch.Generator | list[torch.Generator] | None = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Callable[..., Any] | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
+        batch_size: int | None = None,
+        **sampler_overrides: Any,
+    ) -> ImagePipelineOutput | tuple[Any, ...]:
+        """Generate ``num_images_per_prompt`` images for every prompt or class label, prompt-major.
+
+        Args:
+            prompt: one text or several; give either prompts or class labels.
+            class_labels: ids, or names where the conditioner knows names.
+            num_images_per_prompt: images of each prompt.
+            guidance_scale: ``u + guidance_scale * (c - u)``, 1 is off; ``None`` keeps the sampler's own, as below.
+            temperature: divides the logits; 0 is greedy.
+            top_k: keep so many codes; 0 is off.
+            top_p: keep so much probability, in (0, 1]; 1 is off.
+            seed: image i uses ``seed + i``; a list holds one seed an image. ``None`` draws one from torch's global
+                generator; the output tells which.
+            generator: gives one 64-bit seed an image (a list: one generator an image); not together with ``seed``.
+            output_type: ``"pil"``, ``"pt"`` ([B, 3, H, W] in [0, 1]), ``"np"`` ([B, H, W, 3] in [0, 1]) or ``"codes"``.
+            return_dict: ``False`` returns the tuple ``(images, codes, seeds, stats)``.
+            callback_on_step_end: called after every forward pass as ``callback(pipe, step, num_forwards, tensors)``.
+                ``tensors`` is a dictionary; it can be looked at, not changed.
+            callback_on_step_end_tensor_inputs: what ``tensors`` holds: ``"codes"`` ([b, N] of the images in work, -1
+                where not drawn), ``"num_committed"`` ([b]).
+            batch_size: images decoded at a time; less memory, the same images.
+            sampler_overrides: other settings of the sampler for this call, such as ``window=16``.
+
+        Returns:
+            Images, codes ([B, N] int64), the seed of every image and the statistics of the decode.
+
+        Raises:
+            ValueError: an argument out of range, before any work; see each one.
+        """
+        # 1. Check everything
+        inputs.check_options(
+            output_type,
+            num_images_per_prompt,
+            batch_size,
+            callback_on_step_end,
+            callback_on_step_end_tensor_inputs,
+            self._callback_tensor_inputs,
+        )
+        self._check_components()
+        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        changes = {name: value for name, value in given.items() if value is not None} | sampler_overrides
+        sampler = self.sampler.replace(**changes) if changes else self.sampler
+        sampler.check_backbone(self.backbone)
+
+        # 2. Conditions and seeds, one row an image
+        condition = inputs.repeat_condition(self.encode_condition(prompt, class_labels), num_images_per_prompt)
+        seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
+
+        # 3. Draw codes, 4. decode them
+        watch = _Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
+        with inputs.evaluating(self._modules()):
+            drawn = self._draw(sampler, condition, seeds, batch_size or len(seeds), watch)
+            images = None if output_type == "codes" else self._to_images(drawn.codes, output_type, batch_size)
+        output = ImagePipelineOutput(images=images, codes=drawn.codes, seeds=seeds, stats=drawn.stats)
+        return output if return_dict else (images, drawn.codes, seeds, drawn.stats)
+
+    def encode_condition(self, prompt: Any = None, class_labels: Any = None) -> Any:
+        """Turn prompts or class labels into the condition of the backbone, one row a prompt, on its device.
+
+        Raises:
+            ValueError: neither or both given, empty prompt, unknown words, labels out of range.
+        """
+        if (prompt is None) == (class_labels is None):
+            got = "neither" if prompt is None else "both"
+            raise ValueError(f"give either prompt or class_labels, got {got}")
+        prompts = None if prompt is None else inputs.read_prompts(prompt)
+        labels = None if class_labels is None else inputs.read_class_labels(class_labels)
+        if self.conditioner is not None:
+            condition = self.conditioner.encode(prompts=prompts, class_labels=labels)
+        elif labels is None:
+            raise ValueError("this pipeline has no conditioner and so reads no prompts; give class_labels")
+        else:
+            condition = inputs.class_ids(labels, getattr(self.backbone.config, "num_classes", None))
+        return inputs.move_condition(condition, self.backbone.device)
+
+    @torch.no_grad()
+    def decode_codes(self, codes: Tensor) -> Tensor:
+        """Turn codes ``[B, N]``, -1 where not drawn, into images ``[B, 3, H, W]`` around [-1, 1], grey where not drawn.
+
+        Useful inside a callback to watch an image grow.
+        """
+        grid = codes.unflatten(1, tuple(self.backbone.grid_size))
+        images = self.tokenizer.decode(grid.clamp(min=0))
+        if bool((grid < 0).any()):
+            side = self.tokenizer.downsample
+            missing = (grid < 0).repeat_interleave(side, dim=1).repeat_interleave(side, dim=2)
+            images = images.masked_fill(missing[:, None], UNDRAWN)
+        return images
+
+    def _draw(self, sampler: Any, condition: Any, seeds: list[int], batch_size: int, watch: _Watch) -> SamplerOutput:
+        parts: list[SamplerOutput] = []
+        self._interrupt = False
+        watch.open(len(seeds))
+        try:
+            for start in range(0, len(seeds), batch_size):
+                rows = slice(start, start + batch_size)
+                parts.append(self._draw_rows(sampler, inputs.take_condition(condition, rows), seeds[rows], watch))
+        finally:
+            watch.close()
+        codes = torch.cat([part.codes for part in parts])
+        return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]))
+
+    def _draw_rows(self, sampler: Any, condition: Any, seeds: list[int], watch: _Watch) -> SamplerOutput:
+        if self._interrupt:
+            return self._undrawn(seeds)
+        try:
+            return sampler.sample(
+                self.backbone,
+                condition,
+                seeds=seeds,
+                tokenizer=self.tokenizer,
+                drafter=self.drafter,
+                callback=watch if watch.wanted else None,
+            )
+        except _InterruptedError as stop:
+            note = f"interrupted after {stop.state.num_forwards} forward passes"
+            stats = DecodeStats(num_forwards=stop.state.num_forwards, guarantee=sampler.guarantee, notes=[note])
+            return SamplerOutput(stop.state.codes.clone(), seeds, stats)
+        except torch.OutOfMemoryError:
+            raise torch.OutOfMemoryError(
+                f"out of GPU memory while drawing {len(seeds)} images at a time; lower batch_size below {len(seeds)}, "
+                "or use pipe.to(torch.bfloat16)"
+            ) from None
+
+    def _undrawn(self, seeds: list[int]) -> SamplerOutput:
+        codes = torch.full((len(seeds), self.backbone.num_codes), -1, device=self.backbone.device)
+        return SamplerOutput(codes, seeds, DecodeStats(notes=["interrupted before some images were begun"]))
+
+    def _to_images(self, codes: Tensor, output_type: str, batch_size: int | None) -> Any:
+        images = torch.cat([self.decode_codes(part) for part in codes.split(batch_size or len(codes))])
+        if output_type == "pil":
+            return to_pil(images)
+        pixels = (images.float() / 2 + 0.5).clamp(0, 1).cpu()
+        return pixels if output_type == "pt" else pixels.permute(0, 2, 3, 1).numpy()
+
+    def _modules(self) -> list[nn.Module]:
+        return [component for component in self.components.values() if isinstance(component, nn.Module)]
+
+    def _check_components(self) -> None:
+        sizes = {
+            name: getattr(getattr(self, name), "codebook_size", None) for name in ("tokenizer", "backbone", "drafter")
+        }
+        for name in ("tokenizer", "drafter"):
+            if None not in (sizes[name], sizes["backbone"]) and sizes[name] != sizes["backbone"]:
+                raise ValueError(
+                    f"{name} and backbone must have the same codebook size, got {sizes[name]} and {sizes['backbone']}; "
+                    "take both from one model"
+                )
+        inputs.check_dtype({name: value for name, value in self.components.items() if isinstance(value, nn.Module)})
+
+
+class _InterruptedError(Exception):
+    """Carries the last state out of a sampler's loop."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__("interrupted")
+        self.state = state
+
+
+@dataclass
+class _Watch:
+    """Progress bar, user callback and interruption: what the pipeline does after every forward pass."""
+
+    pipe: ImagePipeline
+    callback: Callable[..., Any] | None
+    tensors: tuple[str, ...]
+    bar: Any = field(default=None, init=False)
+    step: int = field(default=0, init=False)
+    shown: int = field(default=0, init=False)  # codes of the images in work that the bar has counted
+
+    @property
+    def wanted(self) -> bool:
+        """Whether there is anything to do after a step."""
+        return self.callback is not None or not self.bar.disable
+
+    def open(self, num_images: int) -> None:
+        """Start the bar; it counts codes."""
+        self.bar = self.pipe.progress_bar(total=num_images * self.pipe.backbone.num_codes)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        self.bar.close()
+
+    def __call__(self, step: int, state: Any) -> None:
+        if step == 0:
+            self.shown = 0  # a new chunk of images
+        if not self.bar.disable and (state.done or self.step % self._poll_every(state) == 0):
+            committed = int(state.num_committed.sum())
+            self.bar.update(committed - self.shown)
+            self.shown = committed
+        if self.callback is not None:
+            found = {name: getattr(state, name) for name in self.tensors}
+            self.callback(self.pipe, self.step, state.num_forwards, found)
+        self.step += 1
+        if self.pipe.interrupt and not state.done:
+            raise _InterruptedError(state)
+
+    @staticmethod
+    def _poll_every(state: Any) -> int:
+        return 1 if state.num_committed.device.type == "cpu" else _POLL_EVERY

@@ -1,0 +1,118 @@
+"""What there is to choose from: shipped models, samplers and their short names, and which sampler fits which backbone.
+
+Sampler names are derived from the public names in ``vargen._names``; nothing is registered twice. Importing this module
+is cheap: no torch.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import vargen
+
+MODELS_FOLDER = Path(vargen.__file__).parent / "assets" / "models"
+INDEX_FILE = "model_index.json"
+CARD_FILE = "README.md"
+
+
+@dataclass(frozen=True)
+class ShippedModel:
+    """A pipeline folder that comes with the package."""
+
+    name: str
+    folder: Path
+    components: dict[str, str]  # component name -> class name, in the order of the index
+    summary: str  # first line of prose of the card; empty without one
+
+    @property
+    def num_bytes(self) -> int:
+        """Size on disk."""
+        return sum(path.stat().st_size for path in self.folder.rglob("*") if path.is_file())
+
+
+def shipped_models() -> list[ShippedModel]:
+    """All shipped models, by name. A folder without an index (one that is being written) is not a model yet."""
+    if not MODELS_FOLDER.is_dir():
+        return []
+    return [_read_model(path.parent) for path in sorted(MODELS_FOLDER.glob(f"*/{INDEX_FILE}"))]
+
+
+def _read_model(folder: Path) -> ShippedModel:
+    index = json.loads((folder / INDEX_FILE).read_text())
+    components = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
+    return ShippedModel(folder.name, folder, components, _summary(folder / CARD_FILE))
+
+
+def _summary(card: Path) -> str:
+    if not card.is_file():
+        return ""
+    text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(), flags=re.DOTALL)  # the card's YAML header
+    prose = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "|", "!", "<"))]
+    return prose[0] if prose else ""
+
+
+def sampler_names() -> dict[str, str]:
+    """Short name -> public class name of every sampler: ``{"next-token": "NextTokenSampler", "jacobi": ...}``.
+
+    Example:
+        >>> sampler_names()["next-token"]
+        'NextTokenSampler'
+    """
+    classes = [name for name in vargen._names if name.endswith("Sampler") and name != "Sampler"]
+    return {_short(name): name for name in classes}
+
+
+def _short(class_name: str) -> str:
+    # "SpeculativeJacobiSampler" -> "jacobi": a word in front of the method's own name says nothing more
+    stem = class_name.removesuffix("Sampler").removeprefix("Speculative")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", stem).lower()
+
+
+def sampler_class(name: str) -> Any:
+    """Return the sampler class called ``name``, short or in full.
+
+    Raises:
+        ValueError: unknown name; the nearest are shown.
+    """
+    names = sampler_names()
+    wanted = names.get(name.lower().replace("_", "-"), name)
+    if wanted not in names.values():
+        raise ValueError(f"unknown sampler {name!r}; {nearest(name, list(names))}")
+    return getattr(vargen, wanted)
+
+
+def nearest(name: str, known: list[str]) -> str:
+    """Name the nearest known names, for an error message."""
+    near = difflib.get_close_matches(name.lower(), known, n=2, cutoff=0.5)
+    listed = f"known: {', '.join(known)}"
+    return f"did you mean {' or '.join(near)}? {listed}" if near else listed
+
+
+def fitting_samplers(backbone: Any) -> list[str]:
+    """Short names of the samplers that a backbone, or its class, offers enough for."""
+    return [name for name in sampler_names() if _fits(sampler_class(name), backbone)]
+
+
+def _fits(sampler: Any, backbone: Any) -> bool:
+    offered = frozenset(getattr(backbone, "features", ()))
+    return bool(sampler.required_features) and sampler.required_features <= offered
+
+
+def swap_sampler(sampler: Any, name: str, backbone: Any) -> Any:
+    """Return the sampler called ``name`` with the settings it shares with ``sampler``.
+
+    Raises:
+        ValueError: unknown name, or a sampler that does not fit the backbone; fitting ones are shown.
+    """
+    chosen = sampler_class(name)
+    if isinstance(sampler, chosen):
+        return sampler
+    if not _fits(chosen, backbone):
+        fitting = ", ".join(fitting_samplers(backbone)) or "none"
+        raise ValueError(f"sampler {name!r} does not fit {type(backbone).__name__}; samplers that fit: {fitting}")
+    return chosen.from_config(sampler.config)
