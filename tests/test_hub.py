@@ -217,6 +217,12 @@ def test_families_are_told_apart(keys: Any, family: str) -> None:
     assert found.name == family
 
 
+def test_every_family_is_listed_once() -> None:
+    names = [family.name for family in hub.known_families()]
+    assert len(names) == len(set(names))
+    assert all(get_family(name).name == name for name in names)
+
+
 def test_unknown_keys_belong_to_no_family() -> None:
     assert guess_family(["fc.weight"]) is None
     check_family({"fc.weight": 0}, "var")  # cannot tell, so strict loading decides

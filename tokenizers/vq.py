@@ -145,8 +145,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     def from_original(cls, checkpoint: str | Path | Mapping[str, Tensor], **config: Any) -> VQTokenizer:
         """Load an official LlamaGen tokenizer or a taming VQGAN.
 
-        Sizes are read from the shapes. ``num_res_blocks`` and every width too; what shapes cannot tell keeps the value
-        of the family: LlamaGen has ``l2_norm=True``, taming ``l2_norm=False, legacy_beta=True``, both 32 norm groups.
+        Every size is read from the shapes. What they cannot tell keeps the value of the family: LlamaGen has
+        ``l2_norm=True``, taming ``l2_norm=False, legacy_beta=True``, both 32 norm groups.
 
         Args:
             checkpoint: file (``.pt``, ``.ckpt``, ``.safetensors``) or state dict; training containers are unwrapped.

@@ -84,6 +84,11 @@ def register_family(family: Family) -> None:
     _families.insert(0, family)
 
 
+def known_families() -> list[Family]:
+    """All families, the more specific ones first."""
+    return list(_families)
+
+
 def get_family(name: str) -> Family:
     """Return the family called ``name``.
 

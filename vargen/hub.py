@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
-from vargen.families import Family, get_family, guess_family, register_family
+from vargen.families import Family, get_family, guess_family, known_families, register_family
 from vargen.files import atomic_dir, atomic_write
 from vargen.manifests import Manifest, VerifyReport, convert_checkpoint, register_manifest, verify_checkpoint
 
@@ -22,6 +22,7 @@ __all__ = [
     "convert_checkpoint",
     "get_family",
     "guess_family",
+    "known_families",
     "load_original",
     "load_strict",
     "register_family",
