@@ -1,0 +1,261 @@
+"""Training recipes: TOML files read into frozen dataclasses.
+
+A recipe says everything that decides the weights. Unknown keys are refused, so that a misspelt setting cannot pass for a
+default.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+RECIPES_FOLDER = Path(__file__).parent / "recipes"
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """Where examples come from."""
+
+    name: str = "heroes"
+    batch_size: int = 32  # images a step over all processes
+    attribute_dropout: float = 0.0  # share of examples that forget single attributes, each at a rate of its own
+    null_dropout: float = 0.0  # share of examples that forget all of them: the unconditional branch of guidance
+    num_eval_images: int = 256  # fresh heroes of the test split, any pair of parts
+
+    def __post_init__(self) -> None:
+        _positive(self, "batch_size", "num_eval_images")
+        _share(self, "attribute_dropout", "null_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """How weights move."""
+
+    name: str = "adamw"  # or "muon": Muon for matrices inside the blocks, AdamW for the rest
+    lr: float = 1e-3
+    muon_lr: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.95)
+    weight_decay: float = 0.0
+    max_grad_norm: float = 1.0  # 0 = no clipping
+
+    def __post_init__(self) -> None:
+        if self.name not in ("adamw", "muon"):
+            raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {self.name!r}")
+        _positive(self, "lr", "muon_lr")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {self.betas}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleConfig:
+    """Warm-up, a constant stretch, linear decay to zero: the end can be moved until the decay has begun."""
+
+    num_steps: int = 10_000
+    warmup_steps: int = 100
+    decay_steps: int = 2_000
+
+    def __post_init__(self) -> None:
+        _positive(self, "num_steps")
+        for name in ("warmup_steps", "decay_steps"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"schedule.{name} must be >= 0, got {getattr(self, name)}")
+
+    def factor(self, step: int) -> float:
+        """Multiplier of the learning rate at ``step``, counted from 0."""
+        warmup = min(1.0, (step + 1) / (self.warmup_steps + 1))
+        decay = min(1.0, (self.num_steps - step) / (self.decay_steps + 1))
+        return min(warmup, decay)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training runs; periods in steps, 0 = never."""
+
+    log_every: int = 20
+    eval_every: int = 500
+    sample_every: int = 1000
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+
+    def __post_init__(self) -> None:
+        _positive(self, "log_every", "keep_checkpoints")
+        for name in ("eval_every", "sample_every", "checkpoint_every"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"log.{name} must be >= 0, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """One training run.
+
+    ``model`` are the constructor arguments of the task's model and ``options`` the settings of the task itself; both are
+    checked by the task.
+    """
+
+    name: str
+    task: str  # a key of vargen.training.tasks.TASKS
+    seed: int = 0
+    mixed_precision: str = "no"  # "no", "fp16", "bf16": as accelerate names them
+    compile: bool = False  # torch.compile the training forward
+    ema_decay: float = 0.999
+    model: Mapping[str, Any] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+    data: DataConfig = field(default_factory=DataConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def __post_init__(self) -> None:
+        if self.mixed_precision not in ("no", "fp16", "bf16"):
+            raise ValueError(f"mixed_precision must be 'no', 'fp16' or 'bf16', got {self.mixed_precision!r}")
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.seed < 2**31:
+            raise ValueError(f"seed must lie in [0, 2^31), got {self.seed}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain dictionaries, as ``parse_recipe`` reads them."""
+        return asdict(self)
+
+
+_SECTIONS = {"data": DataConfig, "optimizer": OptimizerConfig, "schedule": ScheduleConfig, "log": LogConfig}
+
+
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe.
+
+    Args:
+        recipe: TOML file, or the name of a shipped recipe such as ``"heroes32-llamagen"``.
+        overrides: ``"section.key=value"`` strings, values in TOML syntax (bare words are taken as strings).
+
+    Raises:
+        ValueError: no such recipe, not TOML, unknown or unusable keys.
+    """
+    path = _find(recipe)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"cannot read the recipe {path}: {error}") from None
+    for override in overrides:
+        _override(table, override)
+    return parse_recipe(table)
+
+
+def parse_recipe(table: Mapping[str, Any]) -> Recipe:
+    """Build a recipe from plain dictionaries; the inverse of ``Recipe.to_dict``."""
+    for required in ("name", "task"):
+        if required not in table:
+            raise ValueError(f"the recipe lacks {required!r}")
+    values = dict(table)
+    for section, kind in _SECTIONS.items():
+        if section in values:
+            values[section] = build(kind, values[section], section)
+    return build(Recipe, values, "")
+
+
+def build(kind: type[Any], values: Any, section: str) -> Any:
+    """Make a dataclass from a table; unknown keys and wrong types are refused by name.
+
+    Args:
+        kind: dataclass.
+        values: mapping of field names to values.
+        section: prefix of the keys in error texts.
+
+    Raises:
+        ValueError: not a table, unknown key, wrong type.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"[{section}] must be a table of keys, got {values!r}")
+    hints = get_type_hints(kind)
+    check_keys(values, [f.name for f in fields(kind)], section)
+    return kind(**{key: _convert(value, hints[key], _join(section, key)) for key, value in values.items()})
+
+
+def check_keys(values: Mapping[str, Any], allowed: Sequence[str], section: str) -> None:
+    """Refuse keys outside ``allowed`` and name the nearest."""
+    for key in values:
+        if key not in allowed:
+            near = difflib.get_close_matches(key, allowed, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
+            raise ValueError(f"unknown key {_join(section, key)!r} in the recipe; {hint}")
+
+
+def same_weights(a: Recipe, b: Recipe) -> str | None:
+    """Name the first setting in which two recipes differ and that a resumed run may not change; None if there is none."""
+    free = {"schedule": ScheduleConfig(), "log": LogConfig(), "compile": False}
+    left, right = replace(a, **free).to_dict(), replace(b, **free).to_dict()  # type: ignore[arg-type]
+    flat_left, flat_right = dict(_flatten(left)), dict(_flatten(right))
+    for key in sorted(flat_left.keys() | flat_right.keys()):
+        if json.dumps(flat_left.get(key)) != json.dumps(flat_right.get(key)):
+            return key
+    return None
+
+
+def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    items: list[tuple[str, Any]] = []
+    for key, value in table.items():
+        name = _join(prefix, key)
+        items += _flatten(value, name) if isinstance(value, Mapping) else [(name, value)]
+    return items
+
+
+def _find(recipe: str | Path) -> Path:
+    path = Path(recipe)
+    if path.suffix == ".toml" or path.is_file():
+        if not path.is_file():
+            raise ValueError(f"recipe file {path} does not exist")
+        return path
+    shipped = {p.stem: p for p in sorted(RECIPES_FOLDER.glob("*.toml"))}
+    if str(recipe) not in shipped:
+        raise ValueError(f"no recipe {str(recipe)!r}; give a .toml file or one of {', '.join(shipped)}")
+    return shipped[str(recipe)]
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    names = key.strip().split(".")
+    if not sign or not all(names):
+        raise ValueError(f"an override must look like section.key=value, got {override!r}")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = text.strip()
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ValueError(f"{name!r} in the override {override!r} is a value, not a section")
+    table[names[-1]] = value
+
+
+def _convert(value: Any, hint: Any, key: str) -> Any:
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if hint in (int, float, str, bool):
+        if type(value) is not hint:
+            raise ValueError(f"{key} must be {hint.__name__}, got {value!r}")
+    elif isinstance(value, list) and str(hint).startswith("tuple"):
+        return tuple(value)
+    elif str(hint).startswith("collections.abc.Mapping") and not isinstance(value, Mapping):
+        raise ValueError(f"[{key}] must be a table of keys, got {value!r}")
+    return value
+
+
+def _join(section: str, key: str) -> str:
+    return f"{section}.{key}" if section else key
+
+
+def _positive(config: Any, *names: str) -> None:
+    for name in names:
+        if not getattr(config, name) > 0:
+            raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")
+
+
+def _share(config: Any, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")

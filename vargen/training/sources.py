@@ -1,0 +1,76 @@
+"""Find the frozen models that a training run stands on: a run folder, a saved model, or a shipped model's name."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from pathlib import Path
+from typing import Any
+
+from vargen.tokenizers.vq import VQTokenizer
+from vargen.training.checkpoints import checkpoint_folders, load_weights
+from vargen.training.recipe import Recipe, parse_recipe
+
+RECIPE_FILE = "recipe.json"
+
+
+def load_tokenizer(source: str | Path) -> VQTokenizer:
+    """Load a frozen VQ tokenizer in evaluation mode.
+
+    Args:
+        source: folder of a training run (its newest averaged weights are taken), of a saved tokenizer, of a pipeline that
+            holds one, or the name of a shipped model.
+
+    Raises:
+        ValueError: nothing of the kind is there.
+    """
+    folder = Path(source)
+    if (folder / RECIPE_FILE).is_file():
+        recipe, weights = read_run(folder)
+        if recipe.task != "vq":
+            raise ValueError(f"{folder} is a run of task {recipe.task!r}, a tokenizer needs a run of task 'vq'")
+        model = VQTokenizer(**recipe.model)
+        model.load_state_dict(weights)
+    else:
+        model = VQTokenizer.from_pretrained(_component(source, "tokenizer"))
+    model.eval().requires_grad_(False)
+    return model
+
+
+def read_run(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
+    """Return the recipe of a run and the averaged weights of its newest checkpoint.
+
+    Raises:
+        ValueError: not a run folder, or no checkpoint in it yet.
+    """
+    folder = Path(run)
+    recipe = stored_recipe(folder)
+    checkpoints = checkpoint_folders(folder)
+    if not checkpoints:
+        raise ValueError(f"the run {folder} has no checkpoint yet; wait for the first one")
+    return recipe, load_weights(checkpoints[-1], "ema")
+
+
+def stored_recipe(run: Path) -> Recipe:
+    """Read the recipe that a run was started with.
+
+    Raises:
+        ValueError: not a run folder.
+    """
+    file = run / RECIPE_FILE
+    if not file.is_file():
+        raise ValueError(f"{run} is not the folder of a training run: it has no {RECIPE_FILE}")
+    return parse_recipe(json.loads(file.read_text(encoding="utf-8")))
+
+
+def _component(source: str | Path, name: str) -> Path:
+    folder = Path(source)
+    if not folder.is_dir():
+        shipped = Path(__file__).parents[1] / "assets" / "models"
+        names = sorted(p.name for p in shipped.glob("*") if p.is_dir())
+        folder = shipped / str(source)
+        if not folder.is_dir():
+            near = difflib.get_close_matches(str(source), names, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else "train it first with `vargen train heroes32-vq`"
+            raise ValueError(f"no {name} at {str(source)!r}; {hint}")
+    return folder if (folder / "config.json").is_file() else folder / name
