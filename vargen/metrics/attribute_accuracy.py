@@ -20,6 +20,7 @@ from torchmetrics.utilities.data import dim_zero_cat
 from vargen.data.atlas import HeroAtlas
 from vargen.data.heroes import compose
 from vargen.metrics.attributes import AttributeClassifier
+from vargen.metrics.heroes import draw_heroes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,8 +128,22 @@ class AttributeAccuracy(Metric):
         )
 
 
+def accuracy_on_real_heroes(classifier: AttributeClassifier, num: int = 4000) -> dict[str, float]:
+    """Return the classifier's accuracy on fresh test heroes: visible parts of every slot, and "all" of them.
+
+    "empty" is the share of empty slots that it calls empty.
+    """
+    real = draw_heroes(num, "reference")
+    hits = classifier.predict(real.images) == real.attributes
+    empty = real.attributes == torch.tensor([ids[0] for ids in classifier.slot_ids])
+    accuracy = {"all": _ratio(hits & real.visible, real.visible), "empty": _ratio(hits & empty, empty)}
+    for index, slot in enumerate(HeroAtlas.load().slots):
+        accuracy[slot] = _ratio(hits[:, index] & real.visible[:, index], real.visible[:, index])
+    return {name: round(value, 4) for name, value in accuracy.items()}
+
+
 def _ratio(hits: Tensor, counted: Tensor) -> float:
-    return float(hits.sum() / counted.sum())
+    return float(hits.sum().double() / counted.sum().clamp_min(1))
 
 
 def _share(accuracy: float, real_accuracy: float) -> float:

@@ -52,7 +52,7 @@ def draw_heroes(num: int, stream: Stream, *, held_out: bool = False) -> Heroes:
     if num < 1:
         raise ValueError(f"the number of heroes must be at least 1, got {num}")
     data = HeroesDataset(seed=_SEEDS[stream], split="test", held_out=held_out)
-    masks = torch.from_numpy(HeroAtlas.load().masks)
+    masks = torch.tensor(HeroAtlas.load().masks)
     parts: list[tuple[Tensor, ...]] = []
     for indices in _chunks(num):
         batch = data.examples(indices)

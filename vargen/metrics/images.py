@@ -241,7 +241,7 @@ def _array_header(stream: object) -> tuple[tuple[int, ...], bool, np.dtype]:
 def _read_image(file: Path) -> np.ndarray:
     try:
         with Image.open(file) as image:
-            if image.mode in ("RGBA", "LA", "PA") and image.convert("RGBA").getextrema()[3][0] < 255:  # type: ignore[index]
+            if image.mode in ("RGBA", "LA", "PA") and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
                 raise ValueError(f"{file} is transparent: put it on a background first")
             if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
                 raise ValueError(f"{file} has mode {image.mode}: convert it to 8-bit RGB first")

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import inception as tv
+from torchvision.models import inception as tv  # type: ignore[import-untyped]
 
 
 def _average_pool(x: Tensor) -> Tensor:

@@ -1,0 +1,279 @@
+"""`vargen eval`: quality of models, tokenizers and image folders."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from vargen.cli import _common
+
+DEFAULT_MODEL = "heroes32-llamagen"
+
+app = typer.Typer(
+    help="Measure quality: distances to real images, reconstruction, prompt adherence, likelihood.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Model = Annotated[str, typer.Option("-m", "--model", help="Shipped model, pipeline folder, or Hub id.")]
+Network = Annotated[str, typer.Option(help="Feature network: lite0 or inception.")]
+Tap = Annotated[str | None, typer.Option(help="Layer: lite0 low, mid, pool, logits; inception 64, 192, 768, 2048.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights of the feature network; never downloaded.")]
+Rounding = Annotated[str, typer.Option(help="How pixels become 8 bits: nearest, llamagen or truncate.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
+Infinity = Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many images.")]
+Score = Annotated[bool, typer.Option("--inception-score", help="Also compute the score from the network's logits.")]
+
+
+@app.command("fid")
+@_common.one_line_errors
+def fid(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for samples and report; a stopped run goes on.")],
+    model: Model = DEFAULT_MODEL,
+    sampler: Annotated[str | None, typer.Option("-s", "--sampler", help="Sampler; default: the model's own.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Sampler setting; repeatable.")
+    ] = None,
+    num: Annotated[int, typer.Option("-n", "--num", help="Images to draw.")] = 2000,
+    reference: Annotated[str, typer.Option(help="heroes, a folder, or an npz (images, or mu and sigma).")] = "heroes",
+    prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line, used in turn.")] = None,
+    classes: Annotated[int | None, typer.Option(help="Number of classes, used in turn.")] = None,
+    held_out: Annotated[bool, typer.Option("--held-out", help="Heroes: only pairs never seen in training.")] = False,
+    network: Network = "lite0",
+    tap: Tap = None,
+    weights: Weights = None,
+    seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
+    rounding: Rounding = "nearest",
+    infinity: Infinity = False,
+    inception_score: Score = False,
+    device: Device = None,
+) -> None:
+    """Draw images and compare them with real ones.
+
+    \b
+    Examples:
+      vargen eval fid --model heroes32-llamagen --num 2000 --out eval-heroes
+      vargen eval fid --sampler jacobi --set window=16 --out eval-jacobi
+      vargen eval fid -m ./llamagen-b --classes 1000 -n 50000 --reference stats.npz --network inception --out eval-c2i
+    """
+    from vargen.metrics import conditions as given
+    from vargen.metrics.evaluate import evaluate_fid
+
+    if prompts is not None and classes is not None:
+        raise ValueError("give either --prompts or --classes, got both")
+    if held_out and (prompts is not None or classes is not None):
+        raise ValueError("--held-out draws its own captions; leave --prompts and --classes out")
+    chosen = None
+    if prompts is not None:
+        chosen = given.prompt_file(prompts, num)
+    elif classes is not None:
+        chosen = given.class_conditions(classes, num)
+    elif held_out:
+        chosen = given.hero_conditions(num, held_out=True)
+    features = _features(network, weights, tap, device)
+    pipe = _pipeline(model, sampler, device)
+    with _progress() as progress:
+        report = evaluate_fid(
+            pipe,
+            out,
+            num=num,
+            reference=reference,
+            conditions=chosen,
+            network=features,
+            seed=seed,
+            rounding=rounding,  # type: ignore[arg-type]
+            settings=_common.read_settings(settings or []),
+            model=model,
+            infinity=infinity,
+            inception_score=inception_score,
+            progress=progress,
+        )
+    _show(report, out)
+
+
+@app.command("compare")
+@_common.one_line_errors
+def compare(
+    a: Annotated[Path, typer.Argument(metavar="A", help="Folder or npz of images.")],
+    b: Annotated[Path, typer.Argument(metavar="B", help="Reference: folder, npz of images, or npz of mu and sigma.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the report.")] = None,
+    network: Network = "lite0",
+    tap: Tap = None,
+    weights: Weights = None,
+    infinity: Infinity = False,
+    inception_score: Score = False,
+    device: Device = None,
+) -> None:
+    """Compare two image sets.
+
+    \b
+    Examples:
+      vargen eval compare samples/ real/
+      vargen eval compare samples.npz VIRTUAL_imagenet256_labeled.npz --network inception
+    """
+    from vargen.metrics.evaluate import compare as run
+
+    with _progress() as progress:
+        report = run(
+            a,
+            b,
+            network=_features(network, weights, tap, device),
+            infinity=infinity,
+            inception_score=inception_score,
+            progress=progress,
+        )
+    if out is not None:
+        report.write(out)
+    _show(report, out)
+
+
+@app.command("reconstruction")
+@_common.one_line_errors
+def reconstruction(
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report and sheet.")] = None,
+    num: Annotated[int, typer.Option("-n", "--num", help="Images.")] = 2000,
+    reference: Annotated[str, typer.Option(help="heroes, a folder, or an npz.")] = "heroes",
+    network: Network = "lite0",
+    tap: Tap = None,
+    weights: Weights = None,
+    rounding: Rounding = "nearest",
+    device: Device = None,
+) -> None:
+    """Encode and decode real images: PSNR and rFD of a model's tokenizer."""
+    from vargen.metrics.reconstruction import evaluate_reconstruction
+
+    features = _features(network, weights, tap, device)
+    tokenizer = _pipeline(model, None, device).tokenizer
+    with _progress() as progress:
+        report = evaluate_reconstruction(
+            tokenizer,
+            out,
+            num=num,
+            reference=reference,
+            network=features,
+            rounding=rounding,  # type: ignore[arg-type]
+            model=model,
+            progress=progress,
+        )
+    _show(report, out)
+
+
+@app.command("likelihood")
+@_common.one_line_errors
+def likelihood(
+    model: Model = DEFAULT_MODEL,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the report.")] = None,
+    num: Annotated[int, typer.Option("-n", "--num", help="Heroes of each kind.")] = 512,
+    device: Device = None,
+) -> None:
+    """Score fresh heroes: nats per token of a causal or next-scale model."""
+    from vargen.metrics.likelihood import evaluate_likelihood
+
+    pipe = _pipeline(model, None, device)
+    with _progress() as progress:
+        report = evaluate_likelihood(pipe, out, num=num, model=model, progress=progress)
+    _show(report, out)
+
+
+@app.command("card")
+@_common.one_line_errors
+def card(
+    results: Annotated[list[Path], typer.Argument(metavar="REPORT...", help="report.json files, or their folders.")],
+    model: Model = DEFAULT_MODEL,
+    recipe: Annotated[Path | None, typer.Option(help="Training recipe; default: the record beside the model.")] = None,
+) -> None:
+    """Write a model's README.md from reports."""
+    from vargen.metrics.card import write_card
+
+    typer.echo(str(write_card(model, [*results], recipe=recipe)))
+
+
+@app.command("classifier")
+@_common.one_line_errors
+def classifier(
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder; default: the shipped classifier.")] = None,
+    steps: Annotated[int, typer.Option(help="Optimiser steps of 128 fresh heroes.")] = 3000,
+    seed: Annotated[int, typer.Option(help="Of heroes, weights and noise.")] = 0,
+) -> None:
+    """Train the hero classifier that attribute accuracy is measured with (ten minutes on one core)."""
+    from vargen.metrics.attribute_accuracy import accuracy_on_real_heroes
+    from vargen.metrics.attributes import CLASSIFIER_FOLDER, train_classifier
+
+    with _progress() as progress:
+        model = train_classifier(
+            num_steps=steps, seed=seed, on_step=lambda step, loss: progress(f"loss {loss:.3f}", step, steps)
+        )
+    model.half().float()  # measured as it is stored
+    model.real_accuracy = accuracy_on_real_heroes(model)
+    folder = out or CLASSIFIER_FOLDER
+    model.save_pretrained(folder)
+    typer.echo(f"{folder}: " + ", ".join(f"{slot} {value:.1%}" for slot, value in model.real_accuracy.items()))
+
+
+def _features(network: str, weights: Path | None, tap: str | None, device: str | None) -> Any:
+    from vargen.metrics.networks import feature_network
+
+    return feature_network(network, weights, tap=tap).to(_common.pick_device(device))
+
+
+def _pipeline(model: str, sampler: str | None, device: str | None) -> Any:
+    from diffusers.utils import logging
+
+    from vargen.pipelines.image import ImagePipeline
+    from vargen.registry import swap_sampler
+
+    where = _common.pick_device(device)
+    logging.disable_progress_bar()
+    pipe = ImagePipeline.from_pretrained(model).to(where)
+    pipe.set_progress_bar_config(disable=True)
+    if sampler is not None:
+        pipe.sampler = swap_sampler(pipe.sampler, sampler, pipe.backbone)
+    return pipe
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Yield a function that shows what is being done, how far it is and how long it will take, on stderr."""
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True), disable=not _common.is_terminal()) as bar:
+        tasks: dict[str, Any] = {}
+
+        def show(what: str, done: int, total: int) -> None:
+            name = "training" if what.startswith("loss") else what  # one bar for the whole training
+            if name not in tasks:
+                tasks[name] = bar.add_task(what, total=total)
+            bar.update(tasks[name], completed=done, description=what)
+
+        yield show
+
+
+def _show(report: Any, out: Path | None) -> None:
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from vargen.metrics.report import markdown
+
+    Console().print(Markdown(markdown(report.to_dict(), has_grid=False)))
+    if out is not None:
+        typer.echo(f"report: {out / 'report.md'}")
