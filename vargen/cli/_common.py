@@ -15,6 +15,7 @@ import typer
 DEBUG_VARIABLE = "VARGEN_DEBUG"  # set to 1: errors come with their stack
 USER_ERROR = 2  # exit code: what was asked for cannot be done
 INTERNAL_ERROR = 1  # exit code: anything else
+_USER_ERRORS = (ValueError, OSError, ImportError)  # an ImportError here names the extra to install
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -33,14 +34,14 @@ def one_line_errors(command: Command) -> Command:
         except Exception as error:
             if os.environ.get(DEBUG_VARIABLE, "") not in ("", "0"):
                 raise
-            fail(_describe(error), USER_ERROR if isinstance(error, (ValueError, OSError)) else INTERNAL_ERROR)
+            fail(_describe(error), USER_ERROR if isinstance(error, _USER_ERRORS) else INTERNAL_ERROR)
 
     return wrapped  # type: ignore[return-value]
 
 
 def _describe(error: Exception) -> str:
     line = " ".join(str(error).split())
-    if isinstance(error, (ValueError, OSError)) or type(error).__name__ == "OutOfMemoryError":
+    if isinstance(error, _USER_ERRORS) or type(error).__name__ == "OutOfMemoryError":
         return line or type(error).__name__
     return f"internal error, {type(error).__name__}: {line} ({DEBUG_VARIABLE}=1 shows where)"
 

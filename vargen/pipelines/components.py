@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
+from safetensors import safe_open
 
 import vargen
 
@@ -105,3 +106,17 @@ def dtype_argument(arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("give dtype or torch_dtype, not both; they mean the same")
     current = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
     return {current if name in ("dtype", "torch_dtype") else name: value for name, value in arguments.items()}
+
+
+def explain_failure(folder: Path, error: Exception) -> str:
+    """Say in one line why a pipeline folder could not be loaded."""
+    for component in sorted(path.parent for path in folder.glob("*/config.json")):
+        if not any(component.glob("*.safetensors*")) and not any(component.glob("*.bin")):
+            return f"{component} holds no weights (*.safetensors); copy the whole pipeline folder"
+        for path in sorted(component.glob("*.safetensors")):
+            try:
+                with safe_open(path, framework="pt"):
+                    pass
+            except Exception as damage:  # safetensors raises an error class of its own, and OSError
+                return f"{path} is damaged ({' '.join(str(damage).split())}); copy it again"
+    return f"cannot load {folder}: {' '.join(str(error).split())}"

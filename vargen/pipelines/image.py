@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from diffusers import DiffusionPipeline
@@ -19,7 +19,7 @@ from vargen.hub import resolve_model
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, ImagePipelineOutput, SamplerOutput
 from vargen.pipelines import inputs
-from vargen.pipelines.components import dtype_argument, index_entry, read_index, register_library
+from vargen.pipelines.components import dtype_argument, explain_failure, index_entry, read_index, register_library
 from vargen.random import image_seeds
 
 register_library()
@@ -83,10 +83,15 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: unknown name (the nearest are shown), incomplete folder, unknown component class.
         """
-        found = resolve_model(pretrained_model_name_or_path)
-        if Path(found).is_dir():
-            read_index(Path(found))
-        return super().from_pretrained(str(found), **dtype_argument(kwargs))
+        found = resolve_model(str(pretrained_model_name_or_path))
+        folder = Path(found)
+        if not folder.is_dir():
+            return super().from_pretrained(found, **dtype_argument(kwargs))
+        read_index(folder)
+        try:
+            return super().from_pretrained(found, **dtype_argument(kwargs))
+        except OSError as error:
+            raise ValueError(explain_failure(folder, error)) from error
 
     @property
     def interrupt(self) -> bool:
@@ -210,7 +215,7 @@ class ImagePipeline(DiffusionPipeline):
                 parts.append(self._draw_rows(sampler, inputs.take_condition(condition, rows), seeds[rows], watch))
         finally:
             watch.close()
-        codes = torch.cat([part.codes for part in parts])
+        codes = torch.cat([cast(Tensor, part.codes) for part in parts])
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]))
 
     def _draw_rows(self, sampler: Any, condition: Any, seeds: list[int], watch: _Watch) -> SamplerOutput:
@@ -239,7 +244,7 @@ class ImagePipeline(DiffusionPipeline):
         codes = torch.full((len(seeds), self.backbone.num_codes), -1, device=self.backbone.device)
         return SamplerOutput(codes, seeds, DecodeStats(notes=["interrupted before some images were begun"]))
 
-    def _to_images(self, codes: Tensor, output_type: str, batch_size: int | None) -> Any:
+    def _to_images(self, codes: Any, output_type: str, batch_size: int | None) -> Any:
         images = torch.cat([self.decode_codes(part) for part in codes.split(batch_size or len(codes))])
         if output_type == "pil":
             return to_pil(images)
