@@ -278,9 +278,12 @@ class WindowSampler(Sampler):
                 state.ahead = state.noise.rows(ahead.expand(len(state.keys), -1))
             noise = state.ahead[:, now % block, None]
         position = state.stream.code_index[now].expand(len(state.keys), 1)
+        fixed = None if state.forced is None else state.forced[:, now]  # b
+        if fixed is not None:  # the law of a fixed slot is never read
+            logits = torch.where((fixed >= 0)[:, None, None], 0.0, logits)
         tokens = draw(logits, seeds=state.keys, positions=position, noise=noise, **self.warp)[:, 0]
-        if state.forced is not None:
-            tokens = torch.where(state.forced[:, now] >= 0, state.forced[:, now], tokens)
+        if fixed is not None:
+            tokens = torch.where(fixed >= 0, fixed, tokens)
         state.slots[:, now] = tokens
         state.trace[:, now] = now
         state.length += 1

@@ -112,14 +112,15 @@ class TabularBackbone(ToyBackbone):
     """An independent random law for every class, branch and prefix.
 
     Args:
-        codebook_size: V. num_codes: N. spread: standard deviation of the logits. digits: round logits to so many
+        codebook_size: V. grid_size: (h, w). spread: standard deviation of the logits. digits: round logits to so many
             decimals, which makes ties.
     """
 
     def __init__(
-        self, codebook_size: int = 3, num_codes: int = 4, num_classes: int = 2, *, spread=1.2, digits=None, seed=0
+        self, codebook_size: int = 3, grid_size=(1, 4), num_classes: int = 2, *, spread=1.2, digits=None, seed=0
     ) -> None:
-        super().__init__(codebook_size, (1, num_codes))
+        super().__init__(codebook_size, grid_size)
+        num_codes = self.num_codes
         generator = torch.Generator().manual_seed(seed)
         self.first = [
             (codebook_size**t - 1) // (codebook_size - 1) for t in range(num_codes)
@@ -157,7 +158,7 @@ class SpatialBackbone(ToyBackbone):
     """
 
     def __init__(
-        self, codebook_size: int = 256, grid_size: tuple[int, int] = (16, 16), *, dim: int = 8, sharpness=1.0, seed=0
+        self, codebook_size: int = 256, grid_size: tuple[int, int] = (16, 16), *, dim: int = 8, sharpness=0.37, seed=0
     ) -> None:
         super().__init__(codebook_size, grid_size)
         generator = torch.Generator().manual_seed(seed)
@@ -178,3 +179,23 @@ class SpatialBackbone(ToyBackbone):
         if branch == 1:
             pull = 0.5 * pull
         return self.sharpness * pull @ self.embedding.T
+
+
+class LinedBackbone(TabularBackbone):
+    """The same laws in a stream with an end-of-line slot behind every row, as in Lumina-mGPT or Emu3."""
+
+    def layout(self, height: int | None = None, width: int | None = None) -> Layout:
+        height, width = self.grid_size
+        slots = torch.arange(height * (width + 1))
+        row, column = slots // (width + 1), slots % (width + 1)
+        is_code = column < width
+        slot_grid = torch.where(is_code, torch.stack([torch.zeros_like(row), row, column]), -1).T
+        return Layout(len(slots), torch.where(is_code, -1, 99), (self.grid_size,), slot_grid, len(slots) - 2)
+
+    def law(self, labels: Tensor, branch: int, cache: Tensor, slots: Tensor) -> Tensor:
+        is_code = self.layout().forced < 0
+        code_slots = is_code.nonzero().flatten()
+        before = (is_code.long().cumsum(0) - is_code.long())[slots]  # codes before each slot
+        inside = before.clamp(max=self.num_codes - 1)
+        logits = super().law(labels, branch, cache[:, code_slots], inside)
+        return torch.where(is_code[slots][..., None], logits, float("nan"))  # nobody may read a forced slot's law
