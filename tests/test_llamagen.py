@@ -164,7 +164,7 @@ def test_zero_and_identity_condition_rows_differ():
 
 
 def official_shapes(size, condition_type, num_codes=16384):
-    layers, heads, dim, ffn_dim, *_ = PUBLISHED[size]
+    layers, _, dim, ffn_dim, *_ = PUBLISHED[size]
     shapes = {"tok_embeddings.weight": (num_codes, dim), "norm.weight": (dim,), "output.weight": (num_codes, dim)}
     if condition_type == "class":
         shapes["cls_embedding.embedding_table.weight"] = (1001, dim)
@@ -264,8 +264,8 @@ def test_loading_names_what_shapes_cannot_tell_and_what_is_wrong():
     truncated = {k: v for k, v in state_dict.items() if k != "layers.1.ffn_norm.weight"}
     with pytest.raises(ValueError, match=r"layers\.1\.ffn_norm\.weight"):
         LlamaGenTransformer.from_original(truncated, num_heads=4, grid_size=(3, 5))
+    nar = {**state_dict, "medusa_output.weight": state_dict["output.weight"]}
     with pytest.raises(ValueError, match="NAR"):
-        nar = {**state_dict, "medusa_output.weight": state_dict["output.weight"]}
         LlamaGenTransformer.from_original(nar, num_heads=4, grid_size=(3, 5))
     with pytest.raises(ValueError, match=r"tok_embeddings\.weight"):
         LlamaGenTransformer.from_original({"x": torch.zeros(1)}, num_heads=4, grid_size=(3, 5))
@@ -388,7 +388,7 @@ def test_bad_conditions_are_refused(condition_type, condition, message):
     "config", [{"num_heads": 5}, {"num_kv_heads": 3}, {"dim": 24}, {"condition_type": "text"}, {"condition_rope": "x"}]
 )
 def test_bad_configurations_are_refused(config):
-    with pytest.raises(ValueError, match="num_heads|condition_type|condition_rope"):
+    with pytest.raises(ValueError, match=r"num_heads|condition_type|condition_rope"):
         small(**config)
 
 

@@ -1,0 +1,81 @@
+"""Free text to attribute ids, through a vocabulary that knows the words.
+
+Letters: P prompts, T attribute slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from importlib import import_module
+from os import PathLike
+from typing import Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from diffusers.configuration_utils import register_to_config
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from vargen.conditioners.base import Conditioner, one_of
+
+# name -> module with a function ``parse_prompt``
+VOCABULARIES = {"heroes": "vargen.data.heroes"}
+
+
+@runtime_checkable
+class Vocabulary(Protocol):
+    """Anything that reads prompts: a module or an object."""
+
+    parse_prompt: Callable[[str], ArrayLike]  # text -> [T] ids, 0 = unspecified; ValueError names unknown words
+
+
+class AttributeConditioner(Conditioner):
+    """Turn prompts into attribute ids ``[P, T]`` int64; 0 leaves a slot to the model.
+
+    Args:
+        vocabulary: name of a shipped vocabulary ("heroes"), or an object with ``parse_prompt(text) -> [T] ids``. An
+            object cannot be saved; give its name to ``VOCABULARIES`` for that.
+
+    Raises:
+        ValueError: unknown vocabulary.
+
+    Example:
+        >>> AttributeConditioner()("deep elf with a red cloak").shape[0]
+        1
+    """
+
+    @register_to_config
+    def __init__(self, vocabulary: str | Vocabulary = "heroes") -> None:
+        if isinstance(vocabulary, str):
+            if vocabulary not in VOCABULARIES:
+                raise ValueError(f"unknown vocabulary {vocabulary!r}; known: {', '.join(VOCABULARIES)}")
+            vocabulary = import_module(VOCABULARIES[vocabulary])  # type: ignore[assignment]
+        if not isinstance(vocabulary, Vocabulary):
+            raise ValueError(f"a vocabulary must have parse_prompt(text), got {type(vocabulary).__name__}")
+        self.vocabulary = vocabulary
+
+    def encode(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> Tensor:
+        """Read the prompts.
+
+        Returns:
+            [P, T] int64 ids.
+
+        Raises:
+            ValueError: an empty prompt, unknown words (the nearest are shown), class labels instead of prompts.
+        """
+        if class_labels is not None:
+            raise ValueError("this model is described in words, not by class labels; give prompt='...'")
+        rows = [self.vocabulary.parse_prompt(prompt) for prompt in one_of(prompts, None)]
+        return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write the configuration to a folder.
+
+        Raises:
+            ValueError: the vocabulary is an object without a name.
+        """
+        if not isinstance(self.config.vocabulary, str):
+            raise ValueError(
+                "a vocabulary given as an object cannot be saved; add it to VOCABULARIES and pass its name"
+            )
+        super().save_pretrained(save_directory, **kwargs)

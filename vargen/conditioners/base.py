@@ -1,0 +1,61 @@
+"""What every conditioner does: texts or labels in, the condition of a backbone out.
+
+Letters: P prompts or labels, T condition positions, C width of text features.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from os import PathLike
+from typing import Any, ClassVar, Self
+
+from diffusers import ConfigMixin
+from torch import Tensor
+
+
+class Conditioner(ConfigMixin):
+    """Base of the conditioners: calling convention, and saving inside a pipeline folder.
+
+    ``encode(prompts=None, class_labels=None)`` takes one of the two as a list and returns what the backbone's
+    ``prepare`` takes, one row for each entry, on the CPU or on the conditioner's own device.
+    """
+
+    config_name: ClassVar[str] = "conditioner_config.json"
+
+    def encode(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> Any:
+        """Turn prompts or class labels into a condition."""
+        raise NotImplementedError
+
+    def __call__(self, items: Any) -> Any:
+        """Turn one prompt or label, or a list of them, into a condition; numbers are labels, texts are prompts."""
+        if isinstance(items, Tensor):
+            items = items.tolist()
+        listed: list[Any] = [items] if isinstance(items, str | Integral) else list(items)
+        if listed and all(isinstance(item, Integral) for item in listed):
+            return self.encode(class_labels=listed)
+        return self.encode(prompts=listed)
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **_: Any) -> None:
+        """Write the configuration to a folder."""
+        self.save_config(save_directory)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str], **_: Any) -> Self:
+        """Read a conditioner from a folder."""
+        return cls.from_config(cls.load_config(folder))
+
+
+def one_of(prompts: Sequence[Any] | None, class_labels: Sequence[Any] | None) -> Sequence[Any]:
+    """Return whichever was given and is not empty.
+
+    Raises:
+        ValueError: both, neither, or an empty list.
+    """
+    if (prompts is None) == (class_labels is None):
+        raise ValueError(f"give either prompts or class_labels, got {'both' if prompts is not None else 'neither'}")
+    given = prompts if prompts is not None else class_labels
+    assert given is not None
+    if isinstance(given, str) or not len(given):
+        raise ValueError(f"a conditioner takes a list with at least one entry, got {given!r}")
+    return given

@@ -1,0 +1,108 @@
+"""Class labels by number or by name; ImageNet's names are in the order of all published ImageNet models."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+from functools import lru_cache
+from numbers import Integral
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor
+
+from vargen.conditioners.base import Conditioner, one_of
+
+
+class ClassConditioner(Conditioner):
+    """Turn class ids and class names into labels ``[P]`` int64.
+
+    Names match whatever their case, hyphens or underscores, as long as that is unambiguous; a prompt is a class name.
+
+    Args:
+        class_names: the names in the order of the ids, or "imagenet" for its 1000 (sorted WordNet ids, the order of
+            torchvision).
+
+    Raises:
+        ValueError: two classes share a name.
+
+    Example:
+        >>> ClassConditioner()(["golden retriever", "macaw", "387"])
+        tensor([207,  88, 387])
+    """
+
+    @register_to_config
+    def __init__(self, class_names: str | Sequence[str] = "imagenet") -> None:
+        if isinstance(class_names, str):
+            if class_names != "imagenet":
+                raise ValueError(f"class_names must be a list of names or 'imagenet', got {class_names!r}")
+            class_names = imagenet_names()
+        self.class_names = tuple(class_names)
+        self._exact = {name: index for index, name in enumerate(self.class_names)}
+        if len(self._exact) < len(self.class_names):
+            twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
+            raise ValueError(f"class names must differ, got {twice!r} twice")
+        self._ids: dict[str, list[int]] = {}  # several where only case tells: Cardigan the dog, cardigan the garment
+        for index, name in enumerate(self.class_names):
+            self._ids.setdefault(_plain(name), []).append(index)
+
+    @property
+    def num_classes(self) -> int:
+        """How many classes there are."""
+        return len(self.class_names)
+
+    def encode(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> Tensor:
+        """Look the labels up.
+
+        Args:
+            prompts: class names.
+            class_labels: ids, names, or ids written as text.
+
+        Returns:
+            [P] int64 labels.
+
+        Raises:
+            ValueError: a label out of range or not an integer, an unknown name (the nearest are shown).
+        """
+        return torch.tensor([self._id(label) for label in one_of(prompts, class_labels)], dtype=torch.int64)
+
+    def _id(self, label: int | str) -> int:
+        if isinstance(label, str):
+            if label in self._exact:
+                return self._exact[label]
+            if found := self._ids.get(_plain(label)):
+                if len(found) > 1:
+                    choices = " or ".join(f"{self.class_names[index]} ({index})" for index in found)
+                    raise ValueError(f"class name {label!r} may mean {choices}; write it exactly or give the id")
+                return found[0]
+            if not re.fullmatch(r"\s*-?\d+\s*", label):
+                raise ValueError(self._unknown(label))
+            label = int(label)
+        if isinstance(label, bool) or not isinstance(label, Integral):
+            raise ValueError(f"class label must be an integer or a class name, got {label!r}")
+        if not 0 <= label < self.num_classes:
+            raise ValueError(f"class label must be in 0..{self.num_classes - 1}, got {label}")
+        return int(label)
+
+    def _unknown(self, name: str) -> str:
+        plain = _plain(name)
+        if not plain:
+            return "the class name is empty; give a name or an id"
+        near = [known for known in self._ids if plain in known.split()]  # "retriever": all of them
+        near += difflib.get_close_matches(plain, self._ids, n=3, cutoff=0.6)
+        shown = [self.class_names[index] for known in dict.fromkeys(near) for index in self._ids[known]][:5]
+        hint = f"; nearest known: {', '.join(map(repr, shown))}" if shown else ""
+        return f"unknown class name {name!r}{hint}; ids 0..{self.num_classes - 1} work too"
+
+
+@lru_cache(maxsize=1)
+def imagenet_names() -> tuple[str, ...]:
+    """The 1000 class names of ImageNet-1k, by id."""
+    from torchvision.models import ResNet18_Weights  # type: ignore[import-untyped]  # slow to import, and only names are wanted
+
+    return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+
+
+def _plain(name: str) -> str:
+    return " ".join(re.sub(r"[-_\s]+", " ", name.casefold()).split())

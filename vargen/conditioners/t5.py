@@ -1,0 +1,169 @@
+"""FLAN-T5 features of captions as LlamaGen and NAR read them (arXiv:2406.06525, 2503.10696).
+
+Cleaned captions, 120 positions, end token counted, padding moved to the left and zeroed. transformers is imported when
+the first caption is encoded.
+
+Letters: P prompts, T positions, C feature width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from vargen.conditioners.base import Conditioner, one_of
+from vargen.conditioners.captions import clean_caption
+
+
+class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMixin's __getattr__ would hide weights
+    """Turn captions into (features [P, T, C], mask [P, T] bool), real tokens at the last positions.
+
+    Args:
+        text_encoder: a ``transformers.T5EncoderModel``; None = load ``model_name`` at the first use.
+        tokenizer: its tokenizer.
+        model_name: Hub id or folder of encoder and tokenizer.
+        max_length: T; longer captions are cut.
+        clean: clean captions twice, see ``clean_caption``; False only lowers their case and strips them.
+        batch_size: captions encoded at a time.
+
+    Raises:
+        ImportError: transformers is missing, or what cleaning needs.
+    """
+
+    ignore_for_config: ClassVar[list[str]] = ["text_encoder", "tokenizer"]
+    config: Any
+    where: Tensor
+
+    @register_to_config
+    def __init__(
+        self,
+        *,
+        text_encoder: Any = None,
+        tokenizer: Any = None,
+        model_name: str = "google/flan-t5-xl",
+        max_length: int = 120,  # the length of LlamaGen's null caption
+        clean: bool = True,
+        batch_size: int = 32,
+    ) -> None:
+        super().__init__()
+        if (text_encoder is None) != (tokenizer is None):
+            raise ValueError("text_encoder and tokenizer belong together; give both or neither")
+        self.text_encoder, self.tokenizer = text_encoder, tokenizer
+        self.stored = text_encoder is not None  # an encoder given as an object is saved with the pipeline
+        # follows .to() until an encoder is there to follow
+        self.register_buffer("where", torch.zeros(()), persistent=False)
+
+    @property
+    def device(self) -> torch.device:
+        """Where captions are encoded."""
+        return self.where.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of encoder and features."""
+        return self.where.dtype
+
+    def encode(
+        self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Encode captions.
+
+        Returns:
+            features [P, T, C], zero where padded, and mask [P, T] bool, both on the encoder's device.
+
+        Raises:
+            ValueError: an empty caption, class labels instead of captions.
+        """
+        if class_labels is not None:
+            raise ValueError("this model reads captions, not class labels; give prompt='...'")
+        captions = [self.clean(prompt) for prompt in one_of(prompts, None)]
+        size = self.config.batch_size
+        parts = [self._encode_batch(captions[i : i + size]) for i in range(0, len(captions), size)]
+        features, masks = zip(*parts, strict=True)
+        return torch.cat(features), torch.cat(masks)
+
+    def forward(self, items: Any) -> tuple[Tensor, Tensor]:
+        """Encode one caption or several."""
+        return Conditioner.__call__(self, items)
+
+    def clean(self, prompt: str) -> str:
+        """Prepare one caption for the tokenizer."""
+        if not prompt.strip():
+            raise ValueError("a caption is empty; describe the image in words")
+        return clean_caption(prompt) if self.config.clean else prompt.lower().strip()
+
+    @torch.no_grad()
+    def _encode_batch(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        self._load()
+        tokens = self.tokenizer(
+            captions,
+            max_length=self.config.max_length,
+            padding="max_length",
+            truncation=True,
+            add_special_tokens=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        ).to(self.device)
+        features = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)[0]
+        return left_pad(features, tokens.attention_mask.bool())
+
+    def _load(self) -> None:
+        if self.text_encoder is not None:
+            return
+        if find_spec("transformers") is None:
+            raise ImportError("encoding captions needs transformers; install it with pip install vargen[text]")
+        from transformers import AutoTokenizer, T5EncoderModel
+
+        name = self.config.model_name
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(name)
+            encoder = T5EncoderModel.from_pretrained(name, dtype=self.dtype)
+        except (OSError, ValueError) as error:
+            raise OSError(f"cannot load the text encoder {name}: {str(error).splitlines()[0]}") from error
+        self.text_encoder = encoder.to(self.device).eval()
+
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write the configuration, and encoder and tokenizer where they were given as objects, to a folder."""
+        super().save_pretrained(save_directory)
+        if self.stored:
+            self.text_encoder.save_pretrained(Path(save_directory) / "text_encoder")
+            self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
+
+    @classmethod
+    def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
+        """Read a conditioner from a folder; ``torch_dtype`` or ``dtype`` sets the dtype of its encoder."""
+        config = cls.load_config(folder)
+        dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
+        parts = {}
+        if (Path(folder) / "text_encoder").is_dir():
+            from transformers import AutoTokenizer, T5EncoderModel
+
+            parts["text_encoder"] = T5EncoderModel.from_pretrained(Path(folder) / "text_encoder").eval()
+            parts["tokenizer"] = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
+        settings, _, _ = cls.extract_init_dict(config)  # from_config would drop the objects
+        conditioner = cls(**settings, **parts)
+        return conditioner if dtype is None else conditioner.to(dtype)
+
+
+def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """Move right padding to the left and zero it.
+
+    Args:
+        features: [P, T, C], real tokens first.
+        mask: [P, T] bool, True = real.
+
+    Returns:
+        features [P, T, C] and mask [P, T] with the real tokens last, in their order.
+    """
+    length = mask.sum(1, keepdim=True)  # P 1
+    index = (torch.arange(mask.shape[1], device=mask.device) + length) % mask.shape[1]  # P T
+    mask = mask.flip(1)
+    features = features.gather(1, index[..., None].expand_as(features))
+    return features * mask[..., None], mask
