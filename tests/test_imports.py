@@ -15,7 +15,7 @@ import vargen
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("outputs", "protocols", "random")  # modules of vargen that everyone may import
-FILES = ("files", "checkpoints", "families", "verify", "hub")  # reading and writing models
+FILES = ("files", "checkpoints", "families", "manifests", "hub")  # reading and writing models
 LIGHT = ("vargen", "vargen.registry", "vargen.cli.main")
 
 # room -> rooms and modules of vargen that it may import beside itself and the core
