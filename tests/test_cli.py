@@ -21,7 +21,7 @@ from vargen.cli import _common
 from vargen.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
-COMMANDS = ("generate", "models", "convert", "verify", "train", "data heroes")
+COMMANDS = ("generate", "models", "convert", "verify", "train", "data heroes", "eval fid", "eval compare")
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ import typer
 
 import vargen
 from vargen.cli import convert, data, generate, models, train, verify
+from vargen.cli import eval as evaluate
 
 HELP = """
 Visual autoregressive generation: tokenizers, backbones and samplers that plug into one another.
@@ -44,3 +45,4 @@ app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.add_typer(data.app, name="data")
+app.add_typer(evaluate.app, name="eval")
