@@ -353,6 +353,30 @@ def test_gradient_checkpointing_changes_nothing():
     assert torch.equal(gradient(), plain)
 
 
+def test_training_follows_a_preview_in_inference_mode():
+    model = small().eval()
+    with torch.inference_mode():
+        session, _ = model.open(model.prepare(torch.tensor([1])))
+        model.step(session, CODES[:1, :1])
+    model.train()(CODES, small_condition("class")).mean().backward()
+    assert model.layers[0].attention.wqkv.weight.grad is not None
+
+
+def test_training_forward_is_one_graph():
+    torch._dynamo.reset()
+    model = small(token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
+    condition, drop = small_condition("class"), torch.tensor([True, False, False, True])
+    model.rope_table()
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(CODES, condition, drop=drop), model(CODES, condition, drop=drop))
+
+
+def test_models_trained_without_a_null_label_are_recognised():
+    state_dict = small(class_dropout_prob=0.0).state_dict()
+    model = LlamaGenTransformer.from_original(state_dict, num_heads=4, grid_size=(3, 5), num_classes=5)
+    assert model.config.class_dropout_prob == 0.0
+
+
 def test_negative_condition_takes_the_second_branch():
     model = small().eval()
     condition, negative = small_condition("class"), torch.tensor([3, 3, 4, 4])
@@ -363,6 +387,8 @@ def test_negative_condition_takes_the_second_branch():
     assert prepared.lengths.tolist() == [1] * 8
     with pytest.raises(ValueError, match="as many rows"):
         model.prepare(condition, guidance_scale=2.0, negative=negative[:2])
+    with pytest.raises(ValueError, match="without guidance"):
+        model.prepare(condition, negative=negative)
 
 
 @pytest.mark.parametrize(

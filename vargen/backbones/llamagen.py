@@ -154,9 +154,10 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
         if device not in self._rope:
             c = self.config
             head_dim = c.dim // c.num_heads
-            condition = constant_rows(self.num_condition_tokens, head_dim, c.condition_rope)
-            grid = grid_table(self.grid_size, head_dim, c.rope_base)
-            self._rope[device] = torch.cat([condition, grid, condition[:1]]).to(device)
+            with torch.inference_mode(False):  # training may follow, which cannot save an inference tensor
+                condition = constant_rows(self.num_condition_tokens, head_dim, c.condition_rope)
+                grid = grid_table(self.grid_size, head_dim, c.rope_base)
+                self._rope[device] = torch.cat([condition, grid, condition[:1]]).to(device)
         return self._rope[device]
 
     def forward(

@@ -49,6 +49,7 @@ def infer_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
         ValueError: ``num_heads`` is neither given nor implied by a published size, ``grid_size`` is missing, or the
             keys are not those of LlamaGen.
     """
+    given = {k: v for k, v in given.items() if v is not None}
     missing = [
         k for k in ("tok_embeddings.weight", "layers.0.attention.wqkv.weight", "output.weight") if k not in state_dict
     ]
@@ -87,5 +88,7 @@ def _infer_condition(state_dict: Mapping[str, Tensor], given: Mapping[str, Any])
     if "cls_embedding.slot_embedding.weight" in state_dict:
         slots = state_dict["cls_embedding.slot_embedding.weight"].shape[0]
         return {"condition_type": "attributes", "num_attributes": rows, "num_condition_tokens": slots}
+    if given.get("num_classes") == rows:
+        return {"condition_type": "class", "class_dropout_prob": 0.0}  # trained without a null label
     has_null = given.get("class_dropout_prob", 0.1) > 0
     return {"condition_type": "class", "num_classes": rows - int(has_null)}

@@ -81,15 +81,18 @@ class WindowSession:
 
     def advance(self, n: int | Tensor) -> None:
         """Move the pointer by ``n`` slots, equal or per image."""
+        on_host = isinstance(n, int) or n.device.type == "cpu"
+        if not isinstance(n, int) and on_host and bool((n == n[0]).all()):
+            n = int(n[0])
         if isinstance(n, int):
             self.cache.lengths += n
             self.uniform = None if self.uniform is None else self.uniform + n
         else:
             self.cache.lengths += n.to(self.cache.lengths).repeat(self.branches)
             self.uniform = None
-            if self.cache.device.type == "cpu":
-                low, high = (int(x) for x in self.cache.lengths.aminmax())
-                self.uniform = low if low == high else None
+        if self.uniform is None and self.cache.device.type == "cpu":
+            low, high = (int(x) for x in self.cache.lengths.aminmax())
+            self.uniform = low if low == high else None
         self.width = 0
 
 
@@ -155,6 +158,8 @@ class WindowBackbone(ItemTransformer):
         checked = self.cls_embedding.check(condition)
         parts = [checked]
         guided = bool((torch.as_tensor(guidance_scale) != 1).any())
+        if negative is not None and not guided:
+            raise ValueError("a negative condition has no effect without guidance; set guidance_scale above 1")
         if guided:
             parts.append(self.cls_embedding.null(checked) if negative is None else self.cls_embedding.check(negative))
         rows = torch.cat([self.cls_embedding(part) for part in parts])
@@ -237,9 +242,16 @@ class WindowBackbone(ItemTransformer):
 
     @torch.no_grad()
     def commit(self, session: WindowSession, n: int | Tensor, path: Tensor | None = None) -> None:
-        """Make the first n entries of the last window permanent: one int for all images (keeps the unmasked fast path
+        """Make the first n entries of the last window permanent.
 
-        without reading the device), or [B] int64; ``path`` [B, K] as in ``vargen.protocols.Backbone``.
+        Args:
+            session: advanced in place.
+            n: one number for all images, or [B] int64. A number (or a tensor on the CPU) lets a GPU session stay on its
+                unmasked path as long as all images are equally far; a tensor on the GPU is never read back.
+            path: [B, K] accepted entries of a tree window, see ``vargen.protocols.Backbone``.
+
+        Raises:
+            ValueError: n outside 0..W, where the host can tell.
         """
         if isinstance(n, int) or n.device.type == "cpu":
             low, high = (n, n) if isinstance(n, int) else (int(n.min()), int(n.max()))
