@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from vargen.images import Rounding
-from vargen.metrics.attribute_accuracy import AttributeAccuracy, AttributeResult
+from vargen.metrics.attribute_accuracy import AttributeAccuracy
 from vargen.metrics.conditions import Conditions, hero_conditions
 from vargen.metrics.features import FeatureBank, Progress, extract, extract_cached
 from vargen.metrics.frechet import FrechetDistance, frechet_infinity, statistics_distance
@@ -20,7 +20,7 @@ from vargen.metrics.heroes import draw_heroes
 from vargen.metrics.images import ImageSet, NpzImages, read_images
 from vargen.metrics.inception_score import InceptionScore
 from vargen.metrics.kernel import KernelDistance
-from vargen.metrics.networks import FeatureNetwork, feature_network
+from vargen.metrics.networks import NAMES, FeatureNetwork, feature_network
 from vargen.metrics.precision_recall import ManifoldPrecisionRecall, precision_recall
 from vargen.metrics.report import Report, environment
 from vargen.metrics.results import MetricResult
@@ -81,6 +81,10 @@ def evaluate_fid(
         raise ValueError(f"num must be at least 2, got {num}; distances need a covariance")
     network = feature_network(network)
     conditions = conditions or _default_conditions(reference, num)
+    # everything that can fail for want of a file comes before the drawing
+    attributes = AttributeAccuracy() if conditions.heroes is not None else None
+    score = _inception_score(network) if inception_score else None
+    real = load_reference(reference, num, network, progress=progress)
     record = {"model": model, "sampler": sampler_record(pipe)}
     drawn = generate(
         pipe,
@@ -95,18 +99,18 @@ def evaluate_fid(
     )
     images: ImageSet = NpzImages(samples_file(out))
     images.name = "generated images"
-    real = load_reference(reference, num, network, progress=progress)
-    results = _distances(real, _bank(images, network, progress), network, rounding, infinity=infinity)
-    if inception_score:
-        results.append(_inception_score(images, network, rounding))
-    attributes = _attribute_accuracy(out, conditions) if conditions.heroes is not None else None
+    results = _distances(real, extract(images, network, progress=progress), network, rounding, infinity=infinity)
+    if score is not None:
+        results.append(_score_of(score, images, rounding))
+    if attributes is not None and conditions.heroes is not None:
+        attributes.update(ordered_images(out), conditions.heroes.attributes, conditions.heroes.visible)
     protocol = {"num": num, "seed": seed, "chunk": chunk, "rounding": rounding, "conditions": conditions.source}
     report = Report(
         kind="fid",
         subject={**record, "settings": settings or {}},
         protocol={**protocol, "reference": real.source},
         results=[r.to_dict() for r in results],
-        attributes=attributes.to_dict() if attributes else None,
+        attributes=attributes.result().to_dict() if attributes is not None else None,
         decode=drawn.decode_record(),
         environment=environment(pipe),
     )
@@ -131,15 +135,10 @@ def compare(
     network = feature_network(network)
     images = read_images(a)
     real = load_reference(b, images.num_images, network, progress=progress)
-    bank = _bank(images, network, progress)
-    if real.bank.shape is not None and real.bank.shape != bank.shape:
-        raise ValueError(
-            f"image sizes differ: {images.name} has {_text(bank.shape)}, {real.bank.name} has {_text(real.bank.shape)}; "
-            "resize one of them first, for the filter is part of the number"
-        )
+    bank = extract(images, network, progress=progress)
     results = _distances(real, bank, network, "given as uint8", infinity=infinity)
     if inception_score:
-        results.append(_inception_score(images, network, "given as uint8"))
+        results.append(_score_of(_inception_score(network), images, "given as uint8"))
     return Report(
         kind="compare",
         subject={"images": images.name},
@@ -187,14 +186,13 @@ def _default_conditions(reference: str | Path, num: int) -> Conditions:
     return hero_conditions(num)
 
 
-def _bank(images: ImageSet, network: FeatureNetwork, progress: Progress | None) -> FeatureBank:
-    return extract(images, network, progress=progress)
-
-
 def _distances(
     real: Reference, generated: FeatureBank, network: FeatureNetwork, rounding: str, *, infinity: bool
 ) -> list[MetricResult]:
     """Compute every metric that the kept features allow, each with its floor."""
+    if real.bank.shape is not None and real.bank.shape != generated.shape:
+        sizes = f"{generated.name}: {_text(generated.shape)}, {real.bank.name}: {_text(real.bank.shape)}"
+        raise ValueError(f"image sizes differ ({sizes}); resize one set first, for the filter is part of the number")
     floor: dict[str, Any] = {}
     if real.floor is not None:
         a, b = real.floor
@@ -223,7 +221,7 @@ def _list_metrics(
         kernel.rounding_used = rounding
         kernel.add_features(real.bank.features, True)
         kernel.add_features(generated.features, False)
-        results.append(kernel.result(**({**floor, "floor": _kernel_floor(real, network)} if floor else {})))
+        results.append(kernel.result(**_kernel_floor(real, floor, network)))
         least = min(len(real.bank), len(generated), MAX_MANIFOLD)  # equal counts, or recall is not comparable
         manifold = ManifoldPrecisionRecall(network)
         manifold.rounding_used = rounding
@@ -233,13 +231,14 @@ def _list_metrics(
     return results
 
 
-def _kernel_floor(real: Reference, network: FeatureNetwork) -> float:
-    assert real.floor is not None
+def _kernel_floor(real: Reference, floor: dict[str, Any], network: FeatureNetwork) -> dict[str, Any]:
+    if real.floor is None or min(map(len, real.floor)) < 4:
+        return {}
     metric = KernelDistance(network)
     for bank, side in zip(real.floor, (True, False), strict=True):
         assert bank.features is not None
         metric.add_features(bank.features, side)
-    return float(metric.compute()[0])
+    return {**floor, "floor": float(metric.compute()[0])}
 
 
 def _manifold_floor(real: Reference, floor: dict[str, Any]) -> dict[str, Any]:
@@ -258,20 +257,19 @@ def _infinity(generated: FeatureBank, real: FeatureBank) -> float:
     return frechet_infinity(generated.features, real.statistics)[0]
 
 
-def _inception_score(images: ImageSet, network: FeatureNetwork, rounding: str) -> MetricResult:
-    tap = "logits_unbiased" if network.name == "inception" else "logits"
-    logits = feature_network(network.name, tap=tap)
-    metric = InceptionScore(logits, splits=min(10, max(1, images.num_images // 100)))
+def _inception_score(network: FeatureNetwork) -> InceptionScore:
+    if network.name not in NAMES:
+        raise ValueError(f"an Inception score needs the network {' or '.join(NAMES)}, got {network.name}")
+    logits = feature_network(network.name, tap="logits_unbiased" if network.name == "inception" else "logits")
+    return InceptionScore(logits.to(next(network.parameters()).device))
+
+
+def _score_of(metric: InceptionScore, images: ImageSet, rounding: str) -> MetricResult:
+    metric.splits = min(10, max(1, images.num_images // 100))  # a split of few images says nothing
+    device = next(metric.inception.parameters()).device
     for batch in images.batches(64):
-        metric.update(batch)
+        metric.update(batch.to(device))
     metric.rounding_used = rounding
-    return metric.result()
-
-
-def _attribute_accuracy(out: str | Path, conditions: Conditions) -> AttributeResult:
-    assert conditions.heroes is not None
-    metric = AttributeAccuracy()
-    metric.update(ordered_images(out), conditions.heroes.attributes, conditions.heroes.visible)
     return metric.result()
 
 
