@@ -16,7 +16,7 @@ from threading import Lock
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 1 << 26  # of the distances looked at together
+CHUNK_BYTES = 1 << 22  # of the distances looked at together: they stay in a core's cache
 KEPT_TABLES = 4  # tables kept in memory between calls
 
 _recent: OrderedDict[tuple[str, int], Tensor] = OrderedDict()
@@ -53,7 +53,7 @@ def nearest_codes(codebook: Tensor, k: int) -> Tensor:
 def _nearest(points: Tensor, part: Tensor, k: int) -> Tensor:
     # squared distances in double: the product form is exact enough there, and equal rows give equal numbers
     norms = points.square().sum(-1)
-    distance = norms - 2.0 * (points[part] @ points.T)  # of one row; its own norm changes no order
+    distance = torch.addmm(norms, points[part], points.T, alpha=-2.0)  # less the norm of the row: no order changes
     distance[torch.arange(len(part), device=part.device), part] = float("inf")  # a code is not its own neighbour
     if 2 * k > points.shape[0]:
         return distance.argsort(dim=-1, stable=True)[:, :k]
