@@ -48,10 +48,11 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None, attend: Attend) -> Tensor:
         """Attend from and to ``x [R, w, D]``; ``rope`` as in ``rotate``."""
-        heads = [self.num_heads, self.num_kv_heads, self.num_kv_heads]
-        query, key, value = self.wqkv(x).unflatten(-1, (sum(heads), self.head_dim)).split(heads, dim=2)
+        turned = self.num_heads + self.num_kv_heads  # queries and keys stand side by side: one rotation for both
+        qk, value = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([turned, self.num_kv_heads], dim=2)
         if rope is not None:
-            query, key = rotate(query, rope), rotate(key, rope)
+            qk = rotate(qk, rope)
+        query, key = qk.split([self.num_heads, self.num_kv_heads], dim=2)
         y = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
         return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))
 
