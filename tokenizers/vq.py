@@ -7,8 +7,7 @@ Letters: B images, H W pixels, h w code grid, V codes, C channels of a code.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -19,6 +18,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.quantizers import VectorQuantizer
 
@@ -26,7 +26,6 @@ SIZES: dict[str, dict[str, Any]] = {  # published by LlamaGen; every other setti
     "VQ-16": {"channel_multipliers": [1, 1, 2, 2, 4]},
     "VQ-8": {"channel_multipliers": [1, 2, 2, 4]},
 }
-RANGE_SLACK = 1e-2  # how far above 1 a pixel may lie: rounding of half precision, overshoot of a resize
 
 
 @dataclass
@@ -171,10 +170,10 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     def features(self, images: Tensor) -> Tensor:
         """Map images ``[B, in_channels, H, W]`` to what the quantizer reads, ``[B, C, h, w]``, not normalised."""
-        self._check_images(images)
+        check_images(images, self.config.in_channels, self.downsample)
         if self.config.encoder_type == "patch":
             return F.pixel_unshuffle(images.to(self.dtype), self.downsample)
-        with _half_precision_explained(self.dtype):
+        with half_precision_explained(self.dtype):
             return self.quant_conv(self.encoder(images.to(self.dtype)))
 
     def encode(self, images: Tensor) -> VQEncoderOutput:
@@ -186,8 +185,8 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: wrong shape, values out of range, NaN.
         """
-        self._check_images(images)
-        _check_range(images)
+        check_images(images, self.config.in_channels, self.downsample)
+        check_range(images)
         return VQEncoderOutput(**vars(self.quantize(self.features(images))))
 
     def decode(self, codes: Tensor) -> Tensor:
@@ -208,7 +207,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         """Turn code vectors ``[B, C, h, w]`` into images ``[B, in_channels, H, W]``, unclamped."""
         if latents.ndim != 4 or latents.shape[1] != self.config.codebook_dim:
             raise ValueError(f"latents must be [B, {self.config.codebook_dim}, h, w], got {tuple(latents.shape)}")
-        with _half_precision_explained(self.dtype):
+        with half_precision_explained(self.dtype):
             images = self.decoder(self.post_quant_conv(latents.contiguous()))
         if self.config.encoder_type == "patch" and self.config.patch_residual:
             images = images + F.pixel_shuffle(latents, self.downsample)
@@ -234,20 +233,6 @@ class VQTokenizer(ModelMixin, ConfigMixin):
         vectors = [self.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in images.split(256)]
         return self.quantize.kmeans_(torch.cat(vectors), generator, num_iterations)
 
-    def _check_images(self, images: Tensor) -> None:
-        channels = self.config.in_channels
-        if images.ndim != 4 or images.shape[1] != channels:
-            raise ValueError(f"images must be [B, {channels}, H, W], got {tuple(images.shape)}")
-        if not images.is_floating_point():
-            raise ValueError(
-                f"images must be floating point in [-1, 1], got {images.dtype}; divide uint8 by 127.5, minus 1"
-            )
-        height, width = images.shape[-2:]
-        if height % self.downsample or width % self.downsample or 0 in (height, width):
-            raise ValueError(
-                f"image sides must be multiples of {self.downsample}, got {height}x{width}; resize or pad"
-            )
-
     def _check_codes(self, codes: Tensor) -> Tensor:
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"codes must be integers, got {codes.dtype}")
@@ -260,26 +245,6 @@ class VQTokenizer(ModelMixin, ConfigMixin):
             if low < 0 or high >= self.codebook_size:
                 raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {low if low < 0 else high}")
         return codes.long()
-
-
-def _check_range(images: Tensor) -> None:
-    if not images.numel():
-        return
-    low, high = (float(v) for v in images.detach().aminmax())
-    if not (low >= -1 - RANGE_SLACK and high <= 1 + RANGE_SLACK):  # NaN fails too
-        got = "NaN" if low != low or high != high else f"[{low:.4g}, {high:.4g}]"
-        raise ValueError(f"image values must lie in [-1, 1], got {got}; see vargen.images.preprocess")
-
-
-@contextmanager
-def _half_precision_explained(dtype: torch.dtype) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        if "not implemented for" not in str(error):
-            raise
-        name = str(dtype).removeprefix("torch.")
-        raise ValueError(f"{name} is not supported on this CPU; use float32") from error
 
 
 def _check_config(config: Any, downsample: int) -> None:
