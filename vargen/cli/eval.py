@@ -25,6 +25,7 @@ Tap = Annotated[str | None, typer.Option(help="Layer: lite0 low, mid, pool, logi
 Weights = Annotated[Path | None, typer.Option(help="Weights of the feature network; never downloaded.")]
 Rounding = Annotated[str, typer.Option(help="How pixels become 8 bits: nearest, llamagen or truncate.")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Infinity = Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many images.")]
 Score = Annotated[bool, typer.Option("--inception-score", help="Also compute the score from the network's logits.")]
 
@@ -51,6 +52,7 @@ def fid(
     infinity: Infinity = False,
     inception_score: Score = False,
     device: Device = None,
+    dtype: Dtype = "float32",
 ) -> None:
     """Draw images and compare them with real ones.
 
@@ -75,7 +77,7 @@ def fid(
     elif held_out:
         chosen = given.hero_conditions(num, held_out=True)
     features = _features(network, weights, tap, device)
-    pipe = _pipeline(model, sampler, device)
+    pipe = _pipeline(model, sampler, device, dtype)
     with _progress() as progress:
         report = evaluate_fid(
             pipe,
@@ -221,7 +223,7 @@ def _features(network: str, weights: Path | None, tap: str | None, device: str |
     return feature_network(network, weights, tap=tap).to(_common.pick_device(device))
 
 
-def _pipeline(model: str, sampler: str | None, device: str | None) -> Any:
+def _pipeline(model: str, sampler: str | None, device: str | None, dtype: str = "float32") -> Any:
     from diffusers.utils import logging
 
     from vargen.pipelines.image import ImagePipeline
@@ -229,7 +231,7 @@ def _pipeline(model: str, sampler: str | None, device: str | None) -> Any:
 
     where = _common.pick_device(device)
     logging.disable_progress_bar()
-    pipe = ImagePipeline.from_pretrained(model).to(where)
+    pipe = ImagePipeline.from_pretrained(model, torch_dtype=_common.pick_dtype(dtype)).to(where)
     pipe.set_progress_bar_config(disable=True)
     if sampler is not None:
         pipe.sampler = swap_sampler(pipe.sampler, sampler, pipe.backbone)

@@ -85,7 +85,8 @@ def evaluate_fid(
     attributes = AttributeAccuracy() if conditions.heroes is not None else None
     score = _inception_score(network) if inception_score else None
     real = load_reference(reference, num, network, progress=progress)
-    record = {"model": model, "sampler": sampler_record(pipe)}
+    dtype = str(getattr(pipe, "dtype", "")).removeprefix("torch.")
+    record = {"model": model, "sampler": sampler_record(pipe), "dtype": dtype}
     drawn = generate(
         pipe,
         conditions,
@@ -260,7 +261,8 @@ def _infinity(generated: FeatureBank, real: FeatureBank) -> float:
 def _inception_score(network: FeatureNetwork) -> InceptionScore:
     if network.name not in NAMES:
         raise ValueError(f"an Inception score needs the network {' or '.join(NAMES)}, got {network.name}")
-    logits = feature_network(network.name, tap="logits_unbiased" if network.name == "inception" else "logits")
+    tap = "logits_unbiased" if network.name == "inception" else "logits"
+    logits = feature_network(network.name, network.weights_file, tap=tap)
     return InceptionScore(logits.to(next(network.parameters()).device))
 
 

@@ -31,6 +31,7 @@ class FeatureNetwork(nn.Module):
         super().__init__()
         self.body = body
         self.name, self.tap, self.num_features, self.resize, self.weights = name, tap, num_features, resize, weights
+        self.weights_file: Path | None = None  # where they came from: another tap can be had of the same file
         self.requires_grad_(False)
         self.eval()
 
@@ -184,8 +185,13 @@ def _lite0(weights: str | Path | None, tap: str, size: int) -> FeatureNetwork:
     file = lite0_weights(weights)
     body = LiteBody(load_weights(file), tap=tap, size=size)
     resize = f"bicubic antialias to {size}x{size}"
-    digest = file_digest(file)[:8]
-    return FeatureNetwork(body, name="lite0", tap=tap, num_features=body.dims[tap], resize=resize, weights=digest)
+    return _from_file(body, file, name="lite0", tap=tap, num_features=body.dims[tap], resize=resize)
+
+
+def _from_file(body: nn.Module, file: Path, **fields: Any) -> FeatureNetwork:
+    network = FeatureNetwork(body, weights=file_digest(file)[:8], **fields)
+    network.weights_file = file
+    return network
 
 
 def _inception(weights: str | Path | None, tap: str, antialias: bool) -> FeatureNetwork:
@@ -197,8 +203,7 @@ def _inception(weights: str | Path | None, tap: str, antialias: bool) -> Feature
     load_state(body.network, load_weights(file), "the Inception network of FID")
     resize = "bilinear antialias (torchmetrics)" if antialias else "bilinear TensorFlow 1 (torch-fidelity)"
     resize += " to 299x299"
-    digest = file_digest(file)[:8]
-    return FeatureNetwork(body, name="inception", tap=tap, num_features=body.dims[tap], resize=resize, weights=digest)
+    return _from_file(body, file, name="inception", tap=tap, num_features=body.dims[tap], resize=resize)
 
 
 def _wrap(module: nn.Module) -> FeatureNetwork:
