@@ -1,4 +1,4 @@
-"""Muon for hidden matrices beside AdamW for everything else (Jordan et al., 2024; Liu et al., 2025, arXiv:2502.16982).
+"""Muon for hidden weights beside AdamW for everything else (Jordan et al., 2024; Liu et al., 2025, arXiv:2502.16982).
 
 One optimizer object holds both, so that a checkpoint has one optimizer state. The orthogonalisation runs in the dtype of
 the parameter: on CPUs the usual bfloat16 is slower, not faster.
@@ -46,8 +46,9 @@ class MuonAdamW(torch.optim.Optimizer):
     """Muon in the groups with ``muon=True``, AdamW in the others.
 
     Args:
-        params: parameter groups; a Muon group holds matrices only. A parameter with attribute ``num_blocks`` is a stack
-            of that many matrices along its rows (a fused query-key-value weight) and each is orthogonalised on its own.
+        params: parameter groups; a Muon group holds matrices, and kernels, which are matrices of one row per output
+            channel. A parameter with attribute ``num_blocks`` is a stack of that many matrices along its rows (a fused
+            query-key-value weight) and each is orthogonalised on its own.
         lr: learning rate of groups that bring none.
         momentum: of Muon, Nesterov form.
         betas: of AdamW.
@@ -67,10 +68,8 @@ class MuonAdamW(torch.optim.Optimizer):
         defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, {**defaults, "muon": False})
         for group in self.param_groups:
-            if group["muon"] and any(p.ndim != 2 for p in group["params"]):
-                raise ValueError(
-                    "a Muon group takes matrices only; put biases, norms and convolutions in an AdamW group"
-                )
+            if group["muon"] and any(p.ndim < 2 for p in group["params"]):
+                raise ValueError("a Muon group takes matrices and kernels; put biases and norms in an AdamW group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
@@ -96,7 +95,7 @@ class MuonAdamW(torch.optim.Optimizer):
             state["momentum"].lerp_(p.grad, 1 - group["momentum"])  # type: ignore[arg-type]
             update = torch.lerp(p.grad, state["momentum"], group["momentum"])  # type: ignore[arg-type]
             blocks = getattr(p, "num_blocks", 1)
-            for weight, block in zip(p.chunk(blocks), update.chunk(blocks), strict=True):
+            for weight, block in zip(p.flatten(1).chunk(blocks), update.flatten(1).chunk(blocks), strict=True):
                 stacks[block.shape[0], block.shape[1]].append((weight, block))
         for (m, n), items in stacks.items():
             updates = orthogonalize(torch.stack([block for _, block in items]))
@@ -122,7 +121,10 @@ class MuonAdamW(torch.optim.Optimizer):
 def parameter_groups(
     model: nn.Module, *, optimizer: str, lr: float, muon_lr: float, weight_decay: float
 ) -> list[dict[str, Any]]:
-    """Split trainable parameters: matrices inside ``layers`` for Muon, other matrices and kernels with decay, the rest without.
+    """Split trainable parameters.
+
+    Muon takes the matrices of ``layers`` and the kernels of convolutions between the first and the last one; AdamW takes
+    embeddings, heads, first and last layers with weight decay, norms and biases without.
 
     Args:
         model: module whose parameters are trained.
@@ -135,7 +137,7 @@ def parameter_groups(
     for name, p in model.named_parameters():
         if not p.requires_grad:
             continue
-        if optimizer == "muon" and p.ndim == 2 and "layers." in name:
+        if optimizer == "muon" and _is_hidden(name, p):
             if name.endswith("wqkv.weight") and p.shape[0] == 3 * p.shape[1]:
                 p.num_blocks = 3  # type: ignore[attr-defined]
             groups["muon"].append(p)
@@ -147,3 +149,9 @@ def parameter_groups(
         "plain": {"lr": lr, "weight_decay": 0.0},
     }
     return [{"params": params, **settings[kind]} for kind, params in groups.items() if params]
+
+
+def _is_hidden(name: str, p: Tensor) -> bool:
+    if p.ndim == 4:
+        return not any(part in ("conv_in", "conv_out", "quant_conv", "post_quant_conv") for part in name.split("."))
+    return p.ndim == 2 and "layers." in name

@@ -81,8 +81,9 @@ def train(
         raise ValueError("overrides apply to a recipe file; use dataclasses.replace on a Recipe")
     run = Path(output) if output is not None else Path("runs") / recipe.name
     _check_run_folder(run, recipe, resume)
-    _keep_freed_memory()
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
+    if accelerator.device.type == "cpu":
+        _keep_freed_memory()
     return _Loop(recipe, run, resume, accelerator).run()
 
 
@@ -140,6 +141,7 @@ class _Loop:
             norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.task.after_step(self.plain, self.step)
         self.ema.update(self.plain, self.step)
         self.step += 1
         log = self.recipe.log

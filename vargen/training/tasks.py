@@ -19,6 +19,8 @@ from vargen.training.recipe import Recipe, build
 TASKS = {  # name -> (module, class); imported when asked for
     "vq": ("vargen.training.vq", "VQTask"),
     "llamagen": ("vargen.training.llamagen", "LlamaGenTask"),
+    "multiscale-vq": ("vargen.training.multiscale_vq", "MultiScaleVQTask"),
+    "var": ("vargen.training.var", "VARTask"),
 }
 _EVAL_STREAM = 1  # added to the recipe's seed: evaluation heroes are another stream, of the test split
 
@@ -77,6 +79,9 @@ class Task:
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar to minimise and detached numbers for the log."""
         raise NotImplementedError
+
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Change weights in a way that gradients do not; like everything in a step, a function of weights and step."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
         """Measure a model on ``data.num_eval_images`` test heroes."""

@@ -1,6 +1,7 @@
 """Training of VQ tokenizers: reconstruction with the quantizer's own losses (LlamaGen, arXiv:2406.06525, section 3.1).
 
-No discriminator. Patch tokenizers have their codebook from k-means before the first step and train the decoder alone.
+No discriminator. Codes that fall out of use are moved onto encoder outputs (Dhariwal et al., 2020, arXiv:2005.00341).
+Patch tokenizers have their codebook from k-means before the first step and train the decoder alone.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -24,7 +26,16 @@ class VQOptions:
     mse_weight: float = 1.0
     num_kmeans_images: int = 8000
     num_kmeans_iterations: int = 12
+    restart_every: int = 0  # steps between restarts of codes that no recent hero uses; 0 = never
+    num_restart_images: int = 512
     grid_size: int = 16  # pictures on the sample grid, originals above reconstructions
+
+    def __post_init__(self) -> None:
+        for name in ("num_kmeans_images", "num_kmeans_iterations", "num_restart_images", "grid_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"options.{name} must be >= 1, got {getattr(self, name)}")
+        if self.restart_every < 0:
+            raise ValueError(f"options.restart_every must be >= 0, got {self.restart_every}")
 
 
 class VQTask(Task):
@@ -37,7 +48,7 @@ class VQTask(Task):
         model: VQTokenizer = model_from(VQTokenizer, self.recipe.model)
         if initialize:
             size = self.options.num_kmeans_images
-            images = self._train.examples(torch.arange(size).numpy())["image"]
+            images = self._train.examples(np.arange(size))["image"]
             generator = torch.Generator().manual_seed(self.recipe.seed)
             model.init_codebook_(images, generator, self.options.num_kmeans_iterations)
         return model
@@ -57,6 +68,25 @@ class VQTask(Task):
         if output.loss is not None and output.loss.requires_grad:
             loss = loss + output.loss
         return loss, {"l1": l1.detach(), "mse": mse.detach()}
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Every ``restart_every`` steps, move unused codes of a learned codebook onto encoder outputs.
+
+        Use is counted afresh on heroes of this step's stream position, not remembered, so that a resumed run agrees.
+        """
+        every = self.options.restart_every
+        if not every or (step + 1) % every or not isinstance(model, VQTokenizer):
+            return
+        first = (step + 1) * self.recipe.data.batch_size
+        images = self._to_device(self._train.examples(np.arange(first, first + self.options.num_restart_images)))
+        vectors = torch.cat(
+            [model.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in images["image"].split(64)]
+        )
+        counts = torch.bincount(model.quantize.nearest(vectors), minlength=model.codebook_size)
+        model.quantize.code_counts.copy_(counts)
+        generator = torch.Generator().manual_seed(self.recipe.seed + step)
+        model.quantize.restart_dead_codes_(vectors, generator)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -1,0 +1,99 @@
+"""From training runs to a pipeline folder: averaged weights, half precision on disk, everything a prompt needs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from vargen.backbones.llamagen import LlamaGenTransformer
+from vargen.conditioners.attributes import AttributeConditioner
+from vargen.files import atomic_dir
+from vargen.pipelines.image import ImagePipeline
+from vargen.samplers.next_token import NextTokenSampler
+from vargen.tokenizers.vq import VQTokenizer
+from vargen.training.checkpoints import checkpoint_folders, load_state
+from vargen.training.llamagen import LlamaGenTask
+from vargen.training.sources import load_tokenizer, read_run, stored_recipe
+
+TRAINING_FILE = "training.json"
+
+
+def export_pipeline(
+    run: str | Path,
+    folder: str | Path,
+    *,
+    tokenizer: str | Path | None = None,
+    drafter: str | Path | None = None,
+    overwrite: bool = False,
+    **sampler_settings: Any,
+) -> Path:
+    """Write a transformer's run and its tokenizer as a pipeline folder, weights as float16 safetensors.
+
+    Args:
+        run: folder of a finished (or running) "llamagen" run; the averaged weights of its newest checkpoint are taken.
+        folder: pipeline folder to write; ``ImagePipeline.from_pretrained`` reads it.
+        tokenizer: run or model folder; default: the one named in the run's recipe.
+        drafter: run of a smaller "llamagen" model over the same tokenizer.
+        overwrite: allow replacing an existing folder.
+        sampler_settings: of the stored ``NextTokenSampler``, for example ``guidance_scale=2.0``.
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: not a run of this task, no checkpoint yet, unknown sampler setting, the folder exists.
+    """
+    backbone = load_transformer(run)
+    source = tokenizer if tokenizer is not None else stored_recipe(Path(run)).options["tokenizer"]
+    vq: VQTokenizer = load_tokenizer(source)
+    pipe = ImagePipeline(
+        tokenizer=vq,
+        backbone=backbone,
+        sampler=NextTokenSampler(**sampler_settings),
+        conditioner=AttributeConditioner("heroes"),
+        drafter=None if drafter is None else load_transformer(drafter),
+    )
+    facts = {"backbone": _facts(run), "tokenizer": _facts(source), "drafter": _facts(drafter)}
+    with atomic_dir(folder, overwrite=overwrite) as beside:
+        pipe.save_pretrained(beside)
+        for file in beside.rglob("*.safetensors"):
+            halve_weights(file)
+        text = json.dumps({name: fact for name, fact in facts.items() if fact}, indent=1)
+        (beside / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
+    return Path(folder)
+
+
+def load_transformer(run: str | Path) -> LlamaGenTransformer:
+    """Build the transformer of a "llamagen" run with its averaged weights, in evaluation mode.
+
+    Raises:
+        ValueError: not a run of this task, or no checkpoint yet.
+    """
+    recipe, weights = read_run(run)
+    if recipe.task != "llamagen":
+        raise ValueError(f"{run} is a run of task {recipe.task!r}, a backbone needs a run of task 'llamagen'")
+    model = LlamaGenTask(recipe).build(initialize=False)
+    model.load_state_dict(weights)
+    return model.eval()
+
+
+def halve_weights(file: Path) -> None:
+    """Rewrite a safetensors file with its float32 tensors as float16."""
+    tensors = load_file(file)
+    save_file(
+        {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()},
+        file,
+        metadata={"format": "pt"},
+    )
+
+
+def _facts(source: str | Path | None) -> dict[str, Any]:
+    """What trained a component: its recipe and the step that was exported."""
+    if source is None or not checkpoint_folders(Path(source)):
+        return {}
+    step = load_state(checkpoint_folders(Path(source))[-1])["step"]
+    return {"step": step, "recipe": stored_recipe(Path(source)).to_dict()}
