@@ -52,7 +52,7 @@ class SpeculativeJacobiSampler(WindowSampler):
         """The carry."""
         return self.carry
 
-    def make_drafter(self, state: WindowState, drafter: Any) -> Drafter:
+    def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter:
         """Draft from the previous iteration."""
         guesses = None
         if self.carry == "gumbel" and self.temperature > 0:

@@ -5,7 +5,8 @@ One iteration scores a window of W proposals in one forward pass. Entry j of the
 it. The rule decides how many rows become permanent, at least one; the drafter proposes again for the others. Images
 advance raggedly, each by its own count, and leave the batch when they are complete. Next-token sampling is W = 1.
 
-Not covered: trees of proposals, and backbones without a causal session.
+Trees of proposals take the same path with another score and another rule (samplers/lantern.py). Not covered: backbones
+without a causal session.
 
 Letters: B images of the call, A images still decoded, N code positions, S slots that need a decision, V codes,
 W window, w rows of this iteration, G guidance branches.
@@ -55,6 +56,7 @@ class WindowState:
     length: Tensor  # [A] int64 permanent slots
     width: int  # w of the next iteration
     draft: Draft  # proposals for it
+    hidden: Tensor | None = None  # [G, A, w, D] hidden states of the last forward, where the drafter reads them
     num_forwards: int = 0
     next_poll: int = 0
     ahead: Tensor | None = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
@@ -88,6 +90,11 @@ class WindowSampler(Sampler):
         return 1
 
     @property
+    def reach(self) -> int:
+        """Most codes that one iteration makes permanent; less than ``num_rows`` where proposals form a tree."""
+        return self.num_rows
+
+    @property
     def rule(self) -> str:
         """The ``carry`` of ``verify_window``: how rows are accepted and how their outcome is carried on."""
         return "gumbel"
@@ -97,9 +104,13 @@ class WindowSampler(Sampler):
         """The groups of a relaxed acceptance, if the rule has any."""
         return None
 
-    def make_drafter(self, state: WindowState, drafter: Any) -> Drafter | None:
+    def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter | None:
         """Return the drafter of one run; None proposes nothing, which is right for W = 1 only."""
         return None
+
+    def reads_hidden(self, drafter: Any) -> bool:
+        """Whether the run needs the backbone's hidden states."""
+        return False
 
     @property
     def warp(self) -> dict[str, float]:
@@ -134,11 +145,13 @@ class WindowSampler(Sampler):
         listed = check_seeds(seeds, prepared.batch)
         table, structural = Stream.of(backbone)
         forced = forced_slots(forced_codes, structural, table, len(listed), int(backbone.codebook_size))
-        session, out = backbone.open(prepared, max_window=self.num_rows)
+        options = {"hidden": True} if self.reads_hidden(drafter) else {}
+        session, out = backbone.open(prepared, max_window=self.num_rows, **options)
         state = self._first_state(backbone, session, table.to(out.logits.device), listed, out.logits)
         state.forced = None if forced is None else forced.to(out.logits.device)
+        state.hidden = out.hidden
         if self.num_rows > 1:
-            state.drafter = self.make_drafter(state, drafter)
+            state.drafter = self.make_drafter(state, drafter, condition)
         self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
         return state
 
@@ -148,12 +161,17 @@ class WindowSampler(Sampler):
             return state
         if self.num_rows == 1:
             codes = state.slots[:, state.num_forwards - 1, None]  # b 1
+            self._decide(state, state.backbone.step(state.session, codes).logits)
         else:
-            last = state.slots[state.rows, state.length - 1]  # a
-            drafts = state.draft.tokens[:, : state.width - 1]  # a w-1
-            codes = torch.cat([last[:, None], drafts], dim=1).clamp(min=0)  # a missing draft is fed as any code
-        self._decide(state, state.backbone.step(state.session, codes).logits)
+            self._decide(state, self._score(state))
         return state
+
+    def _score(self, state: WindowState) -> Tensor:
+        """Feed the last permanent code and the proposals: logits ``[G, A, w, V]``."""
+        last = state.slots[state.rows, state.length - 1]  # a
+        drafts = state.draft.tokens[:, : state.width - 1]  # a w-1
+        codes = torch.cat([last[:, None], drafts], dim=1).clamp(min=0)  # a missing draft is fed as any code
+        return state.backbone.step(state.session, codes).logits
 
     def finish(self, state: WindowState) -> SamplerOutput:
         """Collect codes and statistics."""
@@ -176,7 +194,7 @@ class WindowSampler(Sampler):
         noise = None
         if device.type == "cpu" and self.temperature > 0:
             room = NOISE_BLOCK if self.num_rows == 1 else NOISE_CACHE
-            held = min(stream.num_slots, max(self.num_rows, room // (len(seeds) * num_codes)))
+            held = min(stream.num_slots, max(self.reach, room // (len(seeds) * num_codes)))
             noise = GumbelCache(keys, held, num_codes)
         return WindowState(
             backbone=backbone,
@@ -191,8 +209,8 @@ class WindowSampler(Sampler):
             slots=empty,
             trace=empty.clone(),
             length=torch.zeros(len(seeds), dtype=torch.int64, device=device),
-            width=min(self.num_rows, stream.num_slots),
-            draft=Draft.none(len(seeds), min(self.num_rows, stream.num_slots), device),
+            width=min(self.reach, stream.num_slots),
+            draft=Draft.none(len(seeds), min(self.reach, stream.num_slots), device),
         )
 
     def _decide(self, state: WindowState, logits: Tensor) -> None:
@@ -210,14 +228,15 @@ class WindowSampler(Sampler):
         state.trace[state.rows[:, None], place] = state.num_forwards
         state.length = state.length + verdict.num_committed
         if not prefill:  # which feeds no code
-            state.backbone.commit(state.session, verdict.num_committed)
+            state.backbone.commit(state.session, verdict.num_committed, getattr(verdict, "path", None))
         state.num_forwards += 1
         keep = self._look(state)
         if keep is not None:
             logits, slots, num_rows = logits[:, keep], slots[keep], num_rows[keep]
-            verdict = Verdict(*(value[keep] for value in vars(verdict).values()))
+            verdict = type(verdict)(*(value[keep] for value in vars(verdict).values()))
         if not state.done:
-            state.draft = narrow(state.drafter.propose(state, logits, verdict, slots, num_rows), state.width)
+            draft = state.drafter.propose(state, logits, verdict, slots, num_rows)
+            state.draft = narrow(draft, state.width) if isinstance(draft, Draft) else draft
 
     def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Verdict:
         """Run the acceptance rule on the rows of this iteration."""
@@ -247,15 +266,15 @@ class WindowSampler(Sampler):
         """
         on_cpu = state.length.device.type == "cpu"
         if not on_cpu:
-            state.width = self.num_rows
+            state.width = self.reach
             if state.num_forwards < state.next_poll:
                 return None
         left = state.stream.num_slots - state.length
         most = int(left.max())
         state.done = most == 0
         if on_cpu:
-            state.width = min(self.num_rows, most)
-        state.next_poll = state.num_forwards + max(-(-most // self.num_rows), min(POLL_EVERY, most))
+            state.width = min(self.reach, most)
+        state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
         if state.done or bool((left > 0).all()):
             return None
         keep = (left > 0).nonzero().flatten()
