@@ -348,7 +348,7 @@ def test_run_folder_in_the_way_and_nothing_to_resume_are_named(vq_run, tmp_path)
     with pytest.raises(ValueError, match="nothing to resume"):
         train(recipe, output=tmp_path / "none", resume=True)
     changed = replace(recipe, optimizer=replace(recipe.optimizer, lr=1e-4))
-    with pytest.raises(ValueError, match="'optimizer.lr' differs from the run's recipe"):
+    with pytest.raises(ValueError, match=r"'optimizer\.lr' differs from the run's recipe"):
         train(changed, output=vq_run, resume=True)
 
 
