@@ -81,7 +81,7 @@ def load_optimizer(folder: Path) -> dict[str, Any]:
 
 def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str, dict[str, Any]]:
     """Optimizer state by parameter name, so that it survives a change in the order of groups."""
-    names = {p: name for name, p in model.named_parameters()}
+    names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
     return {names[p]: dict(state) for p, state in optimizer.state.items() if p in names}
 
 

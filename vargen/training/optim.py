@@ -138,7 +138,7 @@ def parameter_groups(
         if not p.requires_grad:
             continue
         if optimizer == "muon" and _is_hidden(name, p):
-            if name.endswith("wqkv.weight") and p.shape[0] == 3 * p.shape[1]:
+            if name.endswith(("wqkv.weight", "mat_qkv.weight")) and p.shape[0] == 3 * p.shape[1]:
                 p.num_blocks = 3  # type: ignore[attr-defined]
             groups["muon"].append(p)
         else:
@@ -152,6 +152,6 @@ def parameter_groups(
 
 
 def _is_hidden(name: str, p: Tensor) -> bool:
-    if p.ndim == 4:
+    if p.ndim == 4 and p.shape[0] > 1:  # one row: a table of factors, not a kernel
         return not any(part in ("conv_in", "conv_out", "quant_conv", "post_quant_conv") for part in name.split("."))
-    return p.ndim == 2 and "layers." in name
+    return p.ndim == 2 and ("layers." in name or "blocks." in name)

@@ -263,8 +263,8 @@ def _stop_signals() -> Iterator[list[int]]:
     try:
         yield caught
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for caught_number, handler in previous.items():
+            signal.signal(caught_number, handler)
 
 
 def _keep_freed_memory() -> None:
