@@ -29,6 +29,7 @@ _names = {
     "load_original": "hub",
     "verify_checkpoint": "hub",
     "convert_checkpoint": "hub",
+    "wrap": "adapters.wrap",
     "ImagePipelineOutput": "outputs",
     "SamplerOutput": "outputs",
     "DecodeStats": "outputs",

@@ -1,0 +1,1 @@
+"""Adapters: models of the transformers library as backbones, with nothing patched."""

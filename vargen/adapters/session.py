@@ -1,0 +1,63 @@
+"""The state of a decode whose rows have prompts of different length.
+
+Letters: B images, G guidance branches, R = G * B rows, S stream slots.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vargen.backbones.cache import KVCache, Plan
+from vargen.backbones.window import WindowSession
+from vargen.protocols import Layout
+
+
+class PromptSession(WindowSession):
+    """A window session over right-padded prompts.
+
+    Slot ``s`` of the stream of row r lies behind that row's prompt, at cache slot ``starts[r] + s``; padding is
+    overwritten by the stream, so committed slots are always dense and no forward needs a padding mask.
+
+    Args:
+        cache: of R rows, prompts already in it.
+        branches: G.
+        starts: [R] int64 prompt lengths.
+        layout: the stream.
+        static: fixed shapes at every step, see ``WindowSession``.
+    """
+
+    def __init__(self, cache: KVCache, branches: int, starts: Tensor, layout: Layout, static: bool) -> None:
+        super().__init__(cache, branches, 0, padded=False, static=static)
+        self.starts, self.layout = starts, layout
+        self.forced = layout.forced.to(starts.device)
+        self.has_forced = bool((layout.forced >= 0).any())
+        self.past: Any = None  # the RaggedCache over ``cache``
+        cache.lengths.copy_(starts)
+        low, high = (int(x) for x in starts.aminmax())
+        self.uniform = low if low == high else None
+
+    @property
+    def length(self) -> Tensor:
+        """[B] int64 committed stream slots."""
+        batch = len(self.starts) // self.branches
+        return (self.cache.lengths - self.starts)[:batch]
+
+    @property
+    def capacity(self) -> int:
+        """Stream slots that fit behind the longest prompt."""
+        return self.cache.capacity - int(self.starts.max())
+
+    def plan_at(self, slots: Tensor) -> Plan:
+        """Plan ``[B, w]`` stream slots in any order; each sees the written slots before it in raster order."""
+        return self.cache.plan(self.starts[:, None] + slots.repeat(self.branches, 1))
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the images ``rows`` [B'] int64, in this order."""
+        batch = len(self.starts) // self.branches
+        kept = (torch.arange(self.branches, device=rows.device)[:, None] * batch + rows).flatten()
+        self.cache.select(kept)
+        self.starts = self.starts[kept]
+        self.advance(torch.zeros_like(rows))  # the rows that are left may agree in length

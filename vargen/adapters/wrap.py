@@ -1,0 +1,78 @@
+"""``vargen.wrap``: pick the adapter of a transformers model, and make a pipeline of it."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from torch import nn
+
+from vargen.adapters.base import TransformersBackbone
+
+# config.model_type, or an explicit family -> (module below vargen.adapters, class)
+ADAPTERS = {
+    "janus": ("janus", "JanusBackbone"),
+}
+NEEDS_FAMILY = {"qwen3": "emu3.5"}  # text models that may be the body of an image model
+
+
+def wrap(model: nn.Module, processor: Any = None, *, family: str | None = None, **options: Any) -> Any:
+    """Make a backbone of a transformers image model, so that every window sampler runs on it.
+
+    The model is used as it is (device_map, quantised and LoRA layers, its attention implementation) and still runs its
+    own ``generate``.
+
+    Args:
+        model: Janus / Janus-Pro, Emu3, Chameleon / Anole / Lumina-mGPT, GLM-Image, or Emu3.5 loaded as Qwen3; PEFT-
+            wrapped and ``torch.compile``-d models are unwrapped.
+        processor: needed for prompts given as text.
+        family: only where ``model.config.model_type`` does not tell: ``"emu3.5"`` for Qwen3.
+        options: of the family's backbone, such as ``grid_size=(h, w)`` in codes.
+
+    Returns:
+        A backbone (``vargen.protocols.Backbone``).
+
+    Raises:
+        ValueError: a model of another family, or of a version of transformers without the needed cache interface.
+
+    Example:
+        >>> backbone = vargen.wrap(model, processor)  # doctest: +SKIP
+        >>> NextTokenSampler(guidance_scale=5.0).sample(backbone, ["a red fox"], seeds=[0]).codes  # doctest: +SKIP
+    """
+    model = unwrap(model)
+    found = getattr(getattr(model, "config", None), "model_type", None)
+    name = found if family is None else family.lower()
+    if name in NEEDS_FAMILY:
+        raise ValueError(
+            f"a {name} model is text only unless it holds {NEEDS_FAMILY[name]}; say family={NEEDS_FAMILY[name]!r}"
+        )
+    if name not in ADAPTERS:
+        known = ", ".join(repr(known) for known in ADAPTERS)
+        raise ValueError(f"no adapter for {type(model).__name__} (model_type {name!r}); adapters: {known}")
+    check_version()
+    module, class_name = ADAPTERS[name]
+    adapter: type[TransformersBackbone] = getattr(import_module(f"vargen.adapters.{module}"), class_name)
+    return adapter(model, processor, **options)
+
+
+def unwrap(model: Any) -> Any:
+    """The model inside PEFT and ``torch.compile`` wrappers; LoRA layers stay, they sit inside it."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()
+        else:
+            return model
+
+
+def check_version() -> None:
+    """Raise ``ValueError`` unless transformers has the cache interface that the adapters write to."""
+    import inspect
+
+    import transformers
+    from transformers.cache_utils import CacheLayerMixin
+
+    parameters = inspect.signature(CacheLayerMixin.get_mask_sizes).parameters
+    if "query_length" not in parameters:  # older versions pass cache_position there
+        raise ValueError(f"the adapters need transformers 5.10 or newer, found {transformers.__version__}")
