@@ -9,45 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vargen.kernels import rows
+from vargen.kernels.language import jit, launch_options, tl, use_triton
 from vargen.kernels.warp import NEG_INF, combine, threshold
 from vargen.random import Stream, gumbel
 
-
-def draw(
-    logits: Tensor,
-    *,
-    seeds: Tensor,
-    positions: Tensor,
-    guidance_scale: float | Tensor = 1.0,
-    temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
-    stream: Stream | int = Stream.GUMBEL,
-    iteration: Tensor | None = None,
-    noise: Tensor | None = None,
-) -> Tensor:
-    """Draw one code per row.
-
-    Args:
-        logits: ``[G, B, W, V]``, float32, float16 or bfloat16; any strides, contiguous in V.
-        seeds: ``[B]`` int64.
-        positions: ``[B, W]`` int64, the code position that each row predicts.
-        guidance_scale, temperature, top_k, top_p: as in :func:`vargen.kernels.warp.warp_logits`; temperature 0 takes
-            the argmax of the guided logits.
-        stream: stream of the noise.
-        iteration: ``[B]`` int64 where the stream has iterations.
-        noise: ``[B, W, V]`` float32 Gumbel noise to use in place of Philox.
-
-    Returns:
-        ``[B, W]`` int64 codes.
-
-    Raises:
-        ValueError: a row is NaN, infinite or -inf everywhere (names image and position).
-    """
-    check_logits(logits)
-    return _draw_twin(
-        logits, seeds, positions, guidance_scale, temperature, top_k, top_p, int(stream), iteration, noise
-    )
+NO_ERROR = (1 << 62) - 1  # what an entry of an error record holds while all rows were good
 
 
 def _draw_twin(
@@ -78,14 +45,195 @@ def _draw_twin(
     return codes
 
 
+@jit(do_not_specialize=["k", "stream"])
+def _draw_kernel(
+    logits_ptr,  # G B W V
+    stride_g,
+    stride_b,
+    stride_w,
+    scales_ptr,  # B, if PER_IMAGE
+    scale,
+    inv_t,
+    k,
+    top_p,
+    V,
+    seeds_ptr,  # B
+    positions_ptr,  # B W
+    stream,
+    iteration_ptr,  # B, if STEPPED
+    noise_ptr,  # B W V, if GIVEN
+    codes_ptr,  # B W
+    errors_ptr,  # B
+    W,
+    GUIDED: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+    GREEDY: tl.constexpr,
+    STEPPED: tl.constexpr,
+    GIVEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    w = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    cond = logits_ptr + b * stride_b + w * stride_w
+    uncond = cond + stride_g
+    if PER_IMAGE:
+        scale = tl.load(scales_ptr + b)
+    position = tl.load(positions_ptr + b * W + w)
+    z = rows.load_tile(cond, uncond, scale, inv_t, 0, V, GUIDED, BLOCK)
+    tau, lse = rows.row_stats(z, cond, uncond, scale, inv_t, V, k, top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
+    best = float("-inf")
+    code = 0
+    for piece in range(PIECES):
+        x = rows.load_tile(cond, uncond, scale, inv_t, piece, V, GUIDED, PIECE)
+        if not GREEDY:
+            if GIVEN:
+                at = piece * PIECE + tl.arange(0, PIECE)
+                g = tl.load(noise_ptr + (b * W + w) * V + at, mask=at < V, other=0.0)
+            else:
+                step = position * 0
+                if STEPPED:
+                    step = tl.load(iteration_ptr + b)
+                g = rows.gumbel_tile(tl.load(seeds_ptr + b), position, stream, step, piece, PIECE)
+            x = tl.where(x >= tau, x + g, float("-inf"))
+        best, code = rows.better(best, code, x, piece, PIECE)
+    tl.store(codes_ptr + b * W + w, code)
+    if (lse == float("inf")) | (lse == float("-inf")):
+        tl.atomic_min(errors_ptr + b, position)
+
+
+def draw(
+    logits: Tensor,
+    *,
+    seeds: Tensor,
+    positions: Tensor,
+    guidance_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    stream: Stream | int = Stream.GUMBEL,
+    iteration: Tensor | None = None,
+    noise: Tensor | None = None,
+    errors: Tensor | None = None,
+) -> Tensor:
+    """Draw one code per row.
+
+    Args:
+        logits: ``[G, B, W, V]``, float32, float16 or bfloat16; any strides, contiguous in V.
+        seeds: ``[B]`` int64.
+        positions: ``[B, W]`` int64, the code position that each row predicts.
+        guidance_scale, temperature, top_k, top_p: as in :func:`vargen.kernels.warp.warp_logits`; temperature 0 takes
+            the argmax of the guided logits.
+        stream: stream of the noise.
+        iteration: ``[B]`` int64 where the stream has iterations.
+        noise: ``[B, W, V]`` float32 Gumbel noise to use in place of Philox.
+        errors: record from :func:`new_errors`. On a CUDA device bad rows are noted there (and draw code 0) without
+            waiting for the device; ask it with :func:`raise_errors` when the decode ends. Without a record, and on the
+            CPU, a bad row raises at once.
+
+    Returns:
+        ``[B, W]`` int64 codes.
+
+    Raises:
+        ValueError: a row is NaN, infinite or -inf everywhere (names image and position).
+    """
+    check_logits(logits)
+    record = new_errors(logits.shape[1], logits.device) if errors is None else errors
+    per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
+    scale = 1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale)
+    codes = _draw(
+        logits, seeds, positions, record, scale, per_image, temperature, top_k, top_p, int(stream), iteration, noise
+    )
+    if errors is None and use_triton(logits):
+        raise_errors(record)
+    return codes
+
+
+@torch.library.custom_op("vargen::draw", mutates_args=("errors",))
+def _draw(
+    logits: Tensor,
+    seeds: Tensor,
+    positions: Tensor,
+    errors: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    stream: int,
+    iteration: Tensor | None,
+    noise: Tensor | None,
+) -> Tensor:
+    if not use_triton(logits):
+        guidance = scale if scales is None else scales
+        return _draw_twin(logits, seeds, positions, guidance, temperature, top_k, top_p, stream, iteration, noise)
+    branches, batch, window, num_codes = logits.shape
+    codes = torch.empty(batch, window, dtype=torch.int64, device=logits.device)
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    greedy = temperature == 0
+    _draw_kernel[(window, batch)](
+        logits,
+        *logits.stride()[:3],
+        logits if scales is None else scales.float().contiguous(),
+        scale,
+        1.0 if greedy else 1.0 / temperature,
+        top_k,
+        top_p,
+        num_codes,
+        seeds.contiguous(),
+        positions.contiguous(),
+        stream,
+        seeds if iteration is None else iteration.contiguous(),
+        logits if noise is None else noise.float().contiguous(),
+        codes,
+        errors,
+        window,
+        GUIDED=branches == 2,
+        PER_IMAGE=scales is not None,
+        SPARSE=not greedy and 0 < top_k < num_codes,
+        NUCLEUS=not greedy and top_p < 1,
+        GREEDY=greedy,
+        STEPPED=iteration is not None,
+        GIVEN=noise is not None,
+        **launch_options(num_codes),
+    )
+    return codes
+
+
+@_draw.register_fake
+def _(logits, seeds, positions, errors, *settings):  # type: ignore[no-untyped-def]
+    return torch.empty_like(positions)
+
+
+def new_errors(batch: int, device: torch.device | str | None = None) -> Tensor:
+    """Record ``[B]`` int64 of the first position of every image at which a row was bad; none so far."""
+    return torch.full((batch,), NO_ERROR, dtype=torch.int64, device=device)
+
+
+def raise_errors(errors: Tensor) -> None:
+    """Raise for the first bad row in a record; waits for the device."""
+    bad = errors < NO_ERROR
+    if bad.any():
+        image = int(bad.nonzero()[0])
+        _raise_bad_row(image, int(errors[image]))
+
+
 def raise_bad_rows(bad: Tensor, positions: Tensor) -> None:
     """Raise for the first row ``[B, W]`` marked bad."""
     if bad.any():
         image, column = bad.nonzero()[0].tolist()
-        raise ValueError(
-            f"logits of image {image} at position {int(positions[image, column])} are NaN, infinite or -inf everywhere; "
-            "check the weights, the precision and the guidance scale"
-        )
+        _raise_bad_row(image, int(positions[image, column]))
+
+
+def _raise_bad_row(image: int, position: int) -> None:
+    raise ValueError(
+        f"logits of image {image} at position {position} are NaN, infinite or -inf everywhere; "
+        "check the weights, the precision and the guidance scale"
+    )
 
 
 def check_logits(logits: Tensor) -> None:

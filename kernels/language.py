@@ -21,11 +21,15 @@ except ImportError:
     triton = tl = None
     HAS_TRITON = False
 
-    class jit:  # noqa: N801 - it stands for triton.jit
+    class jit:
         """What ``triton.jit`` returns, as far as it is used without Triton."""
 
-        def __init__(self, fn: Any) -> None:
+        def __init__(self, fn: Any = None, **options: Any) -> None:
             self.fn = fn
+
+        def __call__(self, fn: Any) -> Any:
+            """Take the function when used as ``@jit(option=...)``."""
+            return type(self)(fn)
 
         def __getitem__(self, grid: Any) -> Any:
             raise RuntimeError(f"{self.fn.__name__} needs triton; install it or set VARGEN_KERNELS=torch")
@@ -45,3 +49,25 @@ def use_triton(tensor: Tensor) -> bool:
     if choice in ("0", "torch") or not HAS_TRITON:
         return False
     return tensor.is_cuda or (choice == "triton" and INTERPRET)
+
+
+BLOCK_LIMIT = 16384  # a row of so many float32 fits the registers of one program
+STREAM_BLOCK = 8192  # longer rows are streamed in tiles of this size
+PIECE_LIMIT = 4096  # draws hold noise and several scores per code, so they go in smaller pieces
+
+
+def launch_options(num_codes: int) -> dict[str, Any]:
+    """Tiling of a row (searches in TILES of BLOCK, draws in PIECES of PIECE) and launch options."""
+    block = max(triton.next_power_of_2(num_codes), 64)
+    if block > BLOCK_LIMIT:
+        block = STREAM_BLOCK
+    piece = min(block, PIECE_LIMIT)
+    return {
+        "BLOCK": block,
+        "TILES": -(-num_codes // block),
+        "PIECE": piece,
+        "PIECES": -(-num_codes // piece),
+        "num_warps": min(max(block // 512, 1), 16),
+        # without fused multiply-add a logit is the same number wherever it is computed, in kernels and twins
+        "enable_fp_fusion": False,
+    }

@@ -6,7 +6,7 @@ p is the target law, q the draft law, u uniform in [0, 1). Nothing else in the l
 
 from __future__ import annotations
 
-from vargen.kernels.language import jit
+from vargen.kernels.language import jit, tl  # noqa: F401 - the interpreter wants `tl` in sight of a kernel's callees
 
 
 @jit

@@ -9,29 +9,20 @@ p is the target law, q the draft law. Letters: G guidance branches (conditional 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vargen.kernels.draw import check_logits, raise_bad_rows
-from vargen.kernels.group import group_members
-from vargen.kernels.rules import accept, residual
-from vargen.kernels.warp import NEG_INF, combine, threshold
+from vargen.kernels import verify_kernels as kernels
+from vargen.kernels.draw import check_logits, new_errors, raise_errors
+from vargen.kernels.language import launch_options, triton, use_triton
+from vargen.kernels.verify_twin import Setting, verify_twin
 from vargen.kernels.window import Carry, Draft, GroupSpec, Label, Verdict, VerifyNoise
-from vargen.random import Stream, gumbel, uniform
 
-__all__ = ["Draft", "GroupSpec", "Label", "Verdict", "VerifyNoise", "verify_window"]
+__all__ = ["Carry", "Draft", "GroupSpec", "Label", "Verdict", "VerifyNoise", "verify_window"]
 
-
-@dataclass(frozen=True)
-class _Setting:
-    """How rows become laws; the same for the target and for the labels."""
-
-    guidance_scale: float | Tensor
-    temperature: float
-    top_k: int
-    top_p: float
+CARRIES = ("gumbel", "maximal", "independent", "none")  # in the order of the kernels' numbers
 
 
 def verify_window(
@@ -50,13 +41,15 @@ def verify_window(
     forced: Tensor | None = None,
     group: GroupSpec | None = None,
     noise: VerifyNoise | None = None,
+    errors: Tensor | None = None,
 ) -> Verdict:
     """Decide every row of a window.
 
     Args:
         logits: ``[G, B, W, V]``; row j is the law of position ``positions[b, j]``, given the drafts before it.
         draft: proposals, entry j for the same position.
-        carry: ``"gumbel"``, ``"maximal"`` or ``"independent"``.
+        carry: ``"gumbel"``, ``"maximal"``, ``"independent"``, or ``"none"`` for chains whose rows behind the first
+            rejection are thrown away (draft models; those rows then hold -1).
         seeds: ``[B]`` int64.
         positions: ``[B, W]`` int64.
         iteration: ``[B]`` int64, the image's own count of iterations.
@@ -65,7 +58,8 @@ def verify_window(
             greedy: the argmax is emitted and a draft is accepted when it is the argmax.
         forced: ``[B, W]`` int64 codes that a position must hold, -1 where it is free.
         group: grouped acceptance; changes the law. Not with ``"gumbel"``.
-        noise: explicit noise in place of Philox.
+        noise: explicit noise in place of Philox (uniforms in place of Gumbel rows always run the twin).
+        errors: record of bad rows, as in :func:`vargen.kernels.draw.draw`.
 
     Returns:
         The outcome of every row and how many rows each image commits (at least 1 if it is not finished).
@@ -75,18 +69,36 @@ def verify_window(
     """
     check_logits(logits)
     _check(logits, draft, carry, positions, forced, group)
-    setting = _Setting(guidance_scale, temperature, top_k, top_p)
-    return _verify_twin(
-        logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, group, noise or VerifyNoise()
+    noise = noise or VerifyNoise()
+    inverse = noise.fresh is not None and noise.fresh.ndim == 2
+    if inverse or not (use_triton(logits) or torch.compiler.is_compiling()):
+        setting = Setting(guidance_scale, temperature, top_k, top_p)
+        return verify_twin(logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, group, noise)
+    record = new_errors(logits.shape[1], logits.device) if errors is None else errors
+    per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
+    spec = group or GroupSpec(size=0)
+    verdict = _verify(
+        logits,
+        *(draft.tokens, draft.kind, draft.prob, draft.row, draft.logits, draft.stats),
+        carry,
+        *(seeds, positions, iteration, num_rows, record),
+        1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale),
+        per_image,
+        *(float(temperature), top_k, float(top_p), forced),
+        *(spec.size, spec.prob_threshold, spec.distance_threshold, spec.embeddings),
+        *(noise.accept, noise.fresh, noise.residual),
     )
+    if errors is None and use_triton(logits):
+        raise_errors(record)
+    return Verdict(*verdict)
 
 
 def _check(
     logits: Tensor, draft: Draft, carry: str, positions: Tensor, forced: Tensor | None, group: GroupSpec | None
 ) -> None:
     shape = logits.shape[1:3]
-    if carry not in ("gumbel", "maximal", "independent"):
-        raise ValueError(f"carry must be 'gumbel', 'maximal' or 'independent', got {carry!r}")
+    if carry not in CARRIES:
+        raise ValueError(f"carry must be one of {', '.join(CARRIES)}, got {carry!r}")
     if group is not None and carry == "gumbel":
         raise ValueError(
             "grouped acceptance needs carry 'independent' or 'maximal', got 'gumbel', which has no ratio test"
@@ -98,7 +110,62 @@ def _check(
         raise ValueError(f"draft.logits have {draft.logits.shape[-1]} codes, the target {logits.shape[-1]}")
 
 
-def _verify_twin(
+@torch.library.custom_op("vargen::verify", mutates_args=("errors",))
+def _verify(
+    logits: Tensor,
+    tokens: Tensor,
+    kind: Tensor,
+    prob: Tensor,
+    row: Tensor,
+    label_logits: Tensor | None,
+    label_stats: Tensor | None,
+    carry: str,
+    seeds: Tensor,
+    positions: Tensor,
+    iteration: Tensor,
+    num_rows: Tensor,
+    errors: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    forced: Tensor | None,
+    group_size: int,
+    prob_threshold: float,
+    distance_threshold: float,
+    embeddings: Tensor | None,
+    accept: Tensor | None,
+    fresh: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    draft = Draft(tokens, kind, prob, row, label_logits, label_stats)
+    group = GroupSpec(group_size, prob_threshold, distance_threshold, embeddings) if group_size else None
+    noise = VerifyNoise(accept, fresh, residual)
+    setting = Setting(scale if scales is None else scales, temperature, top_k, top_p)
+    if not use_triton(logits):
+        verdict = verify_twin(
+            logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, group, noise
+        )
+    else:
+        verdict = _launch(
+            logits, draft, carry, seeds, positions, iteration, num_rows, errors, setting, forced, group, noise
+        )
+    return verdict.tokens, verdict.accepted, verdict.prob, verdict.num_committed, verdict.stats
+
+
+@_verify.register_fake
+def _(logits, tokens, kind, prob, row, *settings):  # type: ignore[no-untyped-def]
+    return (
+        torch.empty_like(tokens),
+        torch.empty_like(tokens, dtype=torch.bool),
+        torch.empty_like(tokens, dtype=torch.float32),
+        tokens.new_empty(tokens.shape[0]),
+        tokens.new_empty((*tokens.shape, 2), dtype=torch.float32),
+    )
+
+
+def _launch(
     logits: Tensor,
     draft: Draft,
     carry: str,
@@ -106,157 +173,100 @@ def _verify_twin(
     positions: Tensor,
     iteration: Tensor,
     num_rows: Tensor,
-    setting: _Setting,
+    errors: Tensor,
+    setting: Setting,
     forced: Tensor | None,
     group: GroupSpec | None,
     noise: VerifyNoise,
 ) -> Verdict:
-    batch, window = positions.shape
-    z, stats = _law(logits, setting)
-    column = torch.arange(window, device=z.device)
-    valid = column < num_rows[:, None]  # B W
-    free = valid if forced is None else valid & (forced < 0)
-    raise_bad_rows(free & ~stats[..., 1].isfinite(), positions)
-    has = (draft.tokens >= 0) & (draft.kind != Label.NONE) & valid
+    branches, batch, window, num_codes = logits.shape
+    device, scales = logits.device, setting.guidance_scale
+    per_image = isinstance(scales, Tensor)
+    greedy = setting.temperature == 0
+    y = torch.empty(batch, window, dtype=torch.int64, device=device)
+    accepted = torch.empty(batch, window, dtype=torch.uint8, device=device)
+    y_prob, draft_prob = (torch.empty(batch, window, dtype=torch.float32, device=device) for _ in range(2))
+    stats = torch.empty(batch, window, 2, dtype=torch.float32, device=device)
+    committed = torch.empty(batch, dtype=torch.int64, device=device)
 
-    if setting.temperature == 0 or carry == "gumbel":
-        y = _argmax(z, seeds, positions, setting, noise)
-        if forced is not None:
-            y = forced.where(forced >= 0, y)
-        accepted = has & (y == draft.tokens)
-    else:
-        u = uniform(seeds, positions, 1, Stream.ACCEPT, iteration)[..., 0] if noise.accept is None else noise.accept
-        p, q = _test_masses(z, stats, draft, has & free, setting, group)
-        accepted = has & accept.fn(p, q, u)
-        if forced is not None:
-            accepted = accepted.where(forced < 0, has & (draft.tokens == forced))
-        passed = accepted.cumprod(-1).bool()  # accepted, like all before it
-        if carry == "independent":
-            accepted = passed
-            retry = has & ~passed & _shift_right(passed)  # the first rejection only
-        else:
-            retry = has & ~accepted
-        y = draft.tokens.where(accepted, -1)
-        if forced is not None:
-            y = forced.where((forced >= 0) & valid, y)
-        todo = (y < 0) & valid
-        y = y.masked_scatter(todo, _redraw(z, stats, draft, todo, retry, seeds, positions, iteration, setting, noise))
-
-    y = y.where(valid, -1)
-    prob = (
-        _prob(z.gather(-1, y.clamp(min=0)[..., None])[..., 0], stats[..., 1])
-        if setting.temperature
-        else (y >= 0).float()
+    logits = _dense_rows(logits)
+    labels = logits if draft.logits is None else _dense_rows(draft.logits)
+    common = {"inv_t": 1.0 if greedy else 1.0 / setting.temperature, "V": num_codes, "W": window}
+    common |= {
+        "scales_ptr": scales.float().contiguous() if per_image else logits,
+        "scale": 1.0 if per_image else scales,
+    }
+    flags = {"GUIDED": branches == 2, "PER_IMAGE": per_image, **launch_options(num_codes)}
+    law = {"k": setting.top_k, "top_p": setting.top_p}
+    law |= {"SPARSE": not greedy and 0 < setting.top_k < num_codes, "NUCLEUS": not greedy and setting.top_p < 1}
+    label_stats = draft.stats
+    if label_stats is None and draft.logits is not None:
+        label_stats = torch.empty(batch, labels.shape[2], 2, dtype=torch.float32, device=device)
+        kernels.stats_kernel[(labels.shape[2], batch)](
+            labels, *labels.stride()[:3], stats_ptr=label_stats, **common | {"W": labels.shape[2]}, **law,
+            **flags | {"GUIDED": labels.shape[0] == 2},
+        )  # fmt: skip
+    label_stats = stats if label_stats is None else label_stats.contiguous()
+    common |= {"label_ptr": labels, "label_stats_ptr": label_stats, "label_rows": label_stats.shape[1]}
+    common |= {f"label_stride_{axis}": stride for axis, stride in zip("gbw", labels.stride(), strict=False)}
+    common |= {"tokens_ptr": draft.tokens, "kind_ptr": draft.kind, "prob_ptr": draft.prob, "row_ptr": draft.row}
+    common |= {"seeds_ptr": seeds, "positions_ptr": positions, "iteration_ptr": iteration, "num_rows_ptr": num_rows}
+    common |= {"forced_ptr": draft.tokens if forced is None else forced}
+    common |= {"fresh_ptr": stats if noise.fresh is None else noise.fresh.float()}
+    common |= {"residual_ptr": common["fresh_ptr"] if noise.residual is None else noise.residual.float()}
+    common = {name: value.contiguous() if _is_small(name) else value for name, value in common.items()}
+    common |= {
+        "y_ptr": y,
+        "accepted_ptr": accepted,
+        "y_prob_ptr": y_prob,
+        "draft_prob_ptr": draft_prob,
+        "stats_ptr": stats,
+    }
+    flags |= {"CARRY": CARRIES.index(carry), "GIVEN": noise.fresh is not None, "FORCED": forced is not None}
+    flags |= {"LABEL_GUIDED": labels.shape[0] == 2}
+    kernels.rows_kernel[(window, batch)](
+        logits,
+        *logits.stride()[:3],
+        uniform_ptr=stats if noise.accept is None else noise.accept.float().contiguous(),
+        errors_ptr=errors,
+        GREEDY=greedy,
+        **_group_arguments(group, stats),
+        **common,
+        **law,
+        **flags,
     )
-    if forced is not None:
-        prob = prob.masked_fill(forced >= 0, 1.0)
-    run = (accepted & valid).cumprod(-1).sum(-1)
-    return Verdict(y, accepted & valid, prob.where(valid, 0.0), torch.minimum(run + 1, num_rows), stats)
+    kernels.finish_kernel[(batch,)](
+        logits,
+        *logits.stride()[:3],
+        committed_ptr=committed,
+        WINDOW=triton.next_power_of_2(window),
+        **common,
+        **flags | {"CARRY": 0 if greedy else flags["CARRY"]},
+    )
+    return Verdict(y, accepted.bool(), y_prob, committed, stats)
 
 
-def _law(logits: Tensor, setting: _Setting) -> tuple[Tensor, Tensor]:
-    """Warped logits ``[..., V]``, removed codes at -inf, and their (threshold, log-normaliser) ``[..., 2]``."""
-    z = combine(logits, setting.guidance_scale, setting.temperature)
-    tau = threshold(z, setting.top_k, setting.top_p) if setting.temperature else None
-    if tau is None:
-        tau = torch.full_like(z[..., 0], NEG_INF)
-    else:
-        z = z.masked_fill(z < tau[..., None], NEG_INF)
-    return z, torch.stack([tau, torch.logsumexp(z, -1)], -1)
+def _is_small(name: str) -> bool:
+    return name.endswith("_ptr") and name not in ("label_ptr", "scales_ptr")
 
 
-def _prob(z: Tensor, lse: Tensor) -> Tensor:
-    return (z - lse).exp()
+def _dense_rows(logits: Tensor) -> Tensor:
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
-def _shift_right(passed: Tensor) -> Tensor:
-    return torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], 1)
-
-
-def _argmax(z: Tensor, seeds: Tensor, positions: Tensor, setting: _Setting, noise: VerifyNoise) -> Tensor:
-    if setting.temperature == 0:
-        return z.max(-1).indices
-    if noise.fresh is None:
-        return gumbel(seeds, positions, z.shape[-1]).add_(z).max(-1).indices
-    return _choose(z, noise.fresh)
-
-
-def _choose(z: Tensor, noise: Tensor) -> Tensor:
-    """Draw from log-weights ``z [..., V]`` with Gumbel rows ``[..., V]`` or uniforms ``[...]``."""
-    if noise.ndim == z.ndim:
-        return (z + noise).max(-1).indices
-    total = (z - z.amax(-1, keepdim=True)).exp().double().cumsum(-1)
-    return (total <= noise.double()[..., None] * total[..., -1:]).sum(-1).clamp(max=z.shape[-1] - 1)
-
-
-def _test_masses(
-    z: Tensor, stats: Tensor, draft: Draft, tested: Tensor, setting: _Setting, group: GroupSpec | None
-) -> tuple[Tensor, Tensor]:
-    """p and q of every draft token ``[B, W]``, or of its group."""
-    token = draft.tokens.clamp(min=0)
-    p = _prob(z.gather(-1, token[..., None])[..., 0], stats[..., 1])
-    if group is None:
-        return p, draft.prob
-    image, row = tested.nonzero(as_tuple=True)
-    if not len(image):
-        return p, draft.prob
-    law = _prob(z[image, row], stats[image, row, 1, None])
-    members, inside = group_members(z[image, row], law, token[image, row], group)
-    label = _label(draft, image, row, setting, z.shape[-1]).gather(-1, members)
-    p, q = p.clone(), draft.prob.clone()
-    p[image, row] = (law.gather(-1, members) * inside).sum(-1)
-    q[image, row] = (label * inside).sum(-1)
-    return p, q
-
-
-def _label(draft: Draft, image: Tensor, row: Tensor, setting: _Setting, num_codes: int) -> Tensor:
-    """Draft law of the entries (image, row): ``[R, V]`` float32; zero for NONE."""
-    kind, token, prob = draft.kind[image, row], draft.tokens[image, row], draft.prob[image, row]
-    q = prob.where(kind == Label.UNIFORM, 0.0)[:, None].expand(-1, num_codes).contiguous()
-    q.scatter_add_(1, token.clamp(min=0)[:, None], (kind == Label.POINT).float()[:, None])
-    here = (kind == Label.ROW).nonzero()[:, 0]
-    if len(here) and draft.logits is None:
-        raise ValueError("draft has ROW labels but no logits; pass the logits that the tokens were drawn from")
-    if len(here) and draft.logits is not None:
-        image, source = image[here], draft.row[image, row][here]
-        scale = setting.guidance_scale
-        scale = scale[image] if isinstance(scale, Tensor) else scale
-        raw = draft.logits[:, image, source]  # G R V
-        if draft.stats is None:
-            z, stats = _law(raw, _Setting(scale, setting.temperature, setting.top_k, setting.top_p))
-        else:
-            z, stats = combine(raw, scale, setting.temperature), draft.stats[image, source]
-        q[here] = _prob(z, stats[:, 1:]).where(z >= stats[:, :1], 0.0)
-    return q
-
-
-def _redraw(
-    z: Tensor,
-    stats: Tensor,
-    draft: Draft,
-    todo: Tensor,
-    retry: Tensor,
-    seeds: Tensor,
-    positions: Tensor,
-    iteration: Tensor,
-    setting: _Setting,
-    noise: VerifyNoise,
-) -> Tensor:
-    """Draw the rows marked ``todo [B, W]``, from the residual where ``retry``: ``[R]`` int64 in row-major order."""
-    image, row = todo.nonzero(as_tuple=True)
-    if not len(image):
-        return image
-    again = retry[image, row]
-    weights = z[image, row]  # R V
-    if again.any():
-        at = again.nonzero()[:, 0]
-        q = _label(draft, image[at], row[at], setting, z.shape[-1])
-        left = residual.fn(_prob(weights[at], stats[image[at], row[at], 1:]), q).log()
-        empty = left.amax(-1, keepdim=True) == NEG_INF  # p <= q everywhere in floating point
-        weights[at] = weights[at].where(empty, left)
-    if noise.fresh is not None and noise.residual is not None:
-        pick = again.view(-1, *[1] * (noise.fresh.ndim - 2))
-        return _choose(weights, noise.residual[image, row].where(pick, noise.fresh[image, row]))
-    stream = torch.where(again, int(Stream.RESIDUAL), int(Stream.FRESH))
-    rows = gumbel(seeds[image], positions[image, row, None], z.shape[-1], stream[:, None], iteration[image])
-    return _choose(weights, rows[:, 0])
+def _group_arguments(group: GroupSpec | None, filler: Tensor) -> dict[str, Any]:
+    size, prob_threshold, distance_threshold, table = (
+        (0, 0.0, 0.0, None)
+        if group is None
+        else (group.size, group.prob_threshold, group.distance_threshold, group.embeddings)
+    )
+    return {
+        "embeddings_ptr": filler if table is None else table.float().contiguous(),
+        "group_codes": 0 if table is None else table.shape[0],
+        "group_dim": 0 if table is None else table.shape[1],
+        "prob_threshold": prob_threshold,
+        "distance_threshold": distance_threshold,
+        "HALF": size // 2,
+        "CLOSE": table is not None,
+        "DIM": 16 if table is None else triton.next_power_of_2(table.shape[1]),
+    }

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-Carry = Literal["gumbel", "maximal", "independent"]
+Carry = Literal["gumbel", "maximal", "independent", "none"]
 
 
 class Label(IntEnum):
