@@ -15,7 +15,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.tiny import CODEBOOK_SIZE, GRID, NUM_CLASSES, tiny_backbone, tiny_pipeline, tiny_tokenizer
+from tests.tiny import (
+    CODEBOOK_SIZE,
+    GRID,
+    NUM_CLASSES,
+    tiny_backbone,
+    tiny_hero_pipeline,
+    tiny_pipeline,
+    tiny_tokenizer,
+)
 from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.hub import atomic_write, verify_checkpoint
 from vargen.images import from_pil
@@ -119,6 +127,23 @@ def test_bad_argument_of_the_call(watched: Watched, call: dict[str, Any], parts:
     one_line(lambda: watched.pipe(**{"class_labels": 3, **call}), *parts)
     assert watched.work == []
     assert torch.equal(state, torch.get_rng_state())
+
+
+PROMPTS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
+    ({"prompt": "deep elf with a purpel cloak"}, ("unknown word", "'purpel'", "'purple cloak'")),
+    ({"prompt": ["minotaur", "xylophone"]}, ("unknown word", "'xylophone'")),
+    ({"prompt": "a red cloak and a green cloak"}, ("two parts", "red cloak", "green cloak")),
+    ({"prompt": "with and the"}, ("names no part",)),
+    ({"prompt": " , "}, ("empty",)),
+    ({"class_labels": 3}, ("prompt=",)),
+)
+
+
+@pytest.mark.parametrize(("call", "parts"), PROMPTS)
+def test_prompt_that_the_conditioner_cannot_read(call: dict[str, Any], parts: tuple[str, ...]) -> None:
+    pipe = tiny_hero_pipeline()
+    pipe.backbone.forward_items = None  # nothing may run
+    one_line(lambda: pipe(**call), *parts)
 
 
 @pytest.mark.parametrize("window", [0, -3, 2.5, "4"])

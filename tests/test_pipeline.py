@@ -13,7 +13,9 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.tiny import GRID, tiny_backbone, tiny_pipeline, tiny_tokenizer
+from tests.tiny import GRID, tiny_backbone, tiny_hero_pipeline, tiny_pipeline, tiny_tokenizer
+from vargen.conditioners.class_labels import ClassConditioner
+from vargen.conditioners.t5 import T5CaptionConditioner
 from vargen.outputs import DecodeStats, ImagePipelineOutput
 from vargen.pipelines.grid import image_grid
 from vargen.pipelines.image import ImagePipeline
@@ -166,6 +168,13 @@ class TestSettings:
         assert pipe.backbone.training
         assert not pipe.tokenizer.training
 
+    def test_parts_that_were_frozen_inside_a_model_in_training_stay_frozen(self) -> None:
+        pipe = tiny_pipeline()
+        pipe.backbone.train().layers[0].eval()
+        codes(pipe, seed=2)
+        assert pipe.backbone.layers[1].feed_forward.training
+        assert not pipe.backbone.layers[0].feed_forward.training
+
     def test_bfloat16_runs(self) -> None:
         pipe = tiny_pipeline().to(torch.bfloat16)
         out = pipe(class_labels=[1, 2], seed=0, output_type="pt")
@@ -230,6 +239,64 @@ class TestCallbacks:
         pipe.set_progress_bar_config(disable=False, mininterval=0)
         pipe(class_labels=[1, 2, 3], seed=0, batch_size=2, output_type="codes")
         assert f"{3 * NUM_CODES}/{3 * NUM_CODES}" in capsys.readouterr().err
+
+
+class TestConditioners:
+    def test_prompts_are_read_in_order(self) -> None:
+        pipe = tiny_hero_pipeline()
+        both = pipe(["a minotaur", "deep elf with a red cloak"], num_images_per_prompt=2, seed=1, output_type="codes")
+        alone = pipe("deep elf with a red cloak", seed=[3, 4], num_images_per_prompt=2, output_type="codes")
+        assert torch.equal(both.codes[2:], alone.codes)
+        assert not torch.equal(both.codes[0], pipe("a mermaid", seed=1, output_type="codes").codes[0])
+
+    def test_same_meaning_gives_the_same_image(self) -> None:
+        pipe = tiny_hero_pipeline()
+        first, second = (
+            pipe(text, seed=1, guidance_scale=2.0, output_type="codes").codes
+            for text in ("a deep elf with a red cloak", "Deep Elf, red cape")
+        )
+        assert torch.equal(first, second)
+
+    def test_conditioner_is_saved_with_the_pipeline(self, tmp_path: Path) -> None:
+        pipe = tiny_hero_pipeline()
+        pipe.save_pretrained(tmp_path)
+        loaded = ImagePipeline.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        ask = {"prompt": "a minotaur", "seed": 2, "output_type": "codes"}
+        assert torch.equal(loaded(**ask).codes, pipe(**ask).codes)
+
+    def test_class_names(self) -> None:
+        pipe = tiny_pipeline(conditioner=ClassConditioner([f"thing {index}" for index in range(10)]))
+        named = pipe(class_labels=["Thing 3", 4], seed=0, output_type="codes").codes
+        assert torch.equal(named, pipe(class_labels=[3, 4], seed=0, output_type="codes").codes)
+        assert torch.equal(named[:1], pipe("thing-3", seed=0, output_type="codes").codes)
+
+    def test_caption_features_and_their_mask_travel_together(self) -> None:
+        """Captions of different lengths, in one batch and in chunks of one."""
+        transformers = pytest.importorskip("transformers")
+        pipe = tiny_pipeline(backbone=caption_backbone(), conditioner=caption_conditioner(transformers))
+        ask = {"prompt": ["fox", "a fox and a bear"], "seed": 0, "guidance_scale": 2.0, "output_type": "codes"}
+        whole, parts = pipe(**ask).codes, pipe(**ask, batch_size=1).codes
+        assert torch.equal(whole, parts)
+
+
+def caption_backbone() -> Any:
+    return tiny_backbone(condition_type="caption", caption_dim=16, num_condition_tokens=6)
+
+
+def caption_conditioner(transformers: Any) -> T5CaptionConditioner:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "</s>", "<unk>", "a", "fox", "and", "bear"]
+    tokenizer = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>")
+    torch.manual_seed(2)
+    config = transformers.T5Config(
+        vocab_size=len(words), d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2, is_encoder_decoder=False
+    )
+    encoder = transformers.T5EncoderModel(config).eval()
+    return T5CaptionConditioner(text_encoder=encoder, tokenizer=fast, max_length=6, clean=False)
 
 
 class TestFolders:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 
 from vargen.backbones.llamagen import LlamaGenTransformer
+from vargen.conditioners.attributes import AttributeConditioner
+from vargen.data.heroes import HeroAtlas
 from vargen.pipelines.image import ImagePipeline
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.tokenizers.vq import VQTokenizer
@@ -51,3 +53,12 @@ def tiny_pipeline(**components: Any) -> ImagePipeline:
     pipe = ImagePipeline(**{**components, **made})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def tiny_hero_pipeline() -> ImagePipeline:
+    """A pipeline that reads prompts about heroes."""
+    atlas = HeroAtlas.load()
+    counts = {"num_attributes": atlas.num_attributes, "num_condition_tokens": len(atlas.slots)}
+    backbone = tiny_backbone(condition_type="attributes", **counts)
+    torch.nn.init.normal_(backbone.cls_embedding.embedding_table.weight)
+    return tiny_pipeline(backbone=backbone, conditioner=AttributeConditioner("heroes"))

@@ -6,7 +6,6 @@ Letters: P prompts, B = P * num_images_per_prompt images, prompt-major, N code p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, Self, cast
@@ -20,12 +19,12 @@ from vargen.images import to_pil
 from vargen.outputs import DecodeStats, ImagePipelineOutput, SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.components import dtype_argument, explain_failure, index_entry, read_index, register_library
+from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.random import image_seeds
 
 register_library()
 
 UNDRAWN = 0.0  # grey, in [-1, 1]: pixels of codes that an interrupted call did not draw
-_POLL_EVERY = 16  # steps between two looks at the progress on a GPU, where each look waits for it
 
 
 class ImagePipeline(DiffusionPipeline):
@@ -95,7 +94,7 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set it to ``True`` (``pipe._interrupt = True``, from a callback) to stop after the current step."""
+        """Set it to ``True`` (``pipe._interrupt = True``, from a callback or another thread) to stop after the current step."""
         return self._interrupt
 
     @torch.no_grad()
@@ -160,13 +159,13 @@ class ImagePipeline(DiffusionPipeline):
         sampler = self.sampler.replace(**changes) if changes else self.sampler
         sampler.check_backbone(self.backbone)
 
-        # 2. Conditions and seeds, one row an image
-        condition = inputs.repeat_condition(self.encode_condition(prompt, class_labels), num_images_per_prompt)
-        seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
-
-        # 3. Draw codes, 4. decode them
-        watch = _Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
         with inputs.evaluating(self._modules()):
+            # 2. Conditions and seeds, one row an image
+            condition = inputs.repeat_condition(self.encode_condition(prompt, class_labels), num_images_per_prompt)
+            seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
+
+            # 3. Draw codes, 4. decode them
+            watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
             drawn = self._draw(sampler, condition, seeds, batch_size or len(seeds), watch)
             images = None if output_type == "codes" else self._to_images(drawn.codes, output_type, batch_size)
         output = ImagePipelineOutput(images=images, codes=drawn.codes, seeds=seeds, stats=drawn.stats)
@@ -205,7 +204,7 @@ class ImagePipeline(DiffusionPipeline):
             images = images.masked_fill(missing[:, None], UNDRAWN)
         return images
 
-    def _draw(self, sampler: Any, condition: Any, seeds: list[int], batch_size: int, watch: _Watch) -> SamplerOutput:
+    def _draw(self, sampler: Any, condition: Any, seeds: list[int], batch_size: int, watch: Watch) -> SamplerOutput:
         parts: list[SamplerOutput] = []
         self._interrupt = False
         watch.open(len(seeds))
@@ -218,7 +217,7 @@ class ImagePipeline(DiffusionPipeline):
         codes = torch.cat([cast(Tensor, part.codes) for part in parts])
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]))
 
-    def _draw_rows(self, sampler: Any, condition: Any, seeds: list[int], watch: _Watch) -> SamplerOutput:
+    def _draw_rows(self, sampler: Any, condition: Any, seeds: list[int], watch: Watch) -> SamplerOutput:
         if self._interrupt:
             return self._undrawn(seeds)
         try:
@@ -228,9 +227,9 @@ class ImagePipeline(DiffusionPipeline):
                 seeds=seeds,
                 tokenizer=self.tokenizer,
                 drafter=self.drafter,
-                callback=watch if watch.wanted else None,
+                callback=watch,
             )
-        except _InterruptedError as stop:
+        except DecodeInterrupted as stop:
             note = f"interrupted after {stop.state.num_forwards} forward passes"
             stats = DecodeStats(num_forwards=stop.state.num_forwards, guarantee=sampler.guarantee, notes=[note])
             return SamplerOutput(stop.state.codes.clone(), seeds, stats)
@@ -265,54 +264,3 @@ class ImagePipeline(DiffusionPipeline):
                     "take both from one model"
                 )
         inputs.check_dtype({name: value for name, value in self.components.items() if isinstance(value, nn.Module)})
-
-
-class _InterruptedError(Exception):
-    """Carries the last state out of a sampler's loop."""
-
-    def __init__(self, state: Any) -> None:
-        super().__init__("interrupted")
-        self.state = state
-
-
-@dataclass
-class _Watch:
-    """Progress bar, user callback and interruption: what the pipeline does after every forward pass."""
-
-    pipe: ImagePipeline
-    callback: Callable[..., Any] | None
-    tensors: tuple[str, ...]
-    bar: Any = field(default=None, init=False)
-    step: int = field(default=0, init=False)
-    shown: int = field(default=0, init=False)  # codes of the images in work that the bar has counted
-
-    @property
-    def wanted(self) -> bool:
-        """Whether there is anything to do after a step."""
-        return self.callback is not None or not self.bar.disable
-
-    def open(self, num_images: int) -> None:
-        """Start the bar; it counts codes."""
-        self.bar = self.pipe.progress_bar(total=num_images * self.pipe.backbone.num_codes)
-
-    def close(self) -> None:
-        """Finish the bar."""
-        self.bar.close()
-
-    def __call__(self, step: int, state: Any) -> None:
-        if step == 0:
-            self.shown = 0  # a new chunk of images
-        if not self.bar.disable and (state.done or self.step % self._poll_every(state) == 0):
-            committed = int(state.num_committed.sum())
-            self.bar.update(committed - self.shown)
-            self.shown = committed
-        if self.callback is not None:
-            found = {name: getattr(state, name) for name in self.tensors}
-            self.callback(self.pipe, self.step, state.num_forwards, found)
-        self.step += 1
-        if self.pipe.interrupt and not state.done:
-            raise _InterruptedError(state)
-
-    @staticmethod
-    def _poll_every(state: Any) -> int:
-        return 1 if state.num_committed.device.type == "cpu" else _POLL_EVERY

@@ -129,14 +129,14 @@ def _map(condition: Any, function: Callable[[Tensor], Tensor]) -> Any:
 @contextmanager
 def evaluating(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Switch dropout off for the time of a call, so that a model in training can be sampled from."""
-    training = [module for module in modules if module.training]
-    for module in training:
-        module.eval()
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False  # one by one: .eval() and .train() would forget that a part was frozen
     try:
         yield
     finally:
-        for module in training:
-            module.train()
+        for part in training:
+            part.training = True
 
 
 def merge_stats(parts: Sequence[DecodeStats]) -> DecodeStats:

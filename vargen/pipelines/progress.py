@@ -1,0 +1,53 @@
+"""What a pipeline does after every forward pass: progress bar, user callback, interruption."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+_POLL_EVERY = 16  # steps between two looks at the progress on a GPU, where each look waits for it
+
+
+class DecodeInterrupted(Exception):
+    """Carries the last state out of a sampler's loop."""
+
+    def __init__(self, state: Any) -> None:
+        super().__init__("interrupted")
+        self.state = state
+
+
+@dataclass
+class Watch:
+    """Progress bar, user callback and interruption: what the pipeline does after every forward pass."""
+
+    pipe: Any
+    callback: Callable[..., Any] | None
+    tensors: tuple[str, ...]
+    bar: Any = field(default=None, init=False)
+    step: int = field(default=0, init=False)
+    shown: int = field(default=0, init=False)  # codes of the images in work that the bar has counted
+
+    def open(self, num_images: int) -> None:
+        """Start the bar; it counts codes."""
+        self.bar = self.pipe.progress_bar(total=num_images * self.pipe.backbone.num_codes)
+
+    def close(self) -> None:
+        """Finish the bar."""
+        self.bar.close()
+
+    def __call__(self, step: int, state: Any) -> None:
+        """Do what is to be done after a forward pass; the arguments are those of a sampler's callback."""
+        if step == 0:
+            self.shown = 0  # a new chunk of images
+        every = 1 if self.pipe.backbone.device.type == "cpu" else _POLL_EVERY
+        if not self.bar.disable and (state.done or self.step % every == 0):
+            committed = int(state.num_committed.sum())
+            self.bar.update(committed - self.shown)
+            self.shown = committed
+        if self.callback is not None:
+            found = {name: getattr(state, name) for name in self.tensors}
+            self.callback(self.pipe, self.step, state.num_forwards, found)
+        self.step += 1
+        if self.pipe.interrupt and not state.done:  # set by the callback or by another thread
+            raise DecodeInterrupted(state)
