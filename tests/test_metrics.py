@@ -307,6 +307,28 @@ def test_duplicates_count_as_neighbours():
     assert precision_recall(twice, twice, neighbours=1) == (1.0, 1.0)
 
 
+@pytest.mark.filterwarnings("error")
+def test_features_added_after_a_result_change_the_next_one(network):
+    first, second = random_features(30, 0).double(), random_features(30, 1, 600, 900).double()
+    metrics = [FrechetDistance(network), KernelDistance(network), ManifoldPrecisionRecall(network)]
+    for metric in metrics:
+        metric.add_features(first, True)
+        metric.add_features(first, False)
+        before = metric.result()
+        metric.add_features(second, False)
+        after = metric.result()
+        assert (before.num_generated, after.num_generated) == (30, 60)
+        assert before.value != after.value
+    before = metrics[0].result().value
+    metrics[0].set_real(GaussianStatistics.from_features(second))
+    assert metrics[0].result().value != before
+    score = InceptionScore(network, splits=1)
+    score.add_features(first / 50)
+    value = float(score.compute()[0])
+    score.add_features(second / 50)
+    assert float(score.compute()[0]) != value
+
+
 # --- networks
 
 

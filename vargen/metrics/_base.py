@@ -26,6 +26,11 @@ class QuantisedMetric(Metric):
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.rounding, self.rounding_used = rounding, "given as uint8"
 
+    def changed(self) -> None:
+        """Forget a computed value: states that are set without ``update`` would otherwise leave it standing."""
+        self._computed = None
+        self._update_count += 1
+
     def quantise(self, images: Tensor) -> Tensor:
         """Return uint8 images and remember whether rounding happened here."""
         if images.dtype == torch.uint8:

@@ -157,6 +157,7 @@ class FrechetDistance(QuantisedMetric, FrechetInceptionDistance):
         return FrechetResult(metric=self.metric_name, value=float(self.compute()), **shared, **fields)
 
     def _set(self, side: str, total: Tensor, outer: Tensor, count: int, *, add: bool) -> None:
+        self.changed()
         for name, value in (("sum", total), ("cov_sum", outer), ("num_samples", torch.tensor(count))):
             state = getattr(self, f"{side}_features_{name}")
             value = value.to(state)

@@ -49,6 +49,7 @@ class InceptionScore(FeatureListMetric, _InceptionScore):
 
     def add_features(self, features: Tensor) -> None:
         """Add ``[B, D]`` logits."""
+        self.changed()
         self.features.append(features.detach().to(self.device, torch.float64))
 
     def compute(self) -> tuple[Tensor, Tensor]:

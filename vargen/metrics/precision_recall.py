@@ -77,6 +77,7 @@ class ManifoldPrecisionRecall(FeatureListMetric):
     def add_features(self, features: Tensor, real: bool) -> None:
         """Add ``[B, D]`` features that the network has computed elsewhere."""
         kept = self.real_features if real else self.fake_features
+        self.changed()
         kept.append(features.detach().to(self.device, torch.float64))
 
     def compute(self) -> tuple[Tensor, Tensor]:
