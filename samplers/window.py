@@ -228,7 +228,7 @@ class WindowSampler(Sampler):
         state.trace[state.rows[:, None], place] = state.num_forwards
         state.length = state.length + verdict.num_committed
         if not prefill:  # which feeds no code
-            state.backbone.commit(state.session, verdict.num_committed, getattr(verdict, "path", None))
+            self._keep(state, verdict)
         state.num_forwards += 1
         keep = self._look(state)
         if keep is not None:
@@ -237,6 +237,10 @@ class WindowSampler(Sampler):
         if not state.done:
             draft = state.drafter.propose(state, logits, verdict, slots, num_rows)
             state.draft = narrow(draft, state.width) if isinstance(draft, Draft) else draft
+
+    def _keep(self, state: WindowState, verdict: Verdict) -> None:
+        """Make the committed entries permanent in the backbone's cache."""
+        state.backbone.commit(state.session, verdict.num_committed)
 
     def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Verdict:
         """Run the acceptance rule on the rows of this iteration."""
