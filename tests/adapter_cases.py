@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ class Case:
     generate: Callable[[dict[str, Tensor], float], Tensor]  # the library's own greedy codes
     negative: Any = None
     pixels: dict[float, Tensor] | None = None  # [B, 3, H, W]
+    streams: dict[float, Tensor] | None = None  # [B, S] token ids of ``generate``, where they are not the codes
 
     @property
     def scale(self) -> float:
@@ -68,11 +69,126 @@ def janus(**options: Any) -> Case:
     )
 
 
+def emu3(**options: Any) -> Case:
+    io, meta = read("emu3")
+    model = load("emu3", "Emu3ForConditionalGeneration", **options)
+    h, w = meta["H"], meta["W"]
+    backbone = wrap(model, grid_size=(h, w))
+    ids = meta["tokens"]
+    negative = {"input_ids": io["negative_ids"], "attention_mask": io["negative_attention_mask"]}
+    visual = torch.arange(ids["visual_start"], ids["visual_start"] + backbone.codebook_size)
+    tail = {h * (w + 1): ids["eof"], h * (w + 1) + 1: ids["eoi"], h * (w + 1) + 2: ids["eos"]}
+
+    def generate(prompts: dict[str, Tensor], scale: float) -> Tensor:
+        length = prompts["input_ids"].shape[1]
+
+        def allowed(row: int, sequence: Tensor) -> list[int]:
+            slot = len(sequence) - length
+            forced = tail.get(slot, ids["eol"] if slot % (w + 1) == w else None)
+            return visual.tolist() if forced is None else [forced]
+
+        rows = [
+            int((prompts["input_ids"][i] == io["prompt_ids"]).all(1).nonzero())
+            for i in range(len(prompts["input_ids"]))
+        ]
+        guided = {
+            "guidance_scale": scale,
+            "negative_prompt_ids": io["negative_ids"][rows],
+            "negative_prompt_attention_mask": io["negative_attention_mask"][rows],
+        }
+        sequences = model.generate(
+            **prompts,
+            **(guided if scale != 1 else {}),
+            prefix_allowed_tokens_fn=allowed,
+            do_sample=False,
+            max_new_tokens=h * (w + 1) + 3,
+        )
+        return codes_of(backbone, sequences[:, length:])
+
+    return Case(
+        backbone=backbone,
+        prompts={"input_ids": io["prompt_ids"], "attention_mask": io["attention_mask"]},
+        greedy={s: codes_of(backbone, io[f"greedy.cfg{s:g}.tokens"]) for s in (3.0, 1.0)},
+        logits4={3.0: pair(io, "greedy.cfg3", "logits4")[..., visual]},
+        forced=codes_of(backbone, io["forced.tokens"]),
+        forced_logits=pair(io, "forced", "logits")[:, :, free_of(backbone)][..., visual],
+        generate=generate,
+        negative=negative,
+        pixels={s: io[f"greedy.cfg{s:g}.pixels"] for s in (3.0, 1.0)},
+        streams={s: io[f"greedy.cfg{s:g}.tokens"] for s in (3.0, 1.0)},
+    )
+
+
+def chameleon(form: str, **options: Any) -> Case:
+    io, meta = read("chameleon")
+    model = load("chameleon", "ChameleonForConditionalGeneration", **options)
+    backbone = wrap(model, layout=form, grid_size=(4, 4), vq_decoder=HF / "chameleon" / "vq_decoder.safetensors")
+    first, count = meta["tokens"]["image_start"], meta["tokens"]["n_image"]
+    visual = torch.arange(first, first + count)
+
+    def generate(prompts: dict[str, Tensor], scale: float) -> Tensor:
+        """The stock class cannot: its ``generate`` sees no image token. The reference subclass, as its README says."""
+
+        class WithImages(transformers.ChameleonForConditionalGeneration):
+            def forward(self, *args: Any, logits_to_keep: int = 0, **kwargs: Any) -> Any:
+                hidden = self.model(*args, **kwargs)
+                logits = self.lm_head(hidden.last_hidden_state[:, -logits_to_keep:])
+                return transformers.modeling_outputs.CausalLMOutputWithPast(
+                    logits=logits, past_key_values=hidden.past_key_values
+                )
+
+        other = WithImages.from_pretrained(HF / "chameleon", **options).eval()
+        length, layout = prompts["input_ids"].shape[1], backbone.layout()
+
+        def allowed(row: int, sequence: Tensor) -> list[int]:
+            forced = int(layout.forced[len(sequence) - length])
+            return visual.tolist() if forced < 0 else [forced]
+
+        negative = io[f"{form}.uncond_ids"][:1].expand(len(prompts["input_ids"]), -1)
+        sequences = other.generate(
+            **prompts,
+            **({"guidance_scale": scale, "negative_prompt_ids": negative} if scale != 1 else {}),
+            prefix_allowed_tokens_fn=allowed,
+            do_sample=False,
+            max_new_tokens=layout.length,
+        )
+        return codes_of(backbone, sequences[:, length:])
+
+    return Case(
+        backbone=backbone,
+        prompts={"input_ids": io[f"{form}.prompt_ids"], "attention_mask": io[f"{form}.attention_mask"]},
+        greedy={s: codes_of(backbone, io[f"{form}.greedy.cfg{s:g}.tokens"]) for s in (3.0, 1.0)},
+        logits4={3.0: pair(io, f"{form}.greedy.cfg3", "logits4")[..., visual]},
+        forced=codes_of(backbone, io[f"{form}.forced.tokens"]),
+        forced_logits=pair(io, f"{form}.forced", "logits")[:, :, free_of(backbone)][..., visual],
+        generate=generate,
+        pixels={s: io[f"{form}.greedy.cfg{s:g}.pixels"] for s in (3.0, 1.0)},
+        streams={s: io[f"{form}.greedy.cfg{s:g}.tokens"] for s in (3.0, 1.0)},
+    )
+
+
+def codes_of(backbone: Any, tokens: Tensor) -> Tensor:
+    """Codes of the free slots of a stream of token ids."""
+    ids = backbone.code_ids()
+    place = torch.full((int(max(ids.max(), tokens.max())) + 1,), -1)
+    place[ids] = torch.arange(len(ids))
+    return place[tokens[:, free_of(backbone)]]
+
+
+def free_of(backbone: Any) -> Tensor:
+    return backbone.layout().forced < 0
+
+
 def pair(io: dict[str, Tensor], prefix: str, suffix: str) -> Tensor:
     return torch.stack([io[f"{prefix}.{branch}_{suffix}"] for branch in ("cond", "uncond")])
 
 
-BUILDERS: dict[str, Callable[..., Case]] = {"janus": janus}
+BUILDERS: dict[str, Callable[..., Case]] = {
+    "janus": janus,
+    "emu3": emu3,
+    "chameleon": partial(chameleon, "fixed"),
+    "lumina": partial(chameleon, "grid"),
+}
 
 
 @cache

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.adapter_cases import BUILDERS, Case, case
 from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
+from tests.adapter_cases import BUILDERS, Case, case
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
 
@@ -84,6 +84,8 @@ def test_greedy_codes_are_the_librarys_own(name: str) -> None:
         out = draw(greedy(scale), c, scale=scale)
         assert torch.equal(out.codes, codes), scale
         assert out.stats.num_forwards == len(slots_of(c)[0])
+        if c.streams is not None:
+            assert torch.equal(c.backbone.to_stream(out.codes), c.streams[scale])
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -39,11 +39,11 @@ class TransformersBackbone(nn.Module):
 
     features = frozenset({"window", "ragged", "tree_mask", "free_order", "hidden"})
     model_types: ClassVar[tuple[str, ...]] = ()
-    guidance_scale: ClassVar[float] = 1.0  # the family's own settings, where its generation_config says nothing
-    temperature: ClassVar[float] = 1.0
-    top_k: ClassVar[int] = 0
-    top_p: ClassVar[float] = 1.0
-    default_grid: ClassVar[tuple[int, int]]
+    guidance_scale: float = 1.0  # the family's own settings, where its generation_config says nothing
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    default_grid: tuple[int, int]
 
     def __init__(
         self,
@@ -84,7 +84,7 @@ class TransformersBackbone(nn.Module):
         raise NotImplementedError
 
     def encode_text(self, texts: list[str]) -> Any:
-        """Tokenise prompts given as text: a mapping with ``input_ids`` and ``attention_mask``."""
+        """Tokenise prompts given as text: ``input_ids`` and ``attention_mask``, or a row of ids for each."""
         raise NotImplementedError
 
     def check_prompts(self, rows: list[Tensor], given: Any) -> None:
@@ -191,7 +191,7 @@ class TransformersBackbone(nn.Module):
                     "use vargen.wrap(model, processor) or give the processor's outputs"
                 )
             prompts = self.encode_text(list(texts))
-        rows = split_rows(prompts, self.text_embedding.weight.shape[0])
+        rows = prompts if _is_rows(prompts) else split_rows(prompts, self.text_embedding.weight.shape[0])
         self.check_prompts(rows, prompts)
         return rows
 
@@ -396,6 +396,10 @@ class TransformersBackbone(nn.Module):
             return nn.functional.linear(h.to(head.weight.device), head.weight[rows], _rows(head.bias, rows))
         logits = head(h)
         return logits[..., first : first + count] if dense else logits.index_select(-1, ids.to(logits.device))
+
+
+def _is_rows(prompts: Any) -> bool:
+    return isinstance(prompts, list) and all(isinstance(row, Tensor) and row.ndim == 1 for row in prompts)
 
 
 def _rows(bias: Tensor | None, rows: slice) -> Tensor | None:

@@ -5,10 +5,17 @@ Letters: B images, h w code grid, H W pixels.
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from vargen.checkpoints import load_original, load_strict
+from vargen.tokenizers.conv import ConvDecoder
+from vargen.tokenizers.vq_checkpoints import taming_to_llamagen
 
 
 class PixelDecoder(nn.Module):
@@ -42,11 +49,14 @@ class PixelDecoder(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """[B, h, w] int64 to [B, 3, H, W], about [-1, 1], unclamped."""
+        self._check(codes)
+        return self.vq.decode(codes.flatten(1) if self.flat else codes)
+
+    def _check(self, codes: Tensor) -> None:
         if bool(((codes < 0) | (codes >= self.codebook_size)).any()):
             raise ValueError(
                 f"codes must be in 0..{self.codebook_size - 1}, got {int(codes.min())}..{int(codes.max())}"
             )
-        return self.vq.decode(codes.flatten(1) if self.flat else codes)
 
     def save_pretrained(self, save_directory: Any, **_: Any) -> None:
         """Refuse: the decoder is part of the model."""
@@ -56,3 +66,55 @@ class PixelDecoder(nn.Module):
     def from_pretrained(cls, folder: Any, **_: Any) -> PixelDecoder:
         """Refuse: the decoder is part of the model."""
         raise ValueError("load the model with transformers, then ImagePipeline.from_transformers(model, processor)")
+
+
+class TamingPixels(PixelDecoder):
+    """A taming VQGAN decoder behind a codebook and a convolution that the model holds.
+
+    Args:
+        codebook: embedding [V, C].
+        post_quant_conv: C channels to the decoder's.
+        weights: path or state dict with ``decoder.*`` in taming's layout; other keys, and prefixes, are dropped.
+    """
+
+    def __init__(
+        self, codebook: nn.Module, post_quant_conv: nn.Module, weights: str | Path | Mapping[str, Tensor]
+    ) -> None:
+        decoder = taming_decoder(weights)
+        super().__init__(decoder, codebook.num_embeddings, 2 ** (len(decoder.conv_blocks) - 1))
+        self.codebook, self.post_quant_conv = codebook, post_quant_conv
+
+    def to(self, *args: Any, **kwargs: Any) -> PixelDecoder:
+        """Move the decoder; codebook and convolution move with the model."""
+        self.vq.to(*args, **kwargs)
+        return self
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor) -> Tensor:
+        """[B, h, w] int64 to [B, 3, H, W], about [-1, 1], unclamped."""
+        self._check(codes)
+        latents = self.post_quant_conv(self.codebook(codes).movedim(-1, 1))
+        return self.vq(latents.to(self.device, self.dtype))
+
+
+def taming_decoder(weights: str | Path | Mapping[str, Tensor]) -> ConvDecoder:
+    """Build a decoder from ``decoder.*`` in taming's layout; sizes are read from the shapes."""
+    found = load_original(weights)
+    named = {key[key.index("decoder.") :]: value for key, value in found.items() if "decoder." in key}
+    state = {key.removeprefix("decoder."): value for key, value in taming_to_llamagen(named).items()}
+    levels = 1 + max((int(m[1]) for key in state if (m := re.match(r"conv_blocks\.(\d+)\.", key))), default=-1)
+    if levels == 0 or "conv_in.weight" not in state:
+        raise ValueError("vq_decoder holds no decoder.* of a taming VQGAN (expected decoder.conv_in, decoder.up.*)")
+    widths = [state[f"conv_blocks.{i}.res.0.conv2.weight"].shape[0] for i in reversed(range(levels))]
+    blocks = 1 + max(int(m[1]) for key in state if (m := re.match(r"conv_blocks\.0\.res\.(\d+)\.", key)))
+    decoder = ConvDecoder(
+        out_channels=state["conv_out.weight"].shape[0],
+        base_channels=widths[0],
+        channel_multipliers=[width // widths[0] for width in widths],
+        num_res_blocks=blocks - 1,
+        z_channels=state["conv_in.weight"].shape[1],
+        num_groups=32,
+        attention="conv_blocks.0.attn.0.q.weight" in state or "mid",
+    )
+    load_strict(decoder, state)
+    return decoder.eval().requires_grad_(False)

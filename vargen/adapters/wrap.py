@@ -12,6 +12,8 @@ from vargen.adapters.base import TransformersBackbone
 # config.model_type, or an explicit family -> (module below vargen.adapters, class)
 ADAPTERS = {
     "janus": ("janus", "JanusBackbone"),
+    "emu3": ("emu3", "Emu3Backbone"),
+    "chameleon": ("chameleon", "ChameleonBackbone"),
 }
 NEEDS_FAMILY = {"qwen3": "emu3.5"}  # text models that may be the body of an image model
 
