@@ -102,6 +102,24 @@ def kmeans(
     return centroids, float((distance * weights).sum() / weights.sum())
 
 
+@torch.no_grad()
+def refine(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
+    """Do one Lloyd iteration on centroids from elsewhere.
+
+    Args:
+        vectors: ``[n, C]`` float32.
+        centroids: ``[V, C]`` float32.
+
+    Returns:
+        Moved centroids and the mean squared distance of a vector to its old one.
+    """
+    vectors, counts = vectors.unique(dim=0, return_counts=True)
+    weights = counts.float()
+    index, distance = _assign(vectors, centroids)
+    error = float((distance * weights).sum() / weights.sum())
+    return _update(vectors, weights, index, distance, len(centroids)), error
+
+
 def _update(vectors: Tensor, weights: Tensor, index: Tensor, distance: Tensor, num_centroids: int) -> Tensor:
     sums = vectors.new_zeros(num_centroids, vectors.shape[1]).index_add_(0, index, vectors * weights[:, None])
     mass = weights.new_zeros(num_centroids).index_add_(0, index, weights)

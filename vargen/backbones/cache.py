@@ -166,6 +166,20 @@ class KVCache:
             mask = (index <= index[start:, None])[None, None]
         return Plan(index[start:].expand(self.num_rows, -1), (start, stop), stop, mask, start == 0 and width > 1)
 
+    def plan_block(self, start: int, stamps: Tensor) -> Plan:
+        """Plan consecutive slots with the given stamps ``[w]``, equal in every row and not below those written before.
+
+        One stamp sees everything so far and needs no mask; several see each other block by block.
+        """
+        stop = start + len(stamps)
+        if stop > self.capacity:
+            raise ValueError(f"the cache holds {self.capacity} slots, the block ends at {stop}; open a larger session")
+        self.stamps[:, start:stop] = stamps
+        self._written = max(self._written, stop)
+        mask = None if bool((stamps == stamps[0]).all()) else (self.stamps[:1, :stop] <= stamps[:, None])[None, None]
+        slots = torch.arange(start, stop, device=self.device).expand(self.num_rows, -1)
+        return Plan(slots, (start, stop), stop, mask)
+
     def update(self, layer: int, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Write ``[R, H, w, d]`` keys and values; return ``[R, H, extent, d]`` views of the buffers."""
         if self.keys[layer] is None:

@@ -14,12 +14,16 @@ from vargen.training.recipe import Recipe, parse_recipe
 RECIPE_FILE = "recipe.json"
 
 
-def load_tokenizer(source: str | Path) -> VQTokenizer:
-    """Load a frozen VQ tokenizer in evaluation mode.
+TOKENIZER_TASKS = {"VQTokenizer": "vq", "MultiScaleVQTokenizer": "multiscale-vq"}
+
+
+def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
+    """Load a frozen tokenizer in evaluation mode.
 
     Args:
         source: folder of a training run (its newest averaged weights are taken), of a saved tokenizer, of a pipeline that
             holds one, or the name of a shipped model.
+        kind: its class.
 
     Raises:
         ValueError: nothing of the kind is there.
@@ -27,12 +31,13 @@ def load_tokenizer(source: str | Path) -> VQTokenizer:
     folder = Path(source)
     if (folder / RECIPE_FILE).is_file():
         recipe, weights = read_run(folder)
-        if recipe.task != "vq":
-            raise ValueError(f"{folder} is a run of task {recipe.task!r}, a tokenizer needs a run of task 'vq'")
-        model = VQTokenizer(**recipe.model)
+        task = TOKENIZER_TASKS[kind.__name__]
+        if recipe.task != task:
+            raise ValueError(f"{folder} is a run of task {recipe.task!r}, a tokenizer needs a run of task {task!r}")
+        model = kind(**recipe.model)
         model.load_state_dict(weights)
     else:
-        model = VQTokenizer.from_pretrained(_component(source, "tokenizer"))
+        model = kind.from_pretrained(_component(source, "tokenizer"))
     model.eval().requires_grad_(False)
     return model
 

@@ -1,0 +1,394 @@
+"""VAR's transformer over scales of codes (Tian et al., 2024, arXiv:2404.02905).
+
+All codes of a scale are predicted at once from the coarser scales: the input of a position is not a code but the picture so
+far, shrunk to its scale (``MultiScaleVQTokenizer.scale_inputs``). Parameter names are those of the official checkpoints;
+attribute conditions are an addition of this library.
+
+Letters: B images, G guidance branches, R = G * B rows, branch-major, K scales, n_k codes of scale k, L all codes,
+T condition positions, V codes of the codebook, C code channels, D width, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vargen.backbones.cache import Attend, KVCache, attention
+from vargen.backbones.conditions import AttributeEmbedding
+from vargen.backbones.var_blocks import HeadNorm, LabelEmbedding, VARBlock, modulation
+from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
+from vargen.hub import check_family, load_original, load_strict
+from vargen.protocols import StepOut
+
+
+@dataclass(frozen=True)
+class ScaleCondition:
+    """A prepared condition: everything that does not change from scale to scale, conditional branch first."""
+
+    start: Tensor  # [R, n_0, D] input of the first scale, without its position
+    tokens: Tensor | None  # [R, T, D] condition positions in front of it
+    rows: list[Tensor]  # of every block, [6, R, 1, D]
+    head_rows: Tensor  # [2, R, 1, D]
+    batch: int
+    branches: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """[R] int64 condition positions in the cache."""
+        count = 0 if self.tokens is None else self.tokens.shape[1]
+        return torch.full((self.batch * self.branches,), count, device=self.start.device)
+
+
+class ScaleSession:
+    """The state of one decode: the cache and how many scales are in it."""
+
+    def __init__(self, cache: KVCache, condition: ScaleCondition) -> None:
+        self.cache, self.condition = cache, condition
+        self.scale = 0  # scales fed so far
+        self.used = 0  # slots written
+
+
+class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Block-causal transformer: condition, then scale after scale, each predicted in one forward pass.
+
+    Args:
+        dim: D.
+        num_layers: blocks.
+        num_heads: heads.
+        codebook_size: V.
+        codebook_dim: C.
+        scales: sides, or (height, width) pairs, of the code grids, coarse to fine; those of the tokenizer.
+        condition_type: ``"class"`` (published) or ``"attributes"``: their sum takes the place of the class embedding and
+            each attribute is a position of its own in front of the first scale.
+        num_classes: labels without the null label ("class").
+        num_condition_tokens: T, the number of slots ("attributes").
+        num_attributes: attribute ids, 0 = unspecified included ("attributes").
+        mlp_ratio: hidden width of the feed-forward in units of D.
+        norm_eps: of the layer norms.
+        shared_aln: one modulation for all blocks, corrected by a table in each (published for d36).
+        attn_l2_norm: unit queries and keys with a learned scale.
+        drop_path_rate: stochastic depth of the last block, linear from 0.
+        class_dropout_prob: probability of training a sample without its condition.
+        attribute_dropout_prob: mean rate of unspecifying single attributes in training.
+    """
+
+    config_name = "config.json"
+    features = frozenset({"scales"})
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("VARBlock",)
+    gradient_checkpointing = False
+
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 1024,
+        num_layers: int = 16,
+        num_heads: int = 16,
+        codebook_size: int = 4096,
+        codebook_dim: int = 32,
+        scales: Sequence[int | Sequence[int]] = SCALES_256,
+        condition_type: Literal["class", "attributes"] = "class",
+        num_classes: int = 1000,
+        num_condition_tokens: int = 0,
+        num_attributes: int = 0,
+        mlp_ratio: float = 4.0,
+        norm_eps: float = 1e-6,
+        shared_aln: bool = False,
+        attn_l2_norm: bool = True,
+        drop_path_rate: float = 0.0,
+        class_dropout_prob: float = 0.1,
+        attribute_dropout_prob: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim, got dim={dim}, num_heads={num_heads}")
+        self.scales = tuple((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in scales)
+        self.sizes = [h * w for h, w in self.scales]  # n_k
+        self.word_embed = nn.Linear(codebook_dim, dim)
+        if condition_type == "class":
+            self.class_emb = LabelEmbedding(num_classes, dim)
+        elif condition_type == "attributes":
+            self.attribute_emb = AttributeEmbedding(num_attributes, num_condition_tokens, dim)
+        else:
+            raise ValueError(f"condition_type must be 'class' or 'attributes', got {condition_type!r}")
+        self.pos_start = nn.Parameter(torch.empty(1, self.sizes[0], dim))
+        self.pos_1LC = nn.Parameter(torch.empty(1, sum(self.sizes), dim))
+        self.lvl_embed = nn.Embedding(len(self.sizes), dim)
+        levels = torch.cat([torch.full((n,), k) for k, n in enumerate(self.sizes)])
+        self.register_buffer("lvl_1L", levels[None], persistent=False)
+        self.shared_ada_lin = modulation(dim, 6) if shared_aln else None
+        hidden = round(dim * mlp_ratio)
+        rates = torch.linspace(0, drop_path_rate, num_layers, device="cpu").tolist()
+        self.blocks = nn.ModuleList(
+            VARBlock(dim, num_heads, hidden, norm_eps, shared_aln, attn_l2_norm, rate) for rate in rates
+        )
+        self.head_nm = HeadNorm(dim, norm_eps)
+        self.head = nn.Linear(dim, codebook_size)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self, gate_scale: float = 1e-3) -> None:
+        """Draw weights as the official training does: truncated normal, small head, nearly closed gates."""
+        c = self.config
+        std = (1 / c.dim / 3) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        for table in (self.pos_start, self.pos_1LC):
+            nn.init.trunc_normal_(table, std=std)
+        self.head.weight.mul_(0.02)
+        self.head_nm.ada_lin[1].weight.mul_(0.5)  # type: ignore[operator]
+        tables = [block.ada_lin for block in self.blocks if hasattr(block, "ada_lin")]
+        for ada in [*tables, *([] if self.shared_ada_lin is None else [self.shared_ada_lin])]:
+            ada[1].weight[2 * c.dim :].mul_(0.5)  # type: ignore[index]
+            ada[1].weight[: 2 * c.dim].mul_(gate_scale)  # type: ignore[index]
+        for block in self.blocks:
+            for layer in (block.attn.proj, block.ffn.fc2):  # type: ignore[union-attr]
+                layer.weight.div_((2 * c.num_layers) ** 0.5)  # type: ignore[union-attr,operator]
+            if hasattr(block, "ada_gss"):
+                block.ada_gss[:, :, 2:].mul_(0.5)  # type: ignore[index,operator]
+                block.ada_gss[:, :, :2].mul_(gate_scale)  # type: ignore[index,operator]
+
+    @torch.no_grad()
+    def init_head_(self, codebook: Tensor, sharpness: float) -> None:
+        """Start from "the code nearest to what is missing", which is linear in the input of a position.
+
+        A scale quantizes ``f - x``, the features minus the input x of the position. ``-sharpness * |f - x - e|^2 / 2`` is,
+        but for a constant, linear in f and x: the head gets the codebook's directions inside the width, the input
+        embedding their negative, and training only has to add f along them.
+
+        Args:
+            codebook: [V, C] of the tokenizer.
+            sharpness: inverse variance of the first guess.
+        """
+        width, dim = self.word_embed.weight.shape
+        basis = torch.linalg.qr(torch.randn(width, dim, device=codebook.device))[0].to(self.head.weight)  # D C
+        size = codebook.square().mean().sqrt() * dim**0.5  # length of a typical code
+        gain = width**0.5 / size  # what the norm in front of the head makes of a vector of that length, roughly
+        self.word_embed.weight.copy_(-basis)
+        self.head.weight.copy_(codebook @ basis.T * (sharpness / gain))
+        self.head.bias.copy_(codebook.square().sum(-1) * (-sharpness / 2))
+
+    @classmethod
+    def from_size(cls, size: str, **config: Any) -> VARTransformer:
+        """Build a published size with random weights: "d12" (unpublished weights), "d16", "d20", "d24", "d30" or "d36"."""
+        return cls(**{**var_size_config(size), **config})
+
+    @classmethod
+    def from_original(cls, checkpoint: Any, **config: Any) -> VARTransformer:
+        """Load an official checkpoint strictly.
+
+        Files with and without the buffers (masks, level numbers) are accepted.
+
+        Args:
+            checkpoint: path or state dict, plain or a training container.
+            config: ``scales`` where the file lacks ``lvl_1L``, ``num_heads`` where there are neither attention scales nor
+                a published width; anything else overrides what the shapes tell.
+        """
+        state_dict = load_original(checkpoint)
+        check_family(state_dict, "var")
+        config = infer_var_config(state_dict, config)
+        with torch.device("meta"):  # the checkpoint's own tensors take the places
+            model = cls(**config)
+        load_strict(model, state_dict, family="var", ignore=BUFFERS)
+        model.reset_buffers()
+        return model.eval()
+
+    def reset_buffers(self) -> None:
+        """Make the buffers that checkpoints need not hold, on the device of the weights."""
+        device = self.pos_1LC.device
+        levels = torch.cat([torch.full((n,), k, device="cpu") for k, n in enumerate(self.sizes)])
+        self.lvl_1L = levels[None].to(device)
+        for block in self.blocks:
+            block.attn.zero_k_bias = torch.zeros_like(block.attn.q_bias, requires_grad=False)  # type: ignore[union-attr,arg-type]
+
+    @property
+    def condition_embedding(self) -> LabelEmbedding | AttributeEmbedding:
+        """The table of the condition."""
+        return self.class_emb if self.config.condition_type == "class" else self.attribute_emb
+
+    @property
+    def num_codes(self) -> int:
+        """L."""
+        return sum(self.sizes)
+
+    @property
+    def codebook_size(self) -> int:
+        """V."""
+        return self.head.out_features
+
+    @property
+    def grid_size(self) -> tuple[int, int]:
+        """(height, width) of the last scale."""
+        return self.scales[-1]
+
+    def forward(
+        self,
+        features: Tensor,
+        condition: Any,
+        *,
+        drop: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predict the codes of every scale from the condition and the coarser scales.
+
+        In training mode conditions are dropped: with ``drop`` as given, else drawn from ``generator`` (or the global one).
+        Evaluation mode drops nothing unless ``drop`` is given (the official forward also drops then).
+
+        Args:
+            features: [B, L - n_0, C] float32, ``tokenizer.scale_inputs(codes)``; fewer whole scales predict fewer.
+            condition: class ids [B], the null id allowed, or attribute ids [B, T].
+            drop: [B] bool, True = train without condition; for attributes also [B, T], single slots.
+            generator: for the drop decisions only.
+
+        Returns:
+            [B, L, V] float32 logits.
+        """
+        checked = self._drop_condition(self.condition_embedding.check(condition, values=False), drop, generator)
+        prepared = self._condition([checked])
+        x = self._embed(prepared, features, 0)
+        stamps = self._stamps(prepared, 0, self._num_scales(features, 0))
+        attend = partial(attention, mask=stamps <= stamps[:, None])
+        return self._score(self._run(x, prepared, [attend] * len(self.blocks)), prepared)
+
+    @torch.no_grad()
+    def prepare(
+        self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None
+    ) -> ScaleCondition:
+        """Check and embed a batch of conditions.
+
+        Args:
+            condition: class ids [B] or attribute ids [B, T].
+            guidance_scale: 1 = one branch; anything else adds the unconditional branch.
+            negative: a condition for the second branch instead of the null condition; needs guidance.
+        """
+        embedding = self.condition_embedding
+        parts = [embedding.check(condition)]
+        if bool((torch.as_tensor(guidance_scale) != 1).any()):
+            parts.append(embedding.null(parts[0]) if negative is None else embedding.check(negative))
+            if parts[1].shape != parts[0].shape:
+                raise ValueError("the negative condition must have as many rows as the condition")
+        return self._condition(parts)
+
+    @torch.no_grad()
+    def open(
+        self, condition: ScaleCondition, *, features: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[ScaleSession, StepOut]:
+        """Run the condition and return a session with the logits of the first scale.
+
+        Args:
+            condition: from ``prepare``.
+            features: [B, n_1 + ..., C] inputs of the next few scales, run in the same pass; their logits follow.
+            dtype: dtype of cached keys and values (None = the model's).
+
+        Returns:
+            The session and logits [G, B, n_0 + ..., V].
+        """
+        if self.training:
+            raise ValueError("the model is in training mode and its dropout would disturb decoding; call model.eval()")
+        count = int(condition.lengths[0])
+        rows = condition.start.shape[0]
+        cache = KVCache(rows, count + self.num_codes, len(self.blocks), device=condition.start.device, dtype=dtype)
+        session = ScaleSession(cache, condition)
+        return session, self._feed(session, features)
+
+    @torch.no_grad()
+    def step(self, session: ScaleSession, features: Tensor) -> StepOut:
+        """Score the next scale: its input [B, n_k, C] to logits [G, B, n_k, V]; several scales may be fed at once."""
+        return self._feed(session, features)
+
+    def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:
+        condition = session.condition
+        first = session.scale
+        num_scales = self._num_scales(features, first)
+        if features is not None:
+            features = features.repeat(condition.branches, 1, 1)
+        x = self._embed(condition, features, first)
+        plan = session.cache.plan_block(session.used, self._stamps(condition, first, num_scales))
+        h = self._run(x, condition, [session.cache.layer(i, plan) for i in range(len(self.blocks))])
+        session.scale, session.used = first + num_scales, session.used + x.shape[1]
+        return StepOut(self._score(h, condition, first).unflatten(0, (condition.branches, -1)))
+
+    def _num_scales(self, features: Tensor | None, first: int) -> int:
+        """How many scales are fed: the first one has no features."""
+        length = 0 if features is None else features.shape[1]
+        count, total = (1, 0) if first == 0 else (0, 0)
+        while total < length and first + count < len(self.sizes):
+            total += self.sizes[first + count]
+            count += 1
+        if total != length or count == 0:
+            raise ValueError(
+                f"features must hold whole scales of {self.sizes[max(first, 1) :]} positions, got {length} positions"
+            )
+        return count
+
+    def _stamps(self, condition: ScaleCondition, first: int, num_scales: int) -> Tensor:
+        """[w] block number of every item fed: -1 for condition positions, which only see one another."""
+        chosen = self.lvl_1L[0, sum(self.sizes[:first]) : sum(self.sizes[: first + num_scales])]
+        if first == 0 and condition.tokens is not None:
+            chosen = torch.cat([chosen.new_full((condition.tokens.shape[1],), -1), chosen])
+        return chosen
+
+    def _condition(self, parts: Sequence[Tensor]) -> ScaleCondition:
+        ids = torch.cat(list(parts))
+        if self.config.condition_type == "class":
+            vector, tokens = self.class_emb(ids), None
+        else:
+            vector = self.attribute_emb.embedding_table(ids).sum(1) / ids.shape[1] ** 0.5
+            tokens = self.attribute_emb(ids)
+        shared = None
+        if self.shared_ada_lin is not None:
+            shared = self.shared_ada_lin(vector).view(-1, 1, 6, self.config.dim)
+        rows = [block.modulate(vector, shared) for block in self.blocks]  # type: ignore[operator]
+        start = vector[:, None] + self.pos_start
+        return ScaleCondition(
+            start, tokens, rows, self.head_nm.modulate(vector), len(ids) // len(parts), len(parts)
+        )
+
+    def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
+        """Inputs ``[R, w, D]`` of the scales from ``first`` on, condition positions in front of the very first."""
+        parts = [] if features is None else [self.word_embed(features.to(self.word_embed.weight.dtype))]
+        if first == 0:
+            parts.insert(0, condition.start)
+        x = torch.cat(parts, dim=1)
+        offset = sum(self.sizes[:first])
+        index = slice(offset, offset + x.shape[1])
+        x = x + (self.lvl_embed(self.lvl_1L[:, index]) + self.pos_1LC[:, index])
+        return x if first > 0 or condition.tokens is None else torch.cat([condition.tokens, x], dim=1)
+
+    def _run(self, x: Tensor, condition: ScaleCondition, attends: Sequence[Attend]) -> Tensor:
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        for block, rows, attend in zip(self.blocks, condition.rows, attends, strict=True):
+            x = checkpoint(block, x, rows, attend, use_reentrant=False) if recompute else block(x, rows, attend)
+        return x
+
+    def _score(self, x: Tensor, condition: ScaleCondition, first: int = 0) -> Tensor:
+        if first == 0 and condition.tokens is not None:
+            x = x[:, condition.tokens.shape[1] :]
+        h = self.head_nm(x, condition.head_rows)
+        return self.head(h.to(self.head.weight.dtype)).float()
+
+    def _drop_condition(self, condition: Tensor, drop: Tensor | None, generator: torch.Generator | None) -> Tensor:
+        embedding, c = self.condition_embedding, self.config
+        if drop is not None:
+            return embedding.drop(condition, drop.to(condition.device))
+        if not self.training:
+            return condition
+        where = condition.device if generator is None else generator.device
+        if c.attribute_dropout_prob > 0 and isinstance(embedding, AttributeEmbedding):
+            slots = embedding.draw_slots(len(condition), c.attribute_dropout_prob, generator)
+            condition = embedding.drop(condition, slots.to(condition.device))
+        if c.class_dropout_prob > 0:
+            dropped = torch.rand(len(condition), generator=generator, device=where) < c.class_dropout_prob
+            condition = embedding.drop(condition, dropped.to(condition.device))
+        return condition
