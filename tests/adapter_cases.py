@@ -167,6 +167,36 @@ def chameleon(form: str, **options: Any) -> Case:
     )
 
 
+def glm_image(**options: Any) -> Case:
+    io, meta = read("glm_image")
+    model = load("glm_image", "GlmImageForConditionalGeneration", **options)
+    grid, preview = tuple(meta["large_grid"]), tuple(meta["preview_grid"])
+    backbone = wrap(model, grid_size=grid, preview_size=preview)
+    count = backbone.num_codes
+
+    def generate(prompts: dict[str, Tensor], scale: float) -> Tensor:
+        batch, length = prompts["input_ids"].shape
+        sequences = model.generate(
+            **{key: value for key, value in prompts.items() if key != "image_grid_thw"},
+            image_grid_thw=io["image_grid_thw"][:2].repeat(batch, 1),
+            images_per_sample=torch.full((batch,), 2),
+            do_sample=False,
+            max_new_tokens=count + 1,
+            suppress_tokens=list(range(backbone.codebook_size, model.config.text_config.vision_vocab_size)),
+        )
+        return sequences[:, length : length + count]
+
+    return Case(
+        backbone=backbone,
+        prompts={"input_ids": io["prompt_ids"], "attention_mask": io["attention_mask"]},
+        greedy={1.0: io["greedy.tokens"][:, :count]},
+        logits4={1.0: io["greedy.logits4"][None, ..., : backbone.codebook_size]},
+        forced=io["forced.tokens"][:, :count],
+        forced_logits=io["forced.logits"][None, :, :count, : backbone.codebook_size],
+        generate=generate,
+    )
+
+
 def codes_of(backbone: Any, tokens: Tensor) -> Tensor:
     """Codes of the free slots of a stream of token ids."""
     ids = backbone.code_ids()
@@ -188,6 +218,7 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "emu3": emu3,
     "chameleon": partial(chameleon, "fixed"),
     "lumina": partial(chameleon, "grid"),
+    "glm_image": glm_image,
 }
 
 

@@ -14,6 +14,7 @@ ADAPTERS = {
     "janus": ("janus", "JanusBackbone"),
     "emu3": ("emu3", "Emu3Backbone"),
     "chameleon": ("chameleon", "ChameleonBackbone"),
+    "glm_image": ("glm_image", "GlmImageBackbone"),
 }
 NEEDS_FAMILY = {"qwen3": "emu3.5"}  # text models that may be the body of an image model
 
