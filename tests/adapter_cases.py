@@ -197,6 +197,85 @@ def glm_image(**options: Any) -> Case:
     )
 
 
+def emu3_5(**options: Any) -> Case:
+    """No checkpoint is stored: random weights, references from the library's plain forward of whole sequences."""
+    config = transformers.Qwen3Config(
+        vocab_size=72,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    torch.manual_seed(5)
+    plain = transformers.Qwen3ForCausalLM(config).eval()
+    with torch.no_grad():
+        for weight in plain.parameters():
+            if weight.ndim == 2:
+                weight.normal_(std=1.5 / weight.shape[1] ** 0.5)
+            else:
+                weight.normal_(1.0, 0.2)
+        plain.model.embed_tokens.weight.normal_()
+    model = plain
+    if options:
+        model = transformers.Qwen3ForCausalLM._from_config(config, **options).eval()
+        model.load_state_dict(plain.state_dict())
+    names = {"bos": 1, "eol": 3, "boi": 6, "eoi": 7, "wrapper": 5, "first_code": 40}
+    backbone = wrap(model, family="emu3.5", grid_size=(4, 4), token_ids=names)
+    visual, layout = backbone.code_ids(), backbone.layout()
+    prompts = {
+        "input_ids": torch.tensor([[0, 0, 1, 20, 21, 6, 14, 5], [1, 22, 23, 24, 25, 6, 14, 5]]),
+        "attention_mask": torch.tensor([[0, 0, 1, 1, 1, 1, 1, 1], [1] * 8]),
+    }
+    empty = torch.tensor([[1, 30, 6, 14, 5]])  # another template, then the same header
+    negative = {"input_ids": empty.repeat(2, 1), "attention_mask": torch.ones(2, 5, dtype=torch.int64)}
+    forced = torch.randint(len(visual), (2, 16), generator=torch.Generator().manual_seed(6))
+    stream = backbone.to_stream(forced)[:, : layout.run_length + 1]
+
+    def logits_after(row: Tensor, codes: Tensor) -> Tensor:
+        """[S, V] laws of all slots, by one plain forward without cache."""
+        with torch.no_grad():
+            return plain(torch.cat([row, codes])[None]).logits[0, len(row) - 1 : -1, visual]
+
+    def both(i: int) -> Tensor:
+        row = prompts["input_ids"][i][prompts["attention_mask"][i].bool()]
+        return torch.stack([logits_after(row, stream[i]), logits_after(empty[0], stream[i])])
+
+    free = layout.forced[: layout.run_length + 1] < 0
+    forced_logits = torch.stack([both(i) for i in range(2)], dim=1)[:, :, free]
+
+    def generate(inputs: dict[str, Tensor], scale: float) -> Tensor:
+        length, batch = inputs["input_ids"].shape[1], len(inputs["input_ids"])
+
+        def allowed(row: int, sequence: Tensor) -> list[int]:
+            token = int(layout.forced[len(sequence) - length])
+            return visual.tolist() if token < 0 else [token]
+
+        sequences = plain.generate(
+            **inputs,
+            guidance_scale=scale,
+            negative_prompt_ids=empty.repeat(batch, 1),
+            prefix_allowed_tokens_fn=allowed,
+            do_sample=False,
+            max_new_tokens=layout.length,
+        )
+        return codes_of(backbone, sequences[:, length:])
+
+    return Case(
+        backbone=backbone,
+        prompts=prompts,
+        greedy={3.0: generate(prompts, 3.0)},
+        logits4={},
+        forced=forced,
+        forced_logits=forced_logits,
+        generate=generate,
+        negative=negative,
+    )
+
+
 def codes_of(backbone: Any, tokens: Tensor) -> Tensor:
     """Codes of the free slots of a stream of token ids."""
     ids = backbone.code_ids()
@@ -219,6 +298,7 @@ BUILDERS: dict[str, Callable[..., Case]] = {
     "chameleon": partial(chameleon, "fixed"),
     "lumina": partial(chameleon, "grid"),
     "glm_image": glm_image,
+    "emu3_5": emu3_5,
 }
 
 

@@ -9,6 +9,7 @@ Letters: R rows, W window, N codes of both grids, h w large grid, h' w' preview 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,7 +59,8 @@ class GlmImageBackbone(TransformersBackbone):
         h, w = self.grid_size
         if self.preview_size is not None:
             return self.preview_size
-        return int((h / w) ** 0.5 * PREVIEW_SIDE), int((w / h) ** 0.5 * PREVIEW_SIDE)
+        ratio = h / w  # rounded as the processor rounds
+        return int(math.sqrt(ratio) * PREVIEW_SIDE), int(math.sqrt(1 / ratio) * PREVIEW_SIDE)
 
     def code_ids(self) -> Tensor:
         """[V]: codes are their token ids; the end token, which could cut a grid short, is left out."""

@@ -15,6 +15,7 @@ ADAPTERS = {
     "emu3": ("emu3", "Emu3Backbone"),
     "chameleon": ("chameleon", "ChameleonBackbone"),
     "glm_image": ("glm_image", "GlmImageBackbone"),
+    "emu3.5": ("emu3_5", "Emu35Backbone"),
 }
 NEEDS_FAMILY = {"qwen3": "emu3.5"}  # text models that may be the body of an image model
 
