@@ -17,8 +17,6 @@ from torch import Tensor
 from vargen.kernels.draw import draw
 from vargen.kernels.shift import shift_window
 from vargen.kernels.window import Draft, Label, Verdict
-from vargen.random import GumbelCache
-from vargen.samplers.stream import Stream
 
 Init = Literal["uniform", "repeat_left", "repeat_above"]
 INITS = ("uniform", "repeat_left", "repeat_above")
@@ -42,6 +40,10 @@ class Drafter(Protocol):
         """
         ...
 
+    def commit(self, count: Tensor) -> None:
+        """Learn how many codes of the last window ``[A]`` became permanent; comes before ``select`` and ``propose``."""
+        ...
+
     def select(self, rows: Tensor) -> None:
         """Keep these images (int64 indices), in that order."""
         ...
@@ -61,14 +63,16 @@ class JacobiDrafter:
     def __init__(self, init: Init, guesses: Tensor | None = None) -> None:
         self.init, self.guesses = init, guesses
 
+    def commit(self, count: Tensor) -> None:
+        """Nothing is kept that a commit would change."""
+
     def select(self, rows: Tensor) -> None:
         """Keep these images."""
         self.guesses = None if self.guesses is None else self.guesses[rows]
 
     def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
         """Shift the outcome of the iteration by what was committed and fill the tail."""
-        following = slots[:, :1] + verdict.num_committed[:, None] + torch.arange(slots.shape[1], device=slots.device)
-        following = following.clamp(max=state.stream.num_slots - 1)  # a w
+        following = (slots + verdict.num_committed[:, None]).clamp(max=state.stream.num_slots - 1)  # a w
         draft = shift_window(
             verdict,
             logits,
@@ -88,17 +92,44 @@ class JacobiDrafter:
         return draft
 
 
-def shared_guesses(seeds: Tensor, stream: Stream, num_codes: int, noise: GumbelCache | None) -> Tensor:
+def shared_guesses(state: Any) -> Tensor:
     """The code whose noise is largest in every slot, ``[A, S]`` int64: what the slot would hold if its law were uniform.
 
     It repeats the draw with that noise much more often than an independent guess does: the two laws are coupled.
     """
-    block = max(1, GUESS_BLOCK // (len(seeds) * num_codes))
-    block = block if noise is None else min(block, noise.capacity)
-    flat = torch.zeros(num_codes, device=seeds.device)
+    num_images, num_codes = len(state.keys), int(state.backbone.codebook_size)
+    block = max(1, GUESS_BLOCK // (num_images * num_codes))
+    block = block if state.noise is None else min(block, state.noise.capacity)
+    flat = torch.zeros(num_codes, device=state.keys.device)
     guesses = []
-    for positions in stream.code_index.split(block):
-        here = positions.expand(len(seeds), -1)
-        rows = None if noise is None else noise.rows(here)
-        guesses.append(draw(flat.expand(1, *here.shape, -1), seeds=seeds, positions=here, noise=rows))
+    for positions in state.stream.code_index.split(block):
+        here = positions.expand(num_images, -1)
+        rows = None if state.noise is None else state.noise.rows(here)
+        guesses.append(draw(flat.expand(1, *here.shape, -1), seeds=state.keys, positions=here, noise=rows))
     return torch.cat(guesses, dim=1)
+
+
+def force(forced: Tensor, draft: Draft) -> Draft:
+    """Put the codes fixed beforehand (``[A, w]``, -1 where free) into a draft, as point masses."""
+    fixed = forced >= 0
+    return replace(
+        draft,
+        tokens=torch.where(fixed, forced, draft.tokens),
+        kind=torch.where(fixed, int(Label.POINT), draft.kind).to(torch.int8),
+        prob=torch.where(fixed, 1.0, draft.prob),
+    )
+
+
+def check_drafter(owner: str, backbone: Any, drafter: Any) -> None:
+    """Raise ``ValueError`` unless ``drafter`` is a backbone over the same codes."""
+    if drafter is None:
+        raise ValueError(f"{owner} needs drafter=, a small backbone over the same codes (pipe.drafter)")
+    missing = {"window", "ragged"} - frozenset(getattr(drafter, "features", ()))
+    if missing:
+        raise ValueError(
+            f"drafter {type(drafter).__name__} lacks {', '.join(sorted(missing))}; give a causal backbone"
+        )
+    for name in ("codebook_size", "num_codes"):
+        mine, other = getattr(backbone, name), getattr(drafter, name)
+        if mine != other:
+            raise ValueError(f"drafter and backbone need the same {name}, got {other} and {mine}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from vargen.kernels.window import Carry
 from vargen.samplers.base import check_choice, check_integer
 from vargen.samplers.drafters import INITS, Drafter, Init, JacobiDrafter, shared_guesses
 from vargen.samplers.window import WindowSampler, WindowState
@@ -32,7 +33,7 @@ class SpeculativeJacobiSampler(WindowSampler):
     """
 
     window: int = 32
-    carry: str = "gumbel"
+    carry: Carry = "gumbel"
     init: Init = "uniform"
 
     def check(self) -> None:
@@ -48,14 +49,11 @@ class SpeculativeJacobiSampler(WindowSampler):
         return self.window
 
     @property
-    def rule(self) -> str:
+    def rule(self) -> Carry:
         """The carry."""
         return self.carry
 
     def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter:
         """Draft from the previous iteration."""
-        guesses = None
-        if self.carry == "gumbel" and self.temperature > 0:
-            num_codes = int(state.backbone.codebook_size)
-            guesses = shared_guesses(state.keys, state.stream, num_codes, state.noise)
-        return JacobiDrafter(self.init, guesses)
+        shared = self.carry == "gumbel" and self.temperature > 0
+        return JacobiDrafter(self.init, shared_guesses(state) if shared else None)

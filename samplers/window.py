@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vargen.kernels.draw import draw
 from vargen.kernels.verify import verify_window
-from vargen.kernels.window import Draft, GroupSpec, Verdict, VerifyNoise
+from vargen.kernels.window import Carry, Draft, GroupSpec, Verdict, VerifyNoise
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.random import GumbelCache, seed_tensor
 from vargen.samplers.base import Sampler, check_seeds
@@ -59,6 +59,7 @@ class WindowState:
     hidden: Tensor | None = None  # [G, A, w, D] hidden states of the last forward, where the drafter reads them
     num_forwards: int = 0
     next_poll: int = 0
+    group: GroupSpec | None = None  # of a relaxed acceptance
     ahead: Tensor | None = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
     done: bool = False
 
@@ -76,6 +77,15 @@ class WindowState:
     def num_committed(self) -> Tensor:
         """[B] int64 permanent codes of each image."""
         return (self.commit_trace >= 0).sum(-1)
+
+    def last_codes(self) -> Tensor:
+        """[A, 1] int64 what the last permanent slot holds; the first entry of the next window."""
+        return self.slots[self.rows, self.length - 1][:, None]
+
+    def next_slots(self) -> Tensor:
+        """[A, w] int64 slots of the next window; those past the end repeat the last one."""
+        offset = torch.arange(self.width, device=self.length.device)
+        return (self.length[:, None] + offset).clamp(max=self.stream.num_slots - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +105,12 @@ class WindowSampler(Sampler):
         return self.num_rows
 
     @property
-    def rule(self) -> str:
+    def rule(self) -> Carry:
         """The ``carry`` of ``verify_window``: how rows are accepted and how their outcome is carried on."""
         return "gumbel"
 
-    @property
-    def group(self) -> GroupSpec | None:
-        """The groups of a relaxed acceptance, if the rule has any."""
+    def make_group(self, backbone: Any) -> GroupSpec | None:
+        """Return the groups of a relaxed acceptance, if the rule has any."""
         return None
 
     def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter | None:
@@ -113,7 +122,7 @@ class WindowSampler(Sampler):
         return False
 
     @property
-    def warp(self) -> dict[str, float]:
+    def warp(self) -> dict[str, Any]:
         """The shared settings as keyword arguments of the kernels."""
         return {
             "guidance_scale": self.guidance_scale,
@@ -151,6 +160,7 @@ class WindowSampler(Sampler):
         state.forced = None if forced is None else forced.to(out.logits.device)
         state.hidden = out.hidden
         if self.num_rows > 1:
+            state.group = self.make_group(backbone)
             state.drafter = self.make_drafter(state, drafter, condition)
         self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
         return state
@@ -168,9 +178,8 @@ class WindowSampler(Sampler):
 
     def _score(self, state: WindowState) -> Tensor:
         """Feed the last permanent code and the proposals: logits ``[G, A, w, V]``."""
-        last = state.slots[state.rows, state.length - 1]  # a
-        drafts = state.draft.tokens[:, : state.width - 1]  # a w-1
-        codes = torch.cat([last[:, None], drafts], dim=1).clamp(min=0)  # a missing draft is fed as any code
+        drafts = state.draft.tokens[:, : state.width - 1].clamp(min=0)  # a w-1; a missing one is fed as any code
+        codes = torch.cat([state.last_codes(), drafts], dim=1)  # a w
         return state.backbone.step(state.session, codes).logits
 
     def finish(self, state: WindowState) -> SamplerOutput:
@@ -239,8 +248,9 @@ class WindowSampler(Sampler):
             state.draft = narrow(draft, state.width) if isinstance(draft, Draft) else draft
 
     def _keep(self, state: WindowState, verdict: Verdict) -> None:
-        """Make the committed entries permanent in the backbone's cache."""
+        """Make the committed entries permanent in the caches."""
         state.backbone.commit(state.session, verdict.num_committed)
+        state.drafter.commit(verdict.num_committed)
 
     def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Verdict:
         """Run the acceptance rule on the rows of this iteration."""
@@ -258,7 +268,7 @@ class WindowSampler(Sampler):
             iteration=torch.full_like(state.keys, state.num_forwards),
             num_rows=num_rows,
             forced=None if state.forced is None else state.forced.gather(1, slots),
-            group=self.group,
+            group=state.group,
             noise=noise,
             **self.warp,
         )

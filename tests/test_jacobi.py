@@ -102,5 +102,5 @@ def test_guessing_with_the_shared_noise_beats_copying(monkeypatch):
     from vargen.samplers import jacobi
 
     shared = spatial_speed(window=16)
-    monkeypatch.setattr(jacobi, "shared_guesses", lambda *_: None)
+    monkeypatch.setattr(jacobi, "shared_guesses", lambda _: None)
     assert shared > 1.05 * spatial_speed(window=16)
