@@ -69,25 +69,30 @@ def _largest_when_aggregated(logits: Tensor, draft: TreeDraft, above: Tensor, re
 def walk_typical(
     logits: Tensor,
     draft: TreeDraft,
-    uniforms: Tensor,
     *,
     temperature: float = 1.0,
     epsilon: float = 0.09,
     alpha: float = 0.3,
     limit: Tensor | None = None,
+    forced: Tensor | None = None,
 ) -> Walk:
     """Keep the longest path of proposals with ``p(x) > min(epsilon, alpha * exp(-entropy))``.
 
     Args:
         logits: ``[B, n, V]`` guided logits.
         draft: proposals of a deterministic drafter.
-        uniforms: ``[B]`` float32 in [0, 1) for the code behind the path, drawn from the law cut at the same threshold.
         temperature: divides the logits; positive.
         epsilon: threshold of peaked laws.
         alpha: share of the typical probability of flat ones.
-        limit: ``[B]`` int64 slots left; None = more than D.
+        limit, forced: as in ``walk_greedy``.
+
+    Returns:
+        The walk; the law of the code behind the path is cut at the same threshold.
     """
     p = (logits / temperature).softmax(-1)
+    if forced is not None:
+        code = forced.gather(1, draft.tree.depth.expand(len(forced), -1))[..., None]
+        p = torch.where(code >= 0, torch.zeros_like(p).scatter_(-1, code.clamp(min=0), 1.0), p)
     entropy = -(p * (p + ENTROPY_FLOOR).log()).sum(-1)
     threshold = (alpha * (-entropy).exp()).clamp(max=epsilon)  # B n
     above = draft.tree.parents.clamp(min=0).expand_as(draft.tokens)

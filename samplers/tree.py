@@ -61,7 +61,7 @@ class Tree:
         own = torch.eye(n, dtype=torch.bool, device=device).expand(batch, -1, -1)
         mask, index = own, torch.arange(n, device=device)
         order = torch.zeros_like(parents)
-        for level in range(max_depth):  # one more ancestor a round
+        for _ in range(max_depth):  # one more ancestor a round
             mask = own | (mask.gather(1, above[..., None].expand(-1, -1, n)) & (parents >= 0)[..., None])
         depth = mask.sum(-1) - 1
         if leaf_order:
@@ -160,7 +160,9 @@ class TreeDraft:
     laws: Tensor | None = None  # [B, R, V] float32 probabilities
     law_of: Tensor | None = None  # [n] int64, -1 for leaves
     replacement: bool = False
-    probs: Tensor | None = None  # [B, n] probability of each token when it was drawn, 0 = never test; None = from `laws`
+    probs: Tensor | None = (
+        None  # [B, n] probability of each token when it was drawn, 0 = never test; None = from `laws`
+    )
 
     def narrow(self, width: int) -> TreeDraft:
         """The first ``width`` nodes."""

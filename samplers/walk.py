@@ -83,7 +83,7 @@ def walk_tree(
         k_seq: test the children of a node as K-SEQ does; needs independent draws.
         record: also return the chances.
     """
-    if k_seq and not (draft.replacement and relaxation is None):
+    if k_seq and draft.laws is not None and not (draft.replacement and relaxation is None):
         raise ValueError("K-SEQ is exact and tests independent draws: it takes no relaxation and no other proposals")
     state = _Progress.start(draft, uniforms, limit, record)
     for level in range(state.path.shape[1]):
@@ -227,11 +227,11 @@ def _visit_k_seq(
     relaxation: Relaxation | None,
 ) -> tuple[Tensor, Tensor]:
     kids, codes = _children(draft, images, nodes)
-    q = _draft_law(draft, images, nodes)
-    assert q is not None
+    q, child = _draft_law(draft, images, nodes), torch.full_like(nodes, -1)
+    if q is None:  # nothing is proposed behind the last slot
+        return child, p
     number = (codes >= 0).sum(-1)
     rho = k_seq_factor(p, q, number)
-    child = torch.full_like(nodes, -1)
     for j in range(kids.shape[1]):
         code = codes[:, j].clamp(min=0)
         own = p.gather(1, code[:, None])[:, 0]
