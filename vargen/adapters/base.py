@@ -144,6 +144,15 @@ class TransformersBackbone(nn.Module):
         """Token ids to vectors."""
         return self.model.get_input_embeddings()
 
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """Whether the model is in training mode; an adapter has no mode of its own."""
+        return self.model.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Nothing to set: ``train`` and ``eval`` reach the model as a child."""
+
     def to(self, *args: Any, **kwargs: Any) -> Self:
         """Move the model; transformers' own guards (quantised, dispatched) apply."""
         self.model.to(*args, **kwargs)

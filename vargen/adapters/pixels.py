@@ -42,6 +42,15 @@ class PixelDecoder(nn.Module):
         """Dtype of the weights."""
         return next(self.vq.parameters()).dtype
 
+    @property
+    def training(self) -> bool:  # type: ignore[override]
+        """Whether the decoder is in training mode; this wrapper has no mode of its own."""
+        return self.vq.training
+
+    @training.setter
+    def training(self, mode: bool) -> None:
+        """Nothing to set: ``train`` and ``eval`` reach the decoder as a child."""
+
     def to(self, *args: Any, **kwargs: Any) -> PixelDecoder:
         """Nothing to do: the decoder is part of the model and moves with the backbone."""
         return self

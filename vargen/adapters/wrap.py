@@ -8,6 +8,8 @@ from typing import Any
 from torch import nn
 
 from vargen.adapters.base import TransformersBackbone
+from vargen.adapters.prompts import PromptIds
+from vargen.samplers.jacobi import SpeculativeJacobiSampler
 
 # config.model_type, or an explicit family -> (module below vargen.adapters, class)
 ADAPTERS = {
@@ -68,6 +70,42 @@ def unwrap(model: Any) -> Any:
             model = model.get_base_model()
         else:
             return model
+
+
+class PromptConditioner:
+    """Texts to token ids, for pipelines: the backbone's processor does the work.
+
+    Args:
+        backbone: from ``wrap``, with a processor.
+    """
+
+    def __init__(self, backbone: TransformersBackbone) -> None:
+        self.backbone = backbone
+
+    def encode(self, prompts: list[str] | None = None, class_labels: Any = None) -> PromptIds:
+        """Tokenise prompts; these models know no class labels."""
+        if prompts is None:
+            raise ValueError("this pipeline reads prompts, not class_labels")
+        return self.backbone.encode(prompts)
+
+    def save_pretrained(self, save_directory: Any, **_: Any) -> None:
+        """Refuse: the processor saves itself."""
+        raise ValueError("save the model and the processor with their own save_pretrained(folder)")
+
+
+def pipeline_components(model: nn.Module, processor: Any, sampler: Any, options: dict[str, Any]) -> dict[str, Any]:
+    """Components of ``ImagePipeline.from_transformers``."""
+    if processor is None:
+        raise ValueError("a pipeline reads prompts, so it needs the model's processor")
+    backbone = wrap(model, processor, **options)
+    if sampler is None:
+        sampler = SpeculativeJacobiSampler(**backbone.sampler_settings())
+    return {
+        "tokenizer": backbone.pixels(),
+        "backbone": backbone,
+        "sampler": sampler,
+        "conditioner": PromptConditioner(backbone),
+    }
 
 
 def check_version() -> None:

@@ -92,6 +92,21 @@ class ImagePipeline(DiffusionPipeline):
         except OSError as error:
             raise ValueError(explain_failure(folder, error)) from error
 
+    @classmethod
+    def from_transformers(cls, model: nn.Module, processor: Any, *, sampler: Any = None, **options: Any) -> Self:
+        """Make a pipeline of a transformers image model; see ``vargen.wrap`` for models and options.
+
+        Args:
+            model: used as it is, never changed.
+            processor: the model's own.
+            sampler: default speculative Jacobi decoding (the law of next-token sampling in fewer forwards) with the
+                guidance, temperature, top-k and top-p of the model's generation_config.
+            options: of the adapter, such as ``grid_size=(h, w)`` in codes.
+        """
+        from vargen.adapters.wrap import pipeline_components  # transformers is needed here only
+
+        return cls(**pipeline_components(model, processor, sampler, options))
+
     @property
     def interrupt(self) -> bool:
         """Set it to ``True`` (``pipe._interrupt = True``, from a callback or another thread) to stop after the current step."""
@@ -154,6 +169,8 @@ class ImagePipeline(DiffusionPipeline):
             self._callback_tensor_inputs,
         )
         self._check_components()
+        if self.tokenizer is None and output_type != "codes":
+            raise ValueError("this pipeline has no pixel decoder; use output_type='codes'")
         given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
         changes = {name: value for name, value in given.items() if value is not None} | sampler_overrides
         sampler = self.sampler.replace(**changes) if changes else self.sampler
