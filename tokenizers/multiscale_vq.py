@@ -120,9 +120,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
             nn.init.zeros_(cast(Tensor, self.decoder.conv_out.bias))
 
     @classmethod
-    def from_original(
-        cls, checkpoint: str | Path | Mapping[str, Tensor], **config: Any
-    ) -> MultiScaleVQTokenizer:
+    def from_original(cls, checkpoint: str | Path | Mapping[str, Tensor], **config: Any) -> MultiScaleVQTokenizer:
         """Load an official VAR tokenizer strictly.
 
         Sizes are read from the shapes. ``scales`` is the list for 256 pixels where the file has ten scales and must be

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -27,6 +28,8 @@ from vargen.backbones.var_blocks import HeadNorm, LabelEmbedding, VARBlock, modu
 from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
 from vargen.hub import check_family, load_original, load_strict
 from vargen.protocols import StepOut
+
+FIRST_SHARPNESS = 1.0  # logarithm: the spread of features around their mean is about exp(-1)
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         drop_path_rate: stochastic depth of the last block, linear from 0.
         class_dropout_prob: probability of training a sample without its condition.
         attribute_dropout_prob: mean rate of unspecifying single attributes in training.
+        codebook_head: the head also guesses the features of the picture at a position and how sure it is; the codes near
+            to what the guess and the input differ by gain in proportion. The tokenizer looks codes up in this very way, so
+            a small model has it easier than with a free row for each code. Not in published models.
     """
 
     config_name = "config.json"
@@ -106,6 +112,7 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         drop_path_rate: float = 0.0,
         class_dropout_prob: float = 0.1,
         attribute_dropout_prob: float = 0.0,
+        codebook_head: bool = False,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -132,6 +139,9 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         )
         self.head_nm = HeadNorm(dim, norm_eps)
         self.head = nn.Linear(dim, codebook_size)
+        if codebook_head:
+            self.guess = nn.Linear(dim, codebook_dim + 1)  # features, and the logarithm of the inverse variance
+            self.register_buffer("code_vectors", torch.zeros(codebook_size, codebook_dim))
         self.initialize_weights()
 
     @torch.no_grad()
@@ -152,6 +162,10 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         for ada in [*tables, *([] if self.shared_ada_lin is None else [self.shared_ada_lin])]:
             ada[1].weight[2 * c.dim :].mul_(0.5)  # type: ignore[index]
             ada[1].weight[: 2 * c.dim].mul_(gate_scale)  # type: ignore[index]
+        if c.codebook_head:
+            self.guess.weight.zero_()
+            self.guess.bias.zero_()
+            self.guess.bias[-1] = FIRST_SHARPNESS
         for block in self.blocks:
             for layer in (block.attn.proj, block.ffn.fc2):  # type: ignore[union-attr]
                 layer.weight.div_((2 * c.num_layers) ** 0.5)  # type: ignore[union-attr,operator]
@@ -160,24 +174,9 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
                 block.ada_gss[:, :, :2].mul_(gate_scale)  # type: ignore[index,operator]
 
     @torch.no_grad()
-    def init_head_(self, codebook: Tensor, sharpness: float) -> None:
-        """Start from "the code nearest to what is missing", which is linear in the input of a position.
-
-        A scale quantizes ``f - x``, the features minus the input x of the position. ``-sharpness * |f - x - e|^2 / 2`` is,
-        but for a constant, linear in f and x: the head gets the codebook's directions inside the width, the input
-        embedding their negative, and training only has to add f along them.
-
-        Args:
-            codebook: [V, C] of the tokenizer.
-            sharpness: inverse variance of the first guess.
-        """
-        width, dim = self.word_embed.weight.shape
-        basis = torch.linalg.qr(torch.randn(width, dim, device=codebook.device))[0].to(self.head.weight)  # D C
-        size = codebook.square().mean().sqrt() * dim**0.5  # length of a typical code
-        gain = width**0.5 / size  # what the norm in front of the head makes of a vector of that length, roughly
-        self.word_embed.weight.copy_(-basis)
-        self.head.weight.copy_(codebook @ basis.T * (sharpness / gain))
-        self.head.bias.copy_(codebook.square().sum(-1) * (-sharpness / 2))
+    def set_codebook_(self, codebook: Tensor) -> None:
+        """Tell a model with ``codebook_head`` the code vectors [V, C] of its tokenizer."""
+        self.code_vectors.copy_(codebook)
 
     @classmethod
     def from_size(cls, size: str, **config: Any) -> VARTransformer:
@@ -259,12 +258,10 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = self._embed(prepared, features, 0)
         stamps = self._stamps(prepared, 0, self._num_scales(features, 0))
         attend = partial(attention, mask=stamps <= stamps[:, None])
-        return self._score(self._run(x, prepared, [attend] * len(self.blocks)), prepared)
+        return self._score(self._run(x, prepared, [attend] * len(self.blocks)), prepared, features)
 
     @torch.no_grad()
-    def prepare(
-        self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None
-    ) -> ScaleCondition:
+    def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> ScaleCondition:
         """Check and embed a batch of conditions.
 
         Args:
@@ -307,6 +304,23 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Score the next scale: its input [B, n_k, C] to logits [G, B, n_k, V]; several scales may be fed at once."""
         return self._feed(session, features)
 
+    @torch.no_grad()
+    def drop_guidance(self, session: ScaleSession) -> None:
+        """Forget the unconditional branch: the next scales return logits of one branch."""
+        c = session.condition
+        if c.branches == 1:
+            return
+        rows = torch.arange(c.batch, device=c.start.device)
+        session.cache.select(rows)
+        session.condition = ScaleCondition(
+            c.start[: c.batch],
+            None if c.tokens is None else c.tokens[: c.batch],
+            [table[:, : c.batch] for table in c.rows],
+            c.head_rows[:, : c.batch],
+            c.batch,
+            1,
+        )
+
     def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:
         condition = session.condition
         first = session.scale
@@ -317,7 +331,7 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         plan = session.cache.plan_block(session.used, self._stamps(condition, first, num_scales))
         h = self._run(x, condition, [session.cache.layer(i, plan) for i in range(len(self.blocks))])
         session.scale, session.used = first + num_scales, session.used + x.shape[1]
-        return StepOut(self._score(h, condition, first).unflatten(0, (condition.branches, -1)))
+        return StepOut(self._score(h, condition, features, first).unflatten(0, (condition.branches, -1)))
 
     def _num_scales(self, features: Tensor | None, first: int) -> int:
         """How many scales are fed: the first one has no features."""
@@ -351,9 +365,7 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             shared = self.shared_ada_lin(vector).view(-1, 1, 6, self.config.dim)
         rows = [block.modulate(vector, shared) for block in self.blocks]  # type: ignore[operator]
         start = vector[:, None] + self.pos_start
-        return ScaleCondition(
-            start, tokens, rows, self.head_nm.modulate(vector), len(ids) // len(parts), len(parts)
-        )
+        return ScaleCondition(start, tokens, rows, self.head_nm.modulate(vector), len(ids) // len(parts), len(parts))
 
     def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
         """Inputs ``[R, w, D]`` of the scales from ``first`` on, condition positions in front of the very first."""
@@ -372,11 +384,21 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             x = checkpoint(block, x, rows, attend, use_reentrant=False) if recompute else block(x, rows, attend)
         return x
 
-    def _score(self, x: Tensor, condition: ScaleCondition, first: int = 0) -> Tensor:
+    def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
         if first == 0 and condition.tokens is not None:
             x = x[:, condition.tokens.shape[1] :]
         h = self.head_nm(x, condition.head_rows)
-        return self.head(h.to(self.head.weight.dtype)).float()
+        h = h.to(self.head.weight.dtype)
+        if not self.config.codebook_head:
+            return self.head(h).float()
+        guess, sharpness = self.guess(h).split([self.config.codebook_dim, 1], dim=-1)
+        if features is not None:  # the first scale has no input: everything is missing
+            guess = guess - F.pad(features.to(guess.dtype), (0, 0, guess.shape[1] - features.shape[1], 0))
+        sharpness = sharpness.exp()
+        # sharpness * (guess e - e^2 / 2), in one product with the free head
+        codes = self.code_vectors.to(h.dtype)
+        weight = torch.cat([self.head.weight, codes, codes.square().sum(-1, keepdim=True) / -2], dim=1)
+        return F.linear(torch.cat([h, sharpness * guess, sharpness], dim=-1), weight, self.head.bias).float()
 
     def _drop_condition(self, condition: Tensor, drop: Tensor | None, generator: torch.Generator | None) -> Tensor:
         embedding, c = self.condition_embedding, self.config

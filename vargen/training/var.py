@@ -23,10 +23,9 @@ from vargen.training.tasks import Task, model_from, to_grid
 
 @dataclass(frozen=True, kw_only=True)
 class VAROptions:
-    """The tokenizer, how the head starts, and how the sample grids are drawn."""
+    """The tokenizer, and how the sample grids are drawn."""
 
     tokenizer: str = "runs/heroes32-multiscale-vq"  # folder of a run or of a saved tokenizer, or a model's name
-    codebook_init: float = 0.0  # start the head at this sharpness of "nearest code to what is missing"; 0 = at random
     guidance_scale: float = 2.0
     grid_size: int = 16  # pictures on the sample grid, from attributes of test heroes
 
@@ -53,8 +52,8 @@ class VARTask(Task):
             "class_dropout_prob": 0.0,  # the stream of heroes drops conditions: a resumed run sees the same
         }
         model: VARTransformer = model_from(VARTransformer, self.recipe.model, **fixed)
-        if initialize and self.options.codebook_init > 0:
-            model.init_head_(self.tokenizer.codebook, self.options.codebook_init)
+        if initialize and model.config.codebook_head:
+            model.set_codebook_(self.tokenizer.codebook)
         return model
 
     def setup(self, device: torch.device) -> None:
@@ -96,7 +95,10 @@ class VARTask(Task):
                 sums[row] += F.cross_entropy(logits, codes, reduction="none").sum(0).cpu()
             count += len(codes)
         sums /= count
-        found = {"held_out_nats_per_token": sums[0].mean().item(), "held_out_nats_per_token_null": sums[1].mean().item()}
+        found = {
+            "held_out_nats_per_token": sums[0].mean().item(),
+            "held_out_nats_per_token_null": sums[1].mean().item(),
+        }
         for k, part in enumerate(sums[0].split([h * w for h, w in self.tokenizer.scales])):
             found[f"held_out_nats_scale_{k}"] = part.mean().item()
         return found
