@@ -618,7 +618,7 @@ def test_two_processes_give_the_numbers_of_one(tmp_path):
     lines = []
     for worker in workers:
         try:
-            out, err = worker.communicate(timeout=240)
+            out, err = worker.communicate(timeout=900)  # against a hang only: two imports on a busy machine are slow
         finally:
             worker.kill()
         assert worker.returncode == 0, err[-2000:]
