@@ -142,6 +142,12 @@ def draw(
         ValueError: a row is NaN, infinite or -inf everywhere (names image and position).
     """
     check_logits(logits)
+    if not (
+        use_triton(logits) or torch.compiler.is_compiling()
+    ):  # an operator's bookkeeping costs tens of microseconds
+        return _draw_twin(
+            logits, seeds, positions, guidance_scale, temperature, top_k, top_p, int(stream), iteration, noise
+        )
     record = new_errors(logits.shape[1], logits.device) if errors is None else errors
     per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
     scale = 1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale)

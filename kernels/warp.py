@@ -10,6 +10,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vargen.kernels import rows
+from vargen.kernels.language import jit, launch_options, tl, use_triton
+
 NEG_INF = float("-inf")
 
 
@@ -33,10 +36,16 @@ def warp_logits(
     Returns:
         ``[B, W, V]`` float32, removed codes at -inf.
     """
+    if not (use_triton(logits) or torch.compiler.is_compiling()):
+        return _warp_twin(logits, guidance_scale, temperature, top_k, top_p)
+    per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
+    scale = 1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale)
+    return _warp(logits, scale, per_image, float(temperature), top_k, float(top_p))
+
+
+def _warp_twin(logits: Tensor, guidance_scale: float | Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     z = combine(logits, guidance_scale, temperature)
-    if temperature == 0:
-        return z
-    tau = threshold(z, top_k, top_p)
+    tau = threshold(z, top_k, top_p) if temperature else None
     return z if tau is None else z.masked_fill(z < tau[..., None], NEG_INF)
 
 
@@ -58,7 +67,7 @@ def combine(logits: Tensor, guidance_scale: float | Tensor, temperature: float) 
 
 
 def _any_masked(z: Tensor) -> bool:
-    return z.is_cuda or torch.compiler.is_compiling() or bool(z.amin() == NEG_INF)
+    return z.is_cuda or not bool(z.amin() > NEG_INF)  # NaN elsewhere must not hide a mask
 
 
 def threshold(z: Tensor, top_k: int, top_p: float) -> Tensor | None:
@@ -95,3 +104,73 @@ def _descending(z: Tensor) -> Tensor:
     if z.is_cuda:
         return z.sort(-1, descending=True).values
     return torch.from_numpy(np.sort(z.detach().numpy(), axis=-1)).flip(-1)
+
+
+@jit(do_not_specialize=["k"])
+def _warp_kernel(
+    logits_ptr,  # G B W V
+    stride_g,
+    stride_b,
+    stride_w,
+    scales_ptr,  # B, if PER_IMAGE
+    scale,
+    inv_t,
+    k,
+    top_p,
+    V,
+    out_ptr,  # B W V
+    W,
+    GUIDED: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    w = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    if PER_IMAGE:
+        scale = tl.load(scales_ptr + b)
+    cond = logits_ptr + b * stride_b + w * stride_w
+    uncond = cond + stride_g
+    z = rows.load_tile(cond, uncond, scale, inv_t, 0, V, GUIDED, BLOCK)
+    tau, _ = rows.row_stats(z, cond, uncond, scale, inv_t, V, k, top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
+    for piece in range(PIECES):
+        x = rows.load_tile(cond, uncond, scale, inv_t, piece, V, GUIDED, PIECE)
+        code = piece * PIECE + tl.arange(0, PIECE)
+        tl.store(out_ptr + (b * W + w) * V + code, tl.where(x >= tau, x, float("-inf")), mask=code < V)
+
+
+@torch.library.custom_op("vargen::warp", mutates_args=())
+def _warp(logits: Tensor, scale: float, scales: Tensor | None, temperature: float, top_k: int, top_p: float) -> Tensor:
+    if not use_triton(logits):
+        z = _warp_twin(logits, scale if scales is None else scales, temperature, top_k, top_p)
+        return z.clone() if z.data_ptr() == logits.data_ptr() else z  # an operator may not return its argument
+    branches, batch, window, num_codes = logits.shape
+    out = torch.empty(batch, window, num_codes, dtype=torch.float32, device=logits.device)
+    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
+    _warp_kernel[(window, batch)](
+        logits,
+        *logits.stride()[:3],
+        logits if scales is None else scales.float().contiguous(),
+        scale,
+        1.0 / temperature if temperature else 1.0,
+        top_k,
+        top_p,
+        num_codes,
+        out,
+        window,
+        GUIDED=branches == 2,
+        PER_IMAGE=scales is not None,
+        SPARSE=temperature > 0 and 0 < top_k < num_codes,
+        NUCLEUS=temperature > 0 and top_p < 1,
+        **launch_options(num_codes),
+    )
+    return out
+
+
+@_warp.register_fake
+def _(logits, *settings):  # type: ignore[no-untyped-def]
+    return logits.new_empty(logits.shape[1:], dtype=torch.float32)

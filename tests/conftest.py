@@ -1,6 +1,7 @@
 """Shared by all tests: Triton's interpreter where there is no GPU, golden files, poisoned buffers."""
 
 import os
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -61,3 +62,31 @@ def poisoned(monkeypatch):
     for name in ("empty", "empty_like"):
         monkeypatch.setattr(torch, name, poison(getattr(torch, name)))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def on_kernel(monkeypatch):
+    """Call a function with the Triton kernels: compiled on a CUDA device, interpreted elsewhere; CPU in, CPU out."""
+    pytest.importorskip("triton")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    def run(function, *args, **kwargs):
+        with monkeypatch.context() as patch:
+            patch.setenv("VARGEN_KERNELS", "triton")
+            out = function(*moved(args, device), **moved(kwargs, device))
+        return moved(out, "cpu")
+
+    return run
+
+
+def moved(value, device):
+    """Tensors inside tuples, dicts and dataclasses, on another device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if isinstance(value, list | tuple):
+        return type(value)(moved(item, device) for item in value)
+    if isinstance(value, dict):
+        return {key: moved(item, device) for key, item in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{f.name: moved(getattr(value, f.name), device) for f in fields(value)})
+    return value

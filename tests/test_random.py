@@ -81,7 +81,9 @@ def test_uniform_is_a_24_bit_truncation_below_one():
 
 def test_gumbel_follows_its_formula_at_the_ends(monkeypatch):
     words = torch.tensor([0, 1, 1 << 16, 1 << 31, MASK - 1, MASK])
-    monkeypatch.setattr("vargen.random._philox", lambda *a: (words[:4][None], words[2:][None], words[:4][None], words[:4][None]))
+    monkeypatch.setattr(
+        "vargen.random._philox", lambda *a: (words[:4][None], words[2:][None], words[:4][None], words[:4][None])
+    )
     g = gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), 16)[0, 0].view(4, 4)
     exact = -torch.log(-torch.log1p(-(words.double() + 0.5) * 2.0**-32))
     assert torch.allclose(g[:, 0].double(), exact[:4], atol=1e-5)
