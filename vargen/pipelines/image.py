@@ -20,6 +20,7 @@ from vargen.outputs import DecodeStats, ImagePipelineOutput, SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.components import dtype_argument, explain_failure, index_entry, read_index, register_library
 from vargen.pipelines.progress import DecodeInterrupted, Watch
+from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
 from vargen.random import image_seeds
 
 register_library()
@@ -154,7 +155,7 @@ class ImagePipeline(DiffusionPipeline):
             sampler_overrides: other settings of the sampler for this call, such as ``window=16``.
 
         Returns:
-            Images, codes ([B, N] int64), the seed of every image and the statistics of the decode.
+            Images, codes ([B, N] int64, a list over scales for next-scale models), the seed of every image and the statistics of the decode.
 
         Raises:
             ValueError: an argument out of range, before any work; see each one.
@@ -184,9 +185,10 @@ class ImagePipeline(DiffusionPipeline):
             # 3. Draw codes, 4. decode them
             watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
             drawn = self._draw(sampler, condition, seeds, batch_size or len(seeds), watch)
-            images = None if output_type == "codes" else self._to_images(drawn.codes, output_type, batch_size)
-        output = ImagePipelineOutput(images=images, codes=drawn.codes, seeds=seeds, stats=drawn.stats)
-        return output if return_dict else (images, drawn.codes, seeds, drawn.stats)
+            images = None if output_type == "codes" else self._to_images(drawn, output_type, batch_size)
+        codes = split_codes(cast(Tensor, drawn.codes), self.backbone)
+        output = ImagePipelineOutput(images=images, codes=codes, seeds=seeds, stats=drawn.stats)
+        return output if return_dict else (images, codes, seeds, drawn.stats)
 
     def encode_condition(self, prompt: Any = None, class_labels: Any = None) -> Any:
         """Turn prompts or class labels into the condition of the backbone, one row a prompt, on its device.
@@ -211,8 +213,10 @@ class ImagePipeline(DiffusionPipeline):
     def decode_codes(self, codes: Tensor) -> Tensor:
         """Turn codes ``[B, N]``, -1 where not drawn, into images ``[B, 3, H, W]`` around [-1, 1], grey where not drawn.
 
-        Useful inside a callback to watch an image grow.
+        Useful inside a callback to watch an image grow. Codes of next-scale models give the picture of the scales drawn.
         """
+        if hasattr(self.tokenizer, "decode_partial"):
+            return decode_scales(self.tokenizer, codes, UNDRAWN)
         grid = codes.unflatten(1, tuple(self.backbone.grid_size))
         images = self.tokenizer.decode(grid.clamp(min=0))
         if bool((grid < 0).any()):
@@ -231,8 +235,9 @@ class ImagePipeline(DiffusionPipeline):
                 parts.append(self._draw_rows(sampler, inputs.take_condition(condition, rows), seeds[rows], watch))
         finally:
             watch.close()
-        codes = torch.cat([cast(Tensor, part.codes) for part in parts])
-        return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]))
+        codes = torch.cat([flatten_codes(part.codes, self.backbone.num_codes) for part in parts])
+        latents = None if any(part.latents is None for part in parts) else torch.cat([part.latents for part in parts])
+        return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]), latents)
 
     def _draw_rows(self, sampler: Any, condition: Any, seeds: list[int], watch: Watch) -> SamplerOutput:
         if self._interrupt:
@@ -260,8 +265,12 @@ class ImagePipeline(DiffusionPipeline):
         codes = torch.full((len(seeds), self.backbone.num_codes), -1, device=self.backbone.device)
         return SamplerOutput(codes, seeds, DecodeStats(notes=["interrupted before some images were begun"]))
 
-    def _to_images(self, codes: Any, output_type: str, batch_size: int | None) -> Any:
-        images = torch.cat([self.decode_codes(part) for part in codes.split(batch_size or len(codes))])
+    def _to_images(self, drawn: SamplerOutput, output_type: str, batch_size: int | None) -> Any:
+        decode, rows = self.decode_codes, drawn.codes
+        if drawn.latents is not None:  # what was summed or drawn itself: codes need not tell all of it
+            decode, rows = self.tokenizer.decode_latents, drawn.latents
+        assert isinstance(rows, Tensor)
+        images = torch.cat([decode(part) for part in rows.split(batch_size or len(rows))])
         if output_type == "pil":
             return to_pil(images)
         pixels = (images.float() / 2 + 0.5).clamp(0, 1).cpu()

@@ -9,17 +9,22 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.files import atomic_dir
 from vargen.pipelines.image import ImagePipeline
+from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
+from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from vargen.tokenizers.vq import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_state
-from vargen.training.llamagen import LlamaGenTask
 from vargen.training.sources import load_tokenizer, read_run, stored_recipe
+from vargen.training.tasks import make_task
 
 TRAINING_FILE = "training.json"
+COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer and sampler of its pipeline
+    "llamagen": (VQTokenizer, NextTokenSampler),
+    "var": (MultiScaleVQTokenizer, NextScaleSampler),
+}
 
 
 def export_pipeline(
@@ -34,12 +39,12 @@ def export_pipeline(
     """Write a transformer's run and its tokenizer as a pipeline folder, weights as float16 safetensors.
 
     Args:
-        run: folder of a finished (or running) "llamagen" run; the averaged weights of its newest checkpoint are taken.
+        run: folder of a finished (or running) "llamagen" or "var" run; the averaged weights of its newest checkpoint are taken.
         folder: pipeline folder to write; ``ImagePipeline.from_pretrained`` reads it.
         tokenizer: run or model folder; default: the one named in the run's recipe.
         drafter: run of a smaller "llamagen" model over the same tokenizer.
         overwrite: allow replacing an existing folder.
-        sampler_settings: of the stored ``NextTokenSampler``, for example ``guidance_scale=2.0``.
+        sampler_settings: of the stored sampler, for example ``guidance_scale=2.0``.
 
     Returns:
         The folder.
@@ -49,11 +54,11 @@ def export_pipeline(
     """
     backbone = load_transformer(run)
     source = tokenizer if tokenizer is not None else stored_recipe(Path(run)).options["tokenizer"]
-    vq: VQTokenizer = load_tokenizer(source)
+    tokenizer_kind, sampler_kind = COMPANIONS[stored_recipe(Path(run)).task]
     pipe = ImagePipeline(
-        tokenizer=vq,
+        tokenizer=load_tokenizer(source, tokenizer_kind),
         backbone=backbone,
-        sampler=NextTokenSampler(**sampler_settings),
+        sampler=sampler_kind(**sampler_settings),
         conditioner=AttributeConditioner("heroes"),
         drafter=None if drafter is None else load_transformer(drafter),
     )
@@ -67,16 +72,17 @@ def export_pipeline(
     return Path(folder)
 
 
-def load_transformer(run: str | Path) -> LlamaGenTransformer:
-    """Build the transformer of a "llamagen" run with its averaged weights, in evaluation mode.
+def load_transformer(run: str | Path) -> Any:
+    """Build the transformer of a "llamagen" or "var" run with its averaged weights, in evaluation mode.
 
     Raises:
-        ValueError: not a run of this task, or no checkpoint yet.
+        ValueError: not a run of these tasks, or no checkpoint yet.
     """
     recipe, weights = read_run(run)
-    if recipe.task != "llamagen":
-        raise ValueError(f"{run} is a run of task {recipe.task!r}, a backbone needs a run of task 'llamagen'")
-    model = LlamaGenTask(recipe).build(initialize=False)
+    if recipe.task not in COMPANIONS:
+        tasks = " or ".join(map(repr, COMPANIONS))
+        raise ValueError(f"{run} is a run of task {recipe.task!r}, a backbone needs a run of task {tasks}")
+    model = make_task(recipe).build(initialize=False)
     model.load_state_dict(weights)
     return model.eval()
 
@@ -89,6 +95,7 @@ def halve_weights(file: Path) -> None:
         file,
         metadata={"format": "pt"},
     )
+    file.chmod(0o644)  # safetensors writes for the owner alone; an installed package is read by everyone
 
 
 def _facts(source: str | Path | None) -> dict[str, Any]:
