@@ -20,9 +20,13 @@ if not (_here / "tokenizers").is_dir():  # a checkout on a file system without s
 _names = {
     "ImagePipeline": "pipelines.image",
     "VQTokenizer": "tokenizers.vq",
+    "MultiScaleVQTokenizer": "tokenizers.multiscale_vq",
     "LlamaGenTransformer": "backbones.llamagen",
+    "VARTransformer": "backbones.var",
     "NextTokenSampler": "samplers.next_token",
     "SpeculativeJacobiSampler": "samplers.jacobi",
+    "NextScaleSampler": "samplers.next_scale",
+    "ZipARSampler": "samplers.zipar",
     "AttributeConditioner": "conditioners.attributes",
     "ClassConditioner": "conditioners.class_labels",
     "T5CaptionConditioner": "conditioners.t5",

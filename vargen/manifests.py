@@ -162,11 +162,25 @@ def _vq_shapes(config: dict[str, Any]) -> dict[str, Shape]:
     return {k: tuple(v.shape) for k, v in model.state_dict().items()}
 
 
+def _var_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    from vargen.var_manifests import var_manifest
+
+    return var_manifest(state_dict)
+
+
+def _var_tokenizer_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    from vargen.var_manifests import var_tokenizer_manifest
+
+    return var_tokenizer_manifest(state_dict)
+
+
 _builders: dict[str, Builder] = {
     "llamagen-c2i": _llamagen_manifest,
     "llamagen-t2i": _llamagen_manifest,
     "llamagen-vq": _vq_manifest,
     "taming-vqgan": _taming_manifest,
+    "var": _var_manifest,
+    "var-vqvae": _var_tokenizer_manifest,
 }
 
 
