@@ -76,7 +76,7 @@ class Backbone(Protocol):
     codebook_size: int  # V
     hidden_size: int  # D
     grid_size: tuple[int, int]
-    features: frozenset[str]  # of "window", "ragged", "tree_mask", "free_order", "hidden"
+    features: frozenset[str]  # of "window", "ragged", "tree_mask", "any_slot" (step_at), "free_order", "hidden"
 
     @property
     def device(self) -> torch.device:

@@ -37,7 +37,7 @@ class TransformersBackbone(nn.Module):
         static: fixed shapes at every step, for a body that was compiled (``body.compile()``).
     """
 
-    features = frozenset({"window", "ragged", "tree_mask", "free_order", "hidden"})
+    features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden"})
     model_types: ClassVar[tuple[str, ...]] = ()
     guidance_scale: float = 1.0  # the family's own settings, where its generation_config says nothing
     temperature: float = 1.0
@@ -306,7 +306,7 @@ class TransformersBackbone(nn.Module):
 
     @torch.no_grad()
     def step_at(self, session: PromptSession, codes: Tensor, slots: Tensor, *, hidden: bool = False) -> StepOut:
-        """Score codes [B, w] at any stream slots [B, w]; they are permanent, ``commit`` plays no part.
+        """Score codes [B, w] at any stream slots [B, w] (-1 = no entry); they are permanent, ``commit`` plays no part.
 
         An entry sees the written slots before its own in raster order. A slot may be written again; within one call
         a row's slots differ.
@@ -351,7 +351,7 @@ class TransformersBackbone(nn.Module):
         return self._code_ids
 
     def _window(self, session: PromptSession, codes: Tensor, slots: Tensor, plan: Plan, hidden: bool) -> StepOut:
-        slots = slots.clamp(max=session.layout.length - 1)  # entries past the end only keep windows of one width
+        slots = slots.clamp(0, session.layout.length - 1)  # entries past the end only keep windows of one width
         x = self._embed_slots(session, codes, slots).repeat(session.branches, 1, 1)
         positions = self.stream_positions(slots.repeat(session.branches, 1), session.starts, session.layout)
         return self._score(self._run(session.past, plan, x, positions), session.branches, hidden)

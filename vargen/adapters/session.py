@@ -50,9 +50,9 @@ class PromptSession(WindowSession):
         """Stream slots that fit behind the longest prompt."""
         return self.cache.capacity - int(self.starts.max())
 
-    def plan_at(self, slots: Tensor) -> Plan:
-        """Plan ``[B, w]`` stream slots in any order; each sees the written slots before it in raster order."""
-        return self.cache.plan(self.starts[:, None] + slots.repeat(self.branches, 1))
+    def plan_at(self, slots: Tensor, starts: int | Tensor | None = None) -> Plan:
+        """As in ``WindowSession``; a row's slots lie behind its own prompt."""
+        return super().plan_at(slots, self.starts[:, None] if starts is None else starts)
 
     def select(self, rows: Tensor) -> None:
         """Keep the images ``rows`` [B'] int64, in this order."""

@@ -10,9 +10,28 @@ from typing import Any
 import torch
 
 SPECIAL = ["<pad>", "<s>", "</s>", "<begin_of_image>", "<end_of_image>", "<image_placeholder>", "<unk>"]
-WORDS = (
-    ["a", "an", "the", "of", "on", "with", "red", "green", "blue", "golden", "small", "large", "fox", "elf", "cloak", "sword", "forest", "mountain", "river", "castle"]
-)
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "of",
+    "on",
+    "with",
+    "red",
+    "green",
+    "blue",
+    "golden",
+    "small",
+    "large",
+    "fox",
+    "elf",
+    "cloak",
+    "sword",
+    "forest",
+    "mountain",
+    "river",
+    "castle",
+]
 CHAT = "{% for m in messages %}User: {% for c in m['content'] %}{{ c['text'] }}{% endfor %}{% endfor %} Assistant:"
 
 

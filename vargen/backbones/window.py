@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.backbones.cache import UNWRITTEN, KVCache, Plan
+from vargen.backbones.cache import NOCACHE, UNWRITTEN, KVCache, Plan
 from vargen.backbones.primitive import ItemTransformer
 from vargen.protocols import Layout, StepOut
 
@@ -79,6 +79,17 @@ class WindowSession:
         nu = (lengths[:, None] - 1).expand(-1, width)
         return self.cache.plan(slots, nu=nu, window_mask=mask.bool(), extent=extent)
 
+    def plan_at(self, slots: Tensor, starts: int | Tensor | None = None) -> Plan:
+        """Plan ``[B, w]`` code slots in any order, -1 = nothing; each sees the written slots before it in raster order.
+
+        ``starts`` (the offset; ``[R, 1]`` where rows differ) is where slot 0 lies in the cache.
+        """
+        starts = self.offset if starts is None else starts
+        slots = slots.repeat(self.branches, 1)
+        target = torch.where(slots < 0, NOCACHE, starts + slots)
+        nu = torch.where(slots < 0, starts - 1, target)  # what is nothing sees the condition, so that it stays finite
+        return self.cache.plan(target, tau=torch.where(slots < 0, UNWRITTEN, target), nu=nu)
+
     def advance(self, n: int | Tensor) -> None:
         """Move the pointer by ``n`` slots, equal or per image."""
         on_host = isinstance(n, int) or n.device.type == "cpu"
@@ -103,7 +114,7 @@ class WindowBackbone(ItemTransformer):
     ``rope_table`` (rows: T condition positions, N codes, NULL) and ``grid_size``.
     """
 
-    features = frozenset({"window", "ragged", "tree_mask", "hidden"})
+    features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden"})
     cls_embedding: Any
     tok_embeddings: nn.Embedding
     norm: nn.Module
@@ -238,6 +249,18 @@ class WindowBackbone(ItemTransformer):
         x = self.embed(codes).repeat(session.branches, 1, 1)
         h = self.forward_items(x, cache=session.cache, plan=session.plan(width, mask), positions=positions)
         session.width = width
+        return self._score(h, session.branches, hidden)
+
+    @torch.no_grad()
+    def step_at(self, session: WindowSession, codes: Tensor, slots: Tensor, *, hidden: bool = False) -> StepOut:
+        """Score codes [B, w] at any code slots [B, w] (-1 = no entry); they are permanent, ``commit`` plays no part.
+
+        An entry sees the written slots before its own in raster order. A slot may be written again; within one call
+        the slots of an image differ.
+        """
+        positions = session.offset + slots.clamp(0, self.num_codes - 1).repeat(session.branches, 1)
+        x = self.embed(codes).repeat(session.branches, 1, 1)
+        h = self.forward_items(x, cache=session.cache, plan=session.plan_at(slots), positions=positions)
         return self._score(h, session.branches, hidden)
 
     @torch.no_grad()
