@@ -80,23 +80,25 @@ class ChainDrafter:
     def propose(self, state: WindowState, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
         """Draft code after code. Each pass feeds the chain so far: a session forgets what was not committed."""
         draft = Draft.none(len(state.rows), state.width, logits.device)
-        slots = state.next_slots()
-        forced = None if state.forced is None else state.forced.gather(1, slots)
+        slots = state.next_slots()  # a w
+        forced = torch.full_like(slots, -1) if state.forced is None else state.forced.gather(1, slots)
         window = state.last_codes()  # a 1
         laws = []
         for j in range(state.width - 1):
+            fixed = forced[:, j, None]
             out = self._forward(window)[:, :, -1:]  # g a 1 v
-            token, prob = self._draw(state, out, slots[:, j, None])
-            if forced is not None:
-                fixed = forced[:, j, None]
-                token = torch.where(fixed >= 0, fixed, token)
+            out = torch.where((fixed >= 0)[..., None], 0.0, out)  # a fixed slot may have no law
+            token, draft.prob[:, j, None] = self._draw(state, out, slots[:, j, None])
+            token = torch.where(fixed >= 0, fixed, token)
             laws.append(out)
-            draft.tokens[:, j], draft.prob[:, j], draft.row[:, j] = token[:, 0], prob[:, 0], j
+            draft.tokens[:, j], draft.row[:, j] = token[:, 0], j
             window = torch.cat([window, token], dim=1)
         self._forward(window)  # the whole window in one piece, to be committed from
-        draft.kind[:, : state.width - 1] = int(Label.ROW)
-        if forced is not None:
-            draft = force(forced, draft)
+        # no draft for the last slot, whatever the window of the batch: its code is drawn in any case
+        offset = torch.arange(state.width, device=slots.device)
+        drafted = (offset < state.width - 1) & (state.length[:, None] + offset < state.stream.num_slots - 1)
+        draft.kind.masked_fill_(drafted, int(Label.ROW))
+        draft = force(forced, draft)
         return draft.with_logits(torch.cat(laws, dim=2)) if laws else draft
 
     def _forward(self, window: Tensor) -> Tensor:

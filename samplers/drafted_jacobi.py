@@ -42,7 +42,9 @@ class DraftedJacobiSampler(WindowSampler):
 
     window: int = 32
     num_sweeps: int = 2
-    strength: float = 0.85  # best or close to it on the synthetic model for drafters at a total variation of 0.1 to 0.2
+    strength: float = (
+        0.85  # best or close to it on the synthetic model for drafters at a total variation of 0.1 to 0.2
+    )
 
     def check(self) -> None:
         """Check the shared settings, the window, the sweeps and the strength."""
@@ -101,17 +103,17 @@ class CorrectingDrafter:
 
         tokens, ahead = draft.tokens[:, : state.width], state.next_slots()
         positions = state.stream.code_index[ahead]
-        forced = None if state.forced is None else state.forced.gather(1, ahead)
+        forced = torch.full_like(ahead, -1) if state.forced is None else state.forced.gather(1, ahead)
         noise = None if state.noise is None else state.noise.rows(positions)
         warp = {**self.sampler.warp, "guidance_scale": 1.0}  # guidance is in the combined laws already
         for _ in range(self.sampler.num_sweeps):
             laws = base + weight * self._score(state, tokens)
+            laws.masked_fill_((forced >= 0)[..., None], 0.0)  # a fixed slot may have no law
             tokens = draw(laws[None], seeds=state.keys, positions=positions, noise=noise, **warp)
-            tokens = tokens if forced is None else torch.where(forced >= 0, forced, tokens)
+            tokens = torch.where(forced >= 0, forced, tokens)
         self.old = self._score(state, tokens)
         parts = {name: getattr(draft, name)[:, : state.width] for name in ("kind", "prob", "row")}
-        draft = replace(draft, tokens=tokens, **parts)
-        return draft if forced is None else force(forced, draft)
+        return force(forced, replace(draft, tokens=tokens, **parts))
 
     def _score(self, state: WindowState, tokens: Tensor) -> Tensor:
         """The drafter's guided logits ``[A, w, V]`` under these proposals."""
