@@ -40,7 +40,7 @@ class Relaxation:
 
     def limit(self, own: Tensor) -> Tensor:
         """Mass that neighbours may add to a code of probability ``own``."""
-        return torch.full_like(own, self.delta) if self.lam is None else (self.lam - 1.0) * own
+        return (self.lam - 1.0) * own if self.lam is not None else torch.full_like(own, self.delta or 0.0)
 
 
 @dataclass(frozen=True)

@@ -142,8 +142,8 @@ class Tree:
         return self._map(lambda value: value.to(device))
 
     def _map(self, change: Callable[[Tensor], Tensor]) -> Tree:
-        values = [change(getattr(self, name)) for name in ("parents", "depth", "mask", "children", "order")]
-        return Tree(*values, max_depth=self.max_depth)
+        names = ("parents", "depth", "mask", "children", "order")
+        return replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 @dataclass(frozen=True)

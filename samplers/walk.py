@@ -102,9 +102,9 @@ def walk_tree(
         visit = _visit_k_seq if k_seq else _visit
         child, p = visit(state, images, nodes, live, p, draft, relaxation)
         state.move(images, level, child, live, p, draft.tokens)
-    assert state.law is not None
+    law_behind = state.uniforms[:, :0] if state.law is None else state.law  # None: no image had a slot left
     return Walk(
-        state.path, state.tokens, state.count, state.law, state.used, state.relaxed, state.chances if record else None
+        state.path, state.tokens, state.count, law_behind, state.used, state.relaxed, state.chances if record else None
     )
 
 
