@@ -67,7 +67,9 @@ def phi_index(num_scales: int, num_phi: int) -> list[int]:
     """
     edge = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
     ticks = np.linspace(edge, 1 - edge, num_phi)
-    return [int(np.argmin(np.abs(ticks - (k / (num_scales - 1) if num_scales > 1 else 0.0)))) for k in range(num_scales)]
+    return [
+        int(np.argmin(np.abs(ticks - (k / (num_scales - 1) if num_scales > 1 else 0.0)))) for k in range(num_scales)
+    ]
 
 
 class _SharedPhi(nn.Module):
@@ -105,6 +107,8 @@ class ScaleQuantizer(nn.Module):
         phi_ratio: r of ``Phi``; 0 leaves phi out.
         num_phi: kernels shared by the scales; 0 gives every scale its own.
         upsample: ``"bicubic"`` (published), ``"bilinear"`` or ``"nearest"``.
+        residual: each scale quantizes what the coarser ones left over, and all are summed (published). Otherwise each
+            quantizes the features themselves, shrunk to it, and replaces the coarser ones: a pyramid.
     """
 
     ema_vocab_hit_SV: Tensor
@@ -119,8 +123,10 @@ class ScaleQuantizer(nn.Module):
         phi_ratio: float = 0.5,
         num_phi: int = 4,
         upsample: str = "bicubic",
+        residual: bool = True,
     ) -> None:
         super().__init__()
+        self.residual = residual
         if upsample not in UPSAMPLE:
             raise ValueError(f"upsample must be one of {', '.join(UPSAMPLE)}, got {upsample!r}")
         self.scales, self.beta, self.znorm, self.num_phi, self.upsample = scales, beta, znorm, num_phi, upsample
@@ -162,6 +168,11 @@ class ScaleQuantizer(nn.Module):
             h = F.interpolate(h, size=scales[-1], mode=self.upsample, **align)
         return self.phi(h, k, len(scales))
 
+    def accumulate(self, total: Tensor, vectors: Tensor, k: int, scales: Scales) -> Tensor:
+        """Add the vectors ``[B, n_k, C]`` of scale k to the sum of the coarser ones, ``[B, C, h, w]``."""
+        part = self.enlarge(vectors, k, scales)
+        return total + part if self.residual else part
+
     @staticmethod
     def shrink(features: Tensor, size: tuple[int, int]) -> Tensor:
         """Average a map ``[B, C, h, w]`` over the cells of a scale and flatten it: ``[B, n_k, C]``."""
@@ -177,14 +188,14 @@ class ScaleQuantizer(nn.Module):
         scales = self.scales if scales is None else scales
         with torch.autocast(features.device.type, enabled=False):
             f = features.float()
-            rest, total = f.detach().clone(), torch.zeros_like(f)
+            rest, total = f.detach(), torch.zeros_like(f)
             codes, loss = [], f.new_zeros(())
             for k, size in enumerate(scales):
                 z = self.shrink(rest, size)
                 picked = self.nearest(z.flatten(0, 1)).view(z.shape[:2])
                 part = self.enlarge(self.lookup(picked), k, scales)
-                total = total + part
-                rest = rest - part.detach()
+                total = total + part if self.residual else part
+                rest = rest - part.detach() if self.residual else rest
                 codes.append(picked)
                 if self.training:
                     loss = loss + self.beta * F.mse_loss(total.detach(), f) + F.mse_loss(total, f.detach())
@@ -211,5 +222,5 @@ class ScaleQuantizer(nn.Module):
             z = self.shrink(rest, size)
             found.append(z.flatten(0, 1))
             vectors = z if exact else self.lookup(self.nearest(found[-1])).view_as(z)
-            rest = rest - self.enlarge(vectors, k, self.scales)
+            rest = rest - self.enlarge(vectors, k, self.scales) if self.residual else rest
         return found

@@ -67,6 +67,8 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         phi_ratio: share of the convolution behind the enlargement of each scale, 0 = none.
         num_phi: how many such convolutions the scales share; 0 = one each.
         upsample: how codes are enlarged, ``"bicubic"`` (published), ``"bilinear"`` or ``"nearest"``.
+        residual: each scale quantizes what the coarser ones left over and all are summed (published); ``False`` makes a
+            pyramid, in which each scale quantizes the shrunk picture itself and replaces the coarser ones.
         norm_num_groups: groups of every GroupNorm; must divide every width.
         attention: ``True`` at the lowest resolution and in the middle, ``"mid"`` in the middle only, ``False`` nowhere.
         dropout: inside ResBlocks.
@@ -92,6 +94,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         phi_ratio: float = 0.5,
         num_phi: int = 4,
         upsample: Literal["bicubic", "bilinear", "nearest"] = "bicubic",
+        residual: bool = True,
         norm_num_groups: int = 32,
         attention: Attention = True,
         dropout: float = 0.0,
@@ -110,7 +113,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
             self.encoder = ConvEncoder(in_channels, *widths)
             self.quant_conv = nn.Conv2d(width, codebook_dim, **around)
         self.quantize = ScaleQuantizer(
-            codebook_size, codebook_dim, self.scales, beta, znorm, phi_ratio, num_phi, upsample
+            codebook_size, codebook_dim, self.scales, beta, znorm, phi_ratio, num_phi, upsample, residual
         )
         self.post_quant_conv = nn.Conv2d(codebook_dim, width, **around)
         self.decoder = ConvDecoder(in_channels, *widths)
@@ -200,7 +203,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         codes = self._check_codes(codes, sizes)
         total = self.blank(len(codes[0]), sizes)
         for k, picked in enumerate(codes):
-            total = total + self.quantize.enlarge(self.quantize.lookup(picked), k, sizes)
+            total = self.accumulate(total, self.quantize.lookup(picked), k, sizes)
         return total
 
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -242,7 +245,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
 
     def accumulate(self, total: Tensor, vectors: Tensor, k: int, sizes: Scales | None = None) -> Tensor:
         """Add the vectors ``[B, n_k, C]`` of scale k to the sum ``[B, C, h, w]``."""
-        return total + self.quantize.enlarge(vectors, k, sizes or self.scales)
+        return self.quantize.accumulate(total, vectors, k, sizes or self.scales)
 
     def shrink(self, total: Tensor, size: tuple[int, int]) -> Tensor:
         """The sum ``[B, C, h, w]`` at a scale, ``[B, n_k, C]``: the backbone's input of that scale."""

@@ -49,6 +49,4 @@ def var_tokenizer_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     with torch.device("meta"):
         model = MultiScaleVQTokenizer(**{**config, "scales": scales, **({} if published else {"norm_num_groups": 1})})
     shapes: dict[str, Shape] = {name: tuple(v.shape) for name, v in to_official(model.state_dict()).items()}
-    return Manifest(
-        shapes, VAE_NAME if published else None, VAE_PARAMETERS if published else None, buffers=(HITS,)
-    )
+    return Manifest(shapes, VAE_NAME if published else None, VAE_PARAMETERS if published else None, buffers=(HITS,))

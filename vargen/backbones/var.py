@@ -84,6 +84,7 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         codebook_head: the head also guesses the features of the picture at a position and how sure it is; the codes near
             to what the guess and the input differ by gain in proportion. The tokenizer looks codes up in this very way, so
             a small model has it easier than with a free row for each code. Not in published models.
+        residual: of the tokenizer, read with ``codebook_head``: codes stand for what the input of a position lacks.
     """
 
     config_name = "config.json"
@@ -113,6 +114,7 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         class_dropout_prob: float = 0.1,
         attribute_dropout_prob: float = 0.0,
         codebook_head: bool = False,
+        residual: bool = True,
     ) -> None:
         super().__init__()
         if dim % num_heads:
@@ -392,7 +394,7 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         if not self.config.codebook_head:
             return self.head(h).float()
         guess, sharpness = self.guess(h).split([self.config.codebook_dim, 1], dim=-1)
-        if features is not None:  # the first scale has no input: everything is missing
+        if features is not None and self.config.residual:  # the first scale has no input: everything is missing
             guess = guess - F.pad(features.to(guess.dtype), (0, 0, guess.shape[1] - features.shape[1], 0))
         sharpness = sharpness.exp()
         # sharpness * (guess e - e^2 / 2), in one product with the free head

@@ -39,7 +39,9 @@ def infer_var_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any])
     """
     needed = ("pos_1LC", "lvl_embed.weight", "word_embed.weight", "head.weight", "blocks.0.ffn.fc1.weight")
     if missing := [k for k in needed if k not in state_dict]:
-        raise ValueError(f"not a VAR checkpoint: it lacks {', '.join(missing)}; pass a state dict in the official layout")
+        raise ValueError(
+            f"not a VAR checkpoint: it lacks {', '.join(missing)}; pass a state dict in the official layout"
+        )
     dim, codebook_dim = state_dict["word_embed.weight"].shape
     config: dict[str, Any] = {
         "dim": dim,
@@ -78,4 +80,6 @@ def _scales(state_dict: Mapping[str, Tensor]) -> list[int]:
     for scales in (SCALES_256, SCALES_512):
         if (length, count) == (sum(s * s for s in scales), len(scales)):
             return list(scales)
-    raise ValueError(f"scales cannot be read off the shapes ({length} positions in {count} scales); pass scales=(1, 2, ...)")
+    raise ValueError(
+        f"scales cannot be read off the shapes ({length} positions in {count} scales); pass scales=(1, 2, ...)"
+    )

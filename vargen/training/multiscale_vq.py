@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 import torch
 
+from vargen.checkpoints import load_strict
 from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+from vargen.training.sources import load_tokenizer
 from vargen.training.tasks import model_from
 from vargen.training.vq import VQOptions, VQTask
 
@@ -22,6 +24,7 @@ class MultiScaleVQOptions(VQOptions):
     num_kmeans_images: int = 3000
     num_kmeans_iterations: int = 2
     num_kmeans_rounds: int = 3  # refits of the codebook to the residuals that it leaves itself
+    init_from: str = ""  # "vq" run, tokenizer or model whose codebook and decoder are the start, instead of k-means
 
 
 class MultiScaleVQTask(VQTask):
@@ -30,9 +33,14 @@ class MultiScaleVQTask(VQTask):
     Options = MultiScaleVQOptions
 
     def build(self, initialize: bool) -> MultiScaleVQTokenizer:  # type: ignore[override]
-        """Make the tokenizer; its codebook starts from k-means over the residuals of training heroes."""
+        """Make the tokenizer; its codebook comes from another tokenizer or from k-means over training heroes."""
         model: MultiScaleVQTokenizer = model_from(MultiScaleVQTokenizer, self.recipe.model)
-        if initialize:
+        if initialize and self.options.init_from:
+            start = load_tokenizer(self.options.init_from)
+            model.quantize.embedding.weight.data.copy_(start.codebook)
+            load_strict(model.post_quant_conv, start.post_quant_conv.state_dict())
+            load_strict(model.decoder, start.decoder.state_dict())
+        elif initialize:
             size = self.options.num_kmeans_images
             images = self._train.examples(torch.arange(size).numpy())["image"]
             generator = torch.Generator().manual_seed(self.recipe.seed)

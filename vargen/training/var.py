@@ -46,6 +46,7 @@ class VARTask(Task):
             "codebook_size": self.tokenizer.codebook_size,
             "codebook_dim": self.tokenizer.config.codebook_dim,
             "scales": [list(size) for size in self.tokenizer.scales],
+            "residual": self.tokenizer.config.residual,
             "condition_type": "attributes",
             "num_attributes": atlas.num_attributes,
             "num_condition_tokens": len(atlas.slots),
