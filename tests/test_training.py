@@ -280,6 +280,28 @@ def test_processes_share_the_batch_of_one_process(vq_run):
         make_task(recipe, 0, 3)
 
 
+@pytest.mark.slow
+def test_two_processes_train_the_weights_of_one(vq_run, tmp_path):
+    table = llamagen_table(vq_run)
+    table["model"] = {**table["model"], "token_dropout_p": 0.0, "resid_dropout_p": 0.0, "ffn_dropout_p": 0.0}
+    train(parse_recipe(table), output=tmp_path / "one")
+    script = tmp_path / "two.py"
+    script.write_text(
+        f"from vargen.training.recipe import parse_recipe\n"
+        f"from vargen.training.run import train\n"
+        f"if __name__ == '__main__':\n"
+        f"    train(parse_recipe({table!r}), output={str(tmp_path / 'two')!r})\n"
+    )
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([*launcher, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    one, two = (load_file(newest(tmp_path / name) / "ema.safetensors") for name in ("one", "two"))
+    assert json.loads((newest(tmp_path / "two") / "state.json").read_text())["num_processes"] == 2
+    for name, value in one.items():
+        torch.testing.assert_close(two[name], value, rtol=1e-4, atol=1e-5)
+
+
 # recipes
 
 
