@@ -39,6 +39,9 @@ class TransformersBackbone(nn.Module):
 
     features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden"})
     model_types: ClassVar[tuple[str, ...]] = ()
+    model: Any  # a PreTrainedModel; transformers' modules are not typed
+    config: Any
+    processor: Any
     guidance_scale: float = 1.0  # the family's own settings, where its generation_config says nothing
     temperature: float = 1.0
     top_k: int = 0
@@ -62,12 +65,12 @@ class TransformersBackbone(nn.Module):
     # --- what a family says -------------------------------------------------------------------------------------
 
     @property
-    def body(self) -> nn.Module:
+    def body(self) -> Any:
         """The language model without its head."""
         raise NotImplementedError
 
     @property
-    def head(self) -> nn.Module:
+    def head(self) -> Any:
         """Hidden states to logits; over the whole vocabulary where ``code_ids`` exist."""
         raise NotImplementedError
 
@@ -140,7 +143,7 @@ class TransformersBackbone(nn.Module):
         return self.text_embedding.weight.dtype
 
     @property
-    def text_embedding(self) -> nn.Module:
+    def text_embedding(self) -> Any:
         """Token ids to vectors."""
         return self.model.get_input_embeddings()
 
@@ -153,7 +156,7 @@ class TransformersBackbone(nn.Module):
     def training(self, mode: bool) -> None:
         """Nothing to set: ``train`` and ``eval`` reach the model as a child."""
 
-    def to(self, *args: Any, **kwargs: Any) -> Self:
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
         """Move the model; transformers' own guards (quantised, dispatched) apply."""
         self.model.to(*args, **kwargs)
         return self

@@ -114,5 +114,5 @@ def _first(*values: Any) -> Any:
     return next((value for value in values if value is not None), None)
 
 
-def _side(vq: nn.Module) -> int:
+def _side(vq: Any) -> int:
     return 2 ** (len(vq.config.channel_multiplier) - 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,8 @@ class PixelDecoder(nn.Module):
         flat: ``vq.decode`` takes [B, h * w] instead of [B, h, w].
     """
 
+    vq: Any  # transformers' modules are not typed
+
     def __init__(self, vq: nn.Module, codebook_size: int, downsample: int, *, flat: bool = False) -> None:
         super().__init__()
         self.vq, self.codebook_size, self.downsample, self.flat = vq, codebook_size, downsample, flat
@@ -43,6 +45,12 @@ class PixelDecoder(nn.Module):
         return next(self.vq.parameters()).dtype
 
     @property
+    def codebook(self) -> Tensor:
+        """[V, C] code vectors as the decoder reads them, for samplers that compare codes."""
+        table = self.vq.quantize.embedding.weight
+        return nn.functional.normalize(table, dim=-1) if self.flat else table  # Janus compares directions
+
+    @property
     def training(self) -> bool:  # type: ignore[override]
         """Whether the decoder is in training mode; this wrapper has no mode of its own."""
         return self.vq.training
@@ -51,7 +59,7 @@ class PixelDecoder(nn.Module):
     def training(self, mode: bool) -> None:
         """Nothing to set: ``train`` and ``eval`` reach the decoder as a child."""
 
-    def to(self, *args: Any, **kwargs: Any) -> PixelDecoder:
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
         """Nothing to do: the decoder is part of the model and moves with the backbone."""
         return self
 
@@ -86,14 +94,17 @@ class TamingPixels(PixelDecoder):
         weights: path or state dict with ``decoder.*`` in taming's layout; other keys, and prefixes, are dropped.
     """
 
-    def __init__(
-        self, codebook: nn.Module, post_quant_conv: nn.Module, weights: str | Path | Mapping[str, Tensor]
-    ) -> None:
+    def __init__(self, codebook: Any, post_quant_conv: nn.Module, weights: str | Path | Mapping[str, Tensor]) -> None:
         decoder = taming_decoder(weights)
         super().__init__(decoder, codebook.num_embeddings, 2 ** (len(decoder.conv_blocks) - 1))
-        self.codebook, self.post_quant_conv = codebook, post_quant_conv
+        self.embedding, self.post_quant_conv = codebook, post_quant_conv
 
-    def to(self, *args: Any, **kwargs: Any) -> PixelDecoder:
+    @property
+    def codebook(self) -> Tensor:
+        """[V, C] code vectors."""
+        return self.embedding.weight
+
+    def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
         """Move the decoder; codebook and convolution move with the model."""
         self.vq.to(*args, **kwargs)
         return self
@@ -102,7 +113,7 @@ class TamingPixels(PixelDecoder):
     def decode(self, codes: Tensor) -> Tensor:
         """[B, h, w] int64 to [B, 3, H, W], about [-1, 1], unclamped."""
         self._check(codes)
-        latents = self.post_quant_conv(self.codebook(codes).movedim(-1, 1))
+        latents = self.post_quant_conv(self.embedding(codes).movedim(-1, 1))
         return self.vq(latents.to(self.device, self.dtype))
 
 

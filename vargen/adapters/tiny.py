@@ -41,7 +41,7 @@ def tiny_janus(seed: int = 0) -> tuple[Any, Any]:
 
     processor = _processor()
     vocab = len(processor.tokenizer)
-    text = {"model_type": "llama", "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 64}
+    text: dict[str, Any] = {"model_type": "llama", "vocab_size": vocab, "hidden_size": 32, "intermediate_size": 64}
     text |= {
         "num_hidden_layers": 2,
         "num_attention_heads": 4,
@@ -49,9 +49,21 @@ def tiny_janus(seed: int = 0) -> tuple[Any, Any]:
         "max_position_embeddings": 256,
     }
     text |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    vision = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 16, "patch_size": 4}
+    vision: dict[str, Any] = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 16,
+        "patch_size": 4,
+    }
     vision |= {"projection_dim": 32, "mlp_ratio": 2.0, "num_image_tokens": 16, "depth": 2}
-    vq = {"embed_dim": 8, "num_embeddings": 64, "latent_channels": 32, "base_channels": 32, "num_hidden_layers": 2}
+    vq: dict[str, Any] = {
+        "embed_dim": 8,
+        "num_embeddings": 64,
+        "latent_channels": 32,
+        "base_channels": 32,
+        "num_hidden_layers": 2,
+    }
     vq |= {"channel_multiplier": [1, 1, 1], "num_res_blocks": 1, "projection_dim": 32, "image_token_embed_dim": 32}
     vq["num_patches"] = 4
     config = JanusConfig(text_config=text, vision_config=vision, vq_config=vq, image_token_id=5)
@@ -65,7 +77,7 @@ def tiny_janus(seed: int = 0) -> tuple[Any, Any]:
 
 
 @torch.no_grad()
-def _sharpen(model: torch.nn.Module) -> None:
+def _sharpen(model: Any) -> None:
     """Weights scaled by fan-in: the default initialisation makes all logits nearly equal."""
     for name, weight in model.named_parameters():
         if weight.ndim > 1 and "norm" not in name:

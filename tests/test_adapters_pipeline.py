@@ -1,0 +1,236 @@
+"""Wrapped models as people use them: pipelines, processors, wrappers of other libraries, bad input."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+
+from tests.adapter_cases import HF, case, load
+from vargen import ImagePipeline, wrap
+from vargen.adapters.emu3_5 import emu35_config, load_emu35
+from vargen.adapters.tiny import tiny_janus
+from vargen.samplers.base import known_samplers
+from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.next_token import NextTokenSampler
+
+PROMPTS = ["a red fox", "the golden castle on a mountain"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return tiny_janus()
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny):
+    made = ImagePipeline.from_transformers(*tiny)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_pipeline_draws_the_codes_of_next_token_sampling(pipe, tiny) -> None:
+    out = pipe(PROMPTS, num_images_per_prompt=2, seed=3, window=4)
+    assert [image.size for image in out.images] == [(16, 16)] * 4
+    expected = pipe(PROMPTS, num_images_per_prompt=2, seed=3, window=1, output_type="codes")
+    assert torch.equal(out.codes, expected.codes)
+    assert not any(module.training for module in tiny[0].modules())  # a decoder left in training mode would change
+
+
+def test_pipeline_reads_the_models_own_settings(pipe) -> None:
+    assert pipe.sampler.guidance_scale == 5.0
+    assert pipe.sampler.top_k == 0  # not the 50 that generate would fill in
+
+
+def test_greedy_pipeline_is_generate(pipe, tiny) -> None:
+    model, processor = tiny
+    chats = [[{"role": "user", "content": [{"type": "text", "text": text}]}] for text in PROMPTS]
+    texts = [processor.apply_chat_template(chat, add_generation_prompt=True) for chat in chats]
+    inputs = processor(text=texts, generation_mode="image", padding=True, return_tensors="pt")
+    expected = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=5.0)
+    out = pipe(PROMPTS, temperature=0.0, seed=0)
+    assert torch.equal(out.codes, expected)
+    pixels = (127.5 * model.decode_image_tokens(expected) + 127.5).clamp(0, 255)  # as the processor's postprocess
+    for ours, theirs in zip(out.images, pixels, strict=True):
+        assert float((torch.from_numpy(np.array(ours)).float() - theirs).abs().max()) <= 1  # they truncate to 8 bits
+
+
+def test_compiled_models_are_unwrapped(tiny) -> None:
+    model, processor = tiny
+    assert wrap(torch.compile(model), processor).model is model
+
+
+def test_lora_layers_inside_the_body_are_used() -> None:
+    """What PEFT does: a linear layer of the body is replaced by a wrapper, and the model has ``get_base_model``."""
+    model, processor = tiny_janus()
+    before = NextTokenSampler(temperature=0.0).sample(wrap(model, processor), PROMPTS, seeds=[0, 1]).codes
+
+    class Lora(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.extra = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
+
+        def forward(self, x):
+            return self.base(x) + self.extra(x)
+
+    class Peft:
+        def get_base_model(self):
+            return model
+
+    torch.manual_seed(0)
+    layer = model.model.language_model.layers[0].self_attn
+    layer.v_proj = Lora(layer.v_proj)
+    after = NextTokenSampler(temperature=0.0).sample(wrap(Peft(), processor), PROMPTS, seeds=[0, 1]).codes
+    assert not torch.equal(before, after)
+
+
+def test_a_head_that_is_no_plain_linear_layer_is_called() -> None:
+    """Quantised heads have no rows to slice: the full head runs, with the same logits."""
+    backbone = wrap(load("emu3", "Emu3ForConditionalGeneration"), grid_size=(4, 4))
+    hidden = torch.randn(2, 3, 32)
+    expected = backbone._code_logits(hidden)
+
+    class Quantised(torch.nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base, self.calls = base, 0
+
+        def forward(self, x):
+            self.calls += 1
+            return self.base(x)
+
+    backbone.model.lm_head = Quantised(backbone.model.lm_head)
+    torch.testing.assert_close(backbone._code_logits(hidden), expected, atol=1e-6, rtol=0)
+    assert backbone.model.lm_head.calls == 1
+
+
+@pytest.mark.parametrize("name", ["janus", "emu3"])
+def test_offloaded_weights_give_the_same_codes(name: str, tmp_path) -> None:
+    """device_map with the body's layers on disk: modules are called, never their weights."""
+    class_name = {"janus": "JanusForConditionalGeneration", "emu3": "Emu3ForConditionalGeneration"}[name]
+    body = {"janus": "model.language_model", "emu3": "model.text_model"}[name]
+    parts = {"janus": ["vision_model", "aligner", "vqmodel"], "emu3": ["vqmodel"]}[name]
+    places = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
+    if name == "janus":
+        places |= {f"model.generation_{part}": "cpu" for part in ("embeddings", "aligner", "head")}
+    places |= {f"{body}.{part}": "cpu" for part in ("embed_tokens", "norm", "rotary_emb", "layers.0")}
+    places[f"{body}.layers.1"] = "disk"
+    model = load(name, class_name, device_map=places, offload_folder=str(tmp_path))
+    assert any(weight.device.type == "meta" for weight in model.parameters())
+    c = case(name)
+    backbone = wrap(model, **({"grid_size": (4, 4)} if name == "emu3" else {}))
+    sampler = SpeculativeJacobiSampler(window=4, guidance_scale=2.0, temperature=0.7)
+    out = sampler.sample(backbone, c.prompts, seeds=[0, 1])
+    assert torch.equal(out.codes, sampler.sample(c.backbone, c.prompts, seeds=[0, 1]).codes)
+
+
+def test_another_attention_is_kept_and_restored(tiny) -> None:
+    """An implementation that takes no 4-D mask: masked forwards run under sdpa, the choice stands afterwards."""
+    model, processor = tiny_janus()
+    sampler = NextTokenSampler(temperature=0.0, guidance_scale=3.0)
+    expected = sampler.sample(wrap(model, processor), PROMPTS, seeds=[0, 1]).codes
+    config = model.model.language_model.config
+    config._attn_implementation = "flex_attention"
+    seen = []
+    hook = model.model.language_model.register_forward_pre_hook(lambda *_: seen.append(config._attn_implementation))
+    out = sampler.sample(wrap(model, processor), PROMPTS, seeds=[0, 1])
+    hook.remove()
+    assert torch.equal(out.codes, expected)
+    assert set(seen) == {"sdpa"}
+    assert config._attn_implementation == "flex_attention"
+
+
+def test_static_sessions_give_the_same_codes() -> None:
+    c = case("emu3")
+    static = wrap(c.backbone.model, grid_size=(4, 4), static=True)
+    sampler = SpeculativeJacobiSampler(window=4, guidance_scale=3.0, temperature=0.7)
+    expected = sampler.sample(c.backbone, c.prompts, seeds=[0, 1])
+    assert torch.equal(sampler.sample(static, c.prompts, seeds=[0, 1]).codes, expected.codes)
+
+
+def test_every_window_sampler_fits() -> None:
+    offered = case("emu3").backbone.features
+    fitting = {sampler.__name__ for sampler in known_samplers() if sampler.required_features <= offered}
+    assert {"NextTokenSampler", "SpeculativeJacobiSampler", "ZipARSampler"} <= fitting
+
+
+def test_glm_prior_tokens_are_the_references() -> None:
+    from safetensors.torch import load_file
+
+    io, c = load_file(HF / "glm_image" / "io.safetensors"), case("glm_image")
+    assert torch.equal(c.backbone.prior_token_ids(c.greedy[1.0]), io["prior_token_ids"])
+    packed = c.backbone.prepare(c.prompts)
+    slots = torch.arange(16)[None].expand(2, -1)
+    positions = c.backbone.stream_positions(slots, packed.lengths, c.backbone.layout())
+    assert torch.equal(positions, io["decode.position_ids"])
+
+
+def test_emu35_checkpoint_loads_without_its_remote_code(tmp_path) -> None:
+    model = case("emu3_5").backbone.model
+    model.save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    stored = json.loads(path.read_text())
+    theta = stored.pop("rope_parameters")["rope_theta"]
+    stored |= {"rope_theta": theta, "model_type": "Emu3", "architectures": ["Emu3ForCausalLM"], "auto_map": {"a": "b"}}
+    path.write_text(json.dumps(stored))
+    loaded = load_emu35(tmp_path)
+    assert isinstance(loaded, transformers.Qwen3ForCausalLM)
+    ids = torch.tensor([[1, 20, 6, 14, 5]])
+    with torch.no_grad():
+        torch.testing.assert_close(loaded.eval()(ids).logits, model(ids).logits)
+    assert emu35_config({"rope_theta": 123.0}).rope_parameters["rope_theta"] == 123.0
+
+
+BAD = {
+    "no adapter for Linear": lambda: wrap(torch.nn.Linear(2, 2)),
+    "say family='emu3.5'": lambda: wrap(case("emu3_5").backbone.model),
+    "needs the model's processor": lambda: ImagePipeline.from_transformers(case("janus").backbone.model, None),
+    "has no processor and so reads no text": lambda: case("janus").backbone.prepare("a fox"),
+    "must end with the begin-of-image token 3": lambda: case("janus").backbone.prepare(torch.tensor([[1, 5]])),
+    "input_ids must be in 0..95": lambda: case("janus").backbone.prepare(torch.tensor([[1, 99, 3]])),
+    "input_ids must be integers": lambda: case("janus").backbone.prepare(torch.tensor([[1.0, 3.0]])),
+    "must have the shape of input_ids": lambda: case("janus").backbone.prepare(
+        (torch.tensor([[1, 3]]), torch.tensor([[1]]))
+    ),
+    "its attention_mask is 0 everywhere": lambda: case("janus").backbone.prepare(
+        (torch.tensor([[1, 3]]), torch.tensor([[0, 0]]))
+    ),
+    "images of \\(4, 4\\) codes": lambda: case("janus").backbone.with_grid(2, 2),
+    "the prompts ask for images of \\[2, 2\\]": lambda: case("emu3").backbone.prepare(
+        case("emu3").prompts | {"image_sizes": [[2, 2]] * 2}
+    ),
+    "no unconditional branch": lambda: case("glm_image").backbone.prepare(
+        case("glm_image").prompts, guidance_scale=2.0
+    ),
+    "no effect without guidance": lambda: case("emu3").backbone.prepare(
+        case("emu3").prompts, negative=case("emu3").negative
+    ),
+    "layout must be 'fixed'": lambda: wrap(case("lumina").backbone.model, layout="raster"),
+    "even sides": lambda: case("lumina").backbone.with_grid(3, 4),
+    "an adapter has no weights of its own": lambda: case("janus").backbone.save_pretrained("x"),
+    "codes must be in 0..63": lambda: case("janus").backbone.pixels().decode(torch.full((1, 4, 4), 64)),
+}
+
+
+@pytest.mark.parametrize("message", BAD)
+def test_bad_input_is_one_clear_line(message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        BAD[message]()
+    assert "\n" not in str(caught.value)
+
+
+def test_training_mode_is_refused(tiny) -> None:
+    model, processor = tiny_janus()
+    backbone = wrap(model.train(), processor)
+    with pytest.raises(ValueError, match="training mode"):
+        NextTokenSampler().sample(backbone, PROMPTS, seeds=[0, 1])
+
+
+def test_pipeline_without_a_pixel_decoder_says_so_before_any_work() -> None:
+    backbone = case("glm_image").backbone
+    pipe = ImagePipeline(tokenizer=None, backbone=backbone, sampler=NextTokenSampler())
+    with pytest.raises(ValueError, match="use output_type='codes'"):
+        pipe("a fox")
