@@ -78,9 +78,7 @@ def _nearest_kernel(
         dot = tl.zeros([ROWS, CODES], tl.float32)
         for first in range(0, C, CHANNELS):
             at = first + channel
-            x = tl.load(
-                x_ptr + row[:, None] * C + at[None, :], mask=(row[:, None] < n) & (at[None, :] < C), other=0.0
-            )
+            x = tl.load(x_ptr + row[:, None] * C + at[None, :], mask=(row[:, None] < n) & (at[None, :] < C), other=0.0)
             c = tl.load(
                 codebook_ptr + code[None, :] * C + at[:, None], mask=(code[None, :] < V) & (at[:, None] < C), other=0.0
             )

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from vargen.kernels import verify_kernels as kernels
 from vargen.kernels.draw import check_logits, new_errors, raise_errors
-from vargen.kernels.language import launch_options, triton, use_triton
+from vargen.kernels.language import triton, use_triton
+from vargen.kernels.launch import WindowLaunch
 from vargen.kernels.verify_twin import Setting, verify_twin
 from vargen.kernels.window import Carry, Draft, GroupSpec, Label, Verdict, VerifyNoise
 
@@ -73,7 +74,7 @@ def verify_window(
     inverse = noise.fresh is not None and noise.fresh.ndim == 2
     if inverse or not (use_triton(logits) or torch.compiler.is_compiling()):
         setting = Setting(guidance_scale, temperature, top_k, top_p)
-        return verify_twin(logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, group, noise)
+        return verify_twin(logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, noise, group)
     record = new_errors(logits.shape[1], logits.device) if errors is None else errors
     per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
     spec = group or GroupSpec(size=0)
@@ -145,7 +146,7 @@ def _verify(
     setting = Setting(scale if scales is None else scales, temperature, top_k, top_p)
     if not use_triton(logits):
         verdict = verify_twin(
-            logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, group, noise
+            logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, noise, group
         )
     else:
         verdict = _launch(
@@ -179,79 +180,14 @@ def _launch(
     group: GroupSpec | None,
     noise: VerifyNoise,
 ) -> Verdict:
-    branches, batch, window, num_codes = logits.shape
-    device, scales = logits.device, setting.guidance_scale
-    per_image = isinstance(scales, Tensor)
-    greedy = setting.temperature == 0
-    y = torch.empty(batch, window, dtype=torch.int64, device=device)
-    accepted = torch.empty(batch, window, dtype=torch.uint8, device=device)
-    y_prob, draft_prob = (torch.empty(batch, window, dtype=torch.float32, device=device) for _ in range(2))
-    stats = torch.empty(batch, window, 2, dtype=torch.float32, device=device)
-    committed = torch.empty(batch, dtype=torch.int64, device=device)
-
-    logits = _dense_rows(logits)
-    labels = logits if draft.logits is None else _dense_rows(draft.logits)
-    common = {"inv_t": 1.0 if greedy else 1.0 / setting.temperature, "V": num_codes, "W": window}
-    common |= {
-        "scales_ptr": scales.float().contiguous() if per_image else logits,
-        "scale": 1.0 if per_image else scales,
-    }
-    flags = {"GUIDED": branches == 2, "PER_IMAGE": per_image, **launch_options(num_codes)}
-    law = {"k": setting.top_k, "top_p": setting.top_p}
-    law |= {"SPARSE": not greedy and 0 < setting.top_k < num_codes, "NUCLEUS": not greedy and setting.top_p < 1}
-    label_stats = draft.stats
-    if label_stats is None and draft.logits is not None:
-        label_stats = torch.empty(batch, labels.shape[2], 2, dtype=torch.float32, device=device)
-        kernels.stats_kernel[(labels.shape[2], batch)](
-            labels, *labels.stride()[:3], stats_ptr=label_stats, **common | {"W": labels.shape[2]}, **law,
-            **flags | {"GUIDED": labels.shape[0] == 2},
-        )  # fmt: skip
-    label_stats = stats if label_stats is None else label_stats.contiguous()
-    common |= {"label_ptr": labels, "label_stats_ptr": label_stats, "label_rows": label_stats.shape[1]}
-    common |= {f"label_stride_{axis}": stride for axis, stride in zip("gbw", labels.stride(), strict=False)}
-    common |= {"tokens_ptr": draft.tokens, "kind_ptr": draft.kind, "prob_ptr": draft.prob, "row_ptr": draft.row}
-    common |= {"seeds_ptr": seeds, "positions_ptr": positions, "iteration_ptr": iteration, "num_rows_ptr": num_rows}
-    common |= {"forced_ptr": draft.tokens if forced is None else forced}
-    common |= {"fresh_ptr": stats if noise.fresh is None else noise.fresh.float()}
-    common |= {"residual_ptr": common["fresh_ptr"] if noise.residual is None else noise.residual.float()}
-    common = {name: value.contiguous() if _is_small(name) else value for name, value in common.items()}
-    common |= {
-        "y_ptr": y,
-        "accepted_ptr": accepted,
-        "y_prob_ptr": y_prob,
-        "draft_prob_ptr": draft_prob,
-        "stats_ptr": stats,
-    }
-    flags |= {"CARRY": CARRIES.index(carry), "GIVEN": noise.fresh is not None, "FORCED": forced is not None}
-    flags |= {"LABEL_GUIDED": labels.shape[0] == 2}
+    run = WindowLaunch.of(logits, draft, seeds, positions, iteration, num_rows, setting, forced, noise)
+    batch, window = draft.tokens.shape
+    number = CARRIES.index(carry)
     kernels.rows_kernel[(window, batch)](
-        logits,
-        *logits.stride()[:3],
-        uniform_ptr=stats if noise.accept is None else noise.accept.float().contiguous(),
-        errors_ptr=errors,
-        GREEDY=greedy,
-        **_group_arguments(group, stats),
-        **common,
-        **law,
-        **flags,
+        **run.rows, errors_ptr=errors, CARRY=number, **_group_arguments(group, run.verdict.stats)
     )
-    kernels.finish_kernel[(batch,)](
-        logits,
-        *logits.stride()[:3],
-        committed_ptr=committed,
-        WINDOW=triton.next_power_of_2(window),
-        **common,
-        **flags | {"CARRY": 0 if greedy else flags["CARRY"]},
-    )
-    return Verdict(y, accepted.bool(), y_prob, committed, stats)
-
-
-def _is_small(name: str) -> bool:
-    return name.endswith("_ptr") and name not in ("label_ptr", "scales_ptr")
-
-
-def _dense_rows(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 else logits.contiguous()
+    kernels.finish_kernel[(batch,)](**run.finish, CARRY=0 if setting.temperature == 0 else number)
+    return run.result()
 
 
 def _group_arguments(group: GroupSpec | None, filler: Tensor) -> dict[str, Any]:
