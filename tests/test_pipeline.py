@@ -13,7 +13,16 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 
-from tests.tiny import GRID, tiny_backbone, tiny_hero_pipeline, tiny_pipeline, tiny_tokenizer
+from tests.tiny import (
+    GRID,
+    SCALES,
+    tiny_backbone,
+    tiny_hero_pipeline,
+    tiny_pipeline,
+    tiny_scale_pipeline,
+    tiny_tokenizer,
+)
+from vargen import registry
 from vargen.conditioners.class_labels import ClassConditioner
 from vargen.conditioners.t5 import T5CaptionConditioner
 from vargen.outputs import DecodeStats, ImagePipelineOutput
@@ -299,6 +308,55 @@ def caption_conditioner(transformers: Any) -> T5CaptionConditioner:
     return T5CaptionConditioner(text_encoder=encoder, tokenizer=fast, max_length=6, clean=False)
 
 
+class TestNextScale:
+    ASK = {"class_labels": [3, 7], "num_images_per_prompt": 2, "seed": 5, "guidance_scale": 2.0}  # noqa: RUF012
+
+    def test_codes_are_a_list_over_scales(self) -> None:
+        out = tiny_scale_pipeline()(**self.ASK, output_type="pt")
+        assert [part.shape for part in out.codes] == [(4, side * side) for side in SCALES]
+        assert out.images.shape == (4, 3, 8, 8)
+        assert out.stats.num_forwards == len(SCALES)
+
+    def test_images_are_the_decoded_codes(self) -> None:
+        pipe = tiny_scale_pipeline()
+        out = pipe(**self.ASK, output_type="pt")
+        decoded = pipe.tokenizer.decode(out.codes).detach()
+        torch.testing.assert_close(out.images, (decoded / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+
+    def test_batch_size_does_not_change_the_images(self) -> None:
+        pipe = tiny_scale_pipeline()
+        whole, parts = (pipe(**self.ASK, output_type="pt", batch_size=size) for size in (None, 3))
+        assert all(torch.equal(a, b) for a, b in zip(whole.codes, parts.codes, strict=True))
+        torch.testing.assert_close(whole.images, parts.images, atol=1e-5, rtol=0)
+
+    def test_interrupt_shows_the_scales_that_were_drawn(self) -> None:
+        pipe = tiny_scale_pipeline()
+        whole = pipe(**self.ASK, output_type="codes").codes
+
+        def stop(given: ImagePipeline, step: int, *_: Any) -> None:
+            given._interrupt = step == 1
+
+        out = pipe(**self.ASK, output_type="pt", callback_on_step_end=stop)
+        assert torch.equal(out.codes[1], whole[1])
+        assert (out.codes[2] == -1).all()
+        preview = pipe.tokenizer.decode_partial(whole[:2]).detach()
+        torch.testing.assert_close(out.images, (preview / 2 + 0.5).clamp(0, 1), atol=1e-5, rtol=0)
+
+    def test_round_trip(self, tmp_path: Path) -> None:
+        pipe = tiny_scale_pipeline()
+        pipe.save_pretrained(tmp_path)
+        loaded = ImagePipeline.from_pretrained(tmp_path)
+        loaded.set_progress_bar_config(disable=True)
+        expected, found = (given(**self.ASK, output_type="codes").codes for given in (pipe, loaded))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+    def test_a_window_sampler_is_refused_and_the_fitting_one_named(self) -> None:
+        pipe = tiny_scale_pipeline()
+        pipe.sampler = NextTokenSampler()
+        with pytest.raises(ValueError, match=r"NextTokenSampler needs .* fit: .*NextScaleSampler"):
+            pipe(**self.ASK)
+
+
 class TestFolders:
     def test_round_trip(self, pipe: ImagePipeline, tmp_path: Path) -> None:
         pipe.save_pretrained(tmp_path)
@@ -415,3 +473,30 @@ class TestHelpers:
         )
         assert labelled.height > plain.height
         assert labelled.width == plain.width
+
+
+SHIPPED = registry.shipped_models()
+MODEL_LIMIT, ALL_LIMIT = 9e6, 28e6  # bytes: the largest pair with its drafter, and all models together
+
+
+@pytest.mark.parametrize("model", SHIPPED, ids=[model.name for model in SHIPPED])
+class TestShipped:
+    def test_draws_the_same_images_alone_and_in_a_batch(self, model: registry.ShippedModel) -> None:
+        pipe = ImagePipeline.from_pretrained(model.name)
+        pipe.set_progress_bar_config(disable=True)
+        assert pipe.backbone.dtype == torch.float32
+        both = pipe("deep elf with a red cloak", num_images_per_prompt=2, seed=7, output_type="np").images
+        alone = pipe("deep elf with a red cloak", seed=8, output_type="np").images
+        assert both.shape[0] == 2
+        assert np.isfinite(both).all()
+        assert both[0].std() > 0.05  # a picture, not a flat colour
+        # a near-tie may fall the other way in another batch shape; most pixels then still agree
+        assert np.isclose(both[1], alone[0], atol=1e-3).mean() > 0.9
+
+    def test_is_small_and_has_a_card(self, model: registry.ShippedModel) -> None:
+        assert model.num_bytes < MODEL_LIMIT
+        assert model.summary, f"{model.folder}/README.md says nothing"
+
+
+def test_shipped_models_are_small_together() -> None:
+    assert sum(model.num_bytes for model in SHIPPED) < ALL_LIMIT

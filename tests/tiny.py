@@ -7,13 +7,17 @@ from typing import Any
 import torch
 
 from vargen.backbones.llamagen import LlamaGenTransformer
+from vargen.backbones.var import VARTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.data.heroes import HeroAtlas
 from vargen.pipelines.image import ImagePipeline
+from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
+from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from vargen.tokenizers.vq import VQTokenizer
 
 CODEBOOK_SIZE, GRID, NUM_CLASSES = 64, (4, 4), 10
+SCALES = [1, 2, 4]
 
 
 def tiny_tokenizer(codebook_size: int = CODEBOOK_SIZE) -> VQTokenizer:
@@ -62,3 +66,17 @@ def tiny_hero_pipeline() -> ImagePipeline:
     backbone = tiny_backbone(condition_type="attributes", **counts)
     torch.nn.init.normal_(backbone.cls_embedding.embedding_table.weight)
     return tiny_pipeline(backbone=backbone, conditioner=AttributeConditioner("heroes"))
+
+
+def tiny_scale_pipeline() -> ImagePipeline:
+    """A next-scale pipeline: 1 + 4 + 16 codes."""
+    shared: dict[str, Any] = {"codebook_size": CODEBOOK_SIZE, "codebook_dim": 12, "scales": SCALES}
+    torch.manual_seed(3)
+    tokenizer = MultiScaleVQTokenizer(
+        base_channels=8, channel_multipliers=[1, 1], num_res_blocks=1, norm_num_groups=4, attention=False, **shared
+    )
+    torch.nn.init.normal_(tokenizer.quantize.embedding.weight, std=0.3)
+    backbone = VARTransformer(dim=16, num_layers=2, num_heads=2, num_classes=NUM_CLASSES, **shared)
+    for weight in backbone.parameters():  # nothing switched off by its initialisation
+        torch.nn.init.normal_(weight, std=0.4)
+    return tiny_pipeline(tokenizer=tokenizer.eval(), backbone=backbone.eval(), sampler=NextScaleSampler())

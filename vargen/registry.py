@@ -70,7 +70,7 @@ def sampler_names() -> dict[str, str]:
 def _short(class_name: str) -> str:
     # "SpeculativeJacobiSampler" -> "jacobi": a word in front of the method's own name says nothing more
     stem = class_name.removesuffix("Sampler").removeprefix("Speculative")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "-", stem).lower()
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", stem).lower()
 
 
 def sampler_class(name: str) -> Any:

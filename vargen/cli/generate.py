@@ -196,7 +196,8 @@ def _print_table(result: Any, target: Path, named: list[str], sampler: Any, seco
     from rich.table import Table
 
     stats, count = result.stats, len(result.seeds)
-    num_codes = result.codes.shape[-1]
+    codes = result.codes if isinstance(result.codes, list) else [result.codes]  # next-scale: one tensor a scale
+    num_codes = sum(part.shape[1] for part in codes)
     consecutive = result.seeds == list(range(result.seeds[0], result.seeds[0] + count))
     seeds = (
         f"{result.seeds[0]}..{result.seeds[-1]}" if consecutive and count > 1 else ", ".join(map(str, result.seeds))
