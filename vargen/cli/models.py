@@ -71,11 +71,11 @@ def _families() -> Any:
     from rich.table import Table
 
     import vargen
-    from vargen.families import _families
+    from vargen.families import known_families
 
     title = "published checkpoints (vargen convert CKPT DIR)"
     table = Table("family", "loads as", title=title, title_justify="left")
-    for family in _families:
+    for family in known_families():
         if family.loader in vargen.__all__:
             table.add_row(family.title, family.loader)
     return table
