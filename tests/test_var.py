@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,13 @@ from vargen.backbones.var import VARTransformer
 from vargen.backbones.var_sizes import SCALES_512
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import verify_checkpoint
+from vargen.pipelines.image import ImagePipeline
+from vargen.tokenizers.vq import VQTokenizer
+from vargen.training.checkpoints import load_weights
+from vargen.training.export import export_pipeline
+from vargen.training.recipe import parse_recipe
+from vargen.training.run import train
+from vargen.training.tasks import make_task
 from vargen.var_manifests import VAR_PARAMETERS
 
 GOLDEN = Path(__file__).parent / "golden" / "var"
@@ -271,3 +279,74 @@ def test_checkpointed_gradients_are_the_same():
 def test_bad_input_is_refused_in_one_line(call, message):
     with pytest.raises(ValueError, match=message):
         call(tiny())
+
+
+def tiny_recipes(folder: Path, encoder: str) -> tuple[dict, dict]:
+    """A tokenizer of one encoder and a transformer over it, two steps each."""
+    small = {
+        "seed": 0,
+        "data": {"batch_size": 2, "num_eval_images": 2},
+        "schedule": {"num_steps": 2, "warmup_steps": 0, "decay_steps": 1},
+        "log": {"log_every": 1, "eval_every": 2, "sample_every": 2, "checkpoint_every": 1},
+    }
+    tokenizer = {
+        "encoder_type": encoder,
+        "base_channels": 8,
+        "channel_multipliers": [1, 1],
+        "num_res_blocks": 1,
+        "norm_num_groups": 4,
+        "attention": False,
+        "codebook_size": 24,
+        "codebook_dim": 12,
+        "scales": [1, 4, 16],
+    }
+    first = {"name": "t", "task": "multiscale-vq", "model": tokenizer, "options": {"num_kmeans_images": 4}, **small}
+    model = {"dim": 16, "num_layers": 1, "num_heads": 2, "shared_aln": True, "codebook_head": True}
+    options = {"tokenizer": str(folder / "tokenizer"), "grid_size": 2}
+    second = {"name": "v", "task": "var", "model": model, "options": options, "optimizer": {"name": "muon"}, **small}
+    return first, second
+
+
+@pytest.mark.parametrize("encoder", ["conv", "patch"])
+def test_tokenizer_and_transformer_train_resume_and_export(encoder, tmp_path):
+    first, second = (parse_recipe(table) for table in tiny_recipes(tmp_path, encoder))
+    metrics = train(first, output=tmp_path / "tokenizer").metrics
+    assert metrics["psnr"] > 0
+    whole = train(second, output=tmp_path / "whole")
+    assert whole.finished
+    assert 0 < whole.metrics["held_out_nats_per_token"] < 50
+    assert (tmp_path / "whole" / "samples" / "step-00000002.png").is_file()
+    shutil.copytree(tmp_path / "whole", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-00000002")
+    train(second, output=tmp_path / "resumed", resume=True)
+    one, other = (
+        load_weights(tmp_path / run / "checkpoints" / "step-00000002", "ema") for run in ("whole", "resumed")
+    )
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+    folder = export_pipeline(tmp_path / "whole", tmp_path / "model", guidance_scale=1.5)
+    pipe = ImagePipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    output = pipe("deep elf with a red cloak", seed=0, output_type="pt")
+    assert output.images.shape == (1, 3, 32, 32)
+    assert [codes.shape[1] for codes in output.codes] == [1, 16, 256]
+    assert pipe.sampler.guidance_scale == 1.5
+
+
+def test_tokenizer_starts_from_another_ones_codebook_and_decoder(tmp_path):
+    sizes = {"base_channels": 8, "channel_multipliers": [1, 1], "num_res_blocks": 1, "norm_num_groups": 4}
+    sizes |= {"attention": False, "codebook_size": 24, "codebook_dim": 12, "z_channels": 8, "encoder_type": "patch"}
+    torch.manual_seed(0)
+    other = VQTokenizer(**sizes, l2_norm=False).eval()
+    torch.nn.init.normal_(other.quantize.embedding.weight, std=0.5)
+    torch.nn.init.normal_(other.decoder.conv_out.weight, std=0.1)
+    other.save_pretrained(tmp_path)
+    model = {**sizes, "scales": [1, 4, 16], "residual": False, "phi_ratio": 0.0, "quant_conv_kernel_size": 1}
+    recipe = parse_recipe(
+        {"name": "t", "task": "multiscale-vq", "model": model, "options": {"init_from": str(tmp_path)}}
+    )
+    task = make_task(recipe)
+    found = task.build(initialize=True).eval()
+    images = task.test_batch(0, 2)["image"]
+    assert torch.equal(found.encode(images).codes[-1], other.encode(images).codes.flatten(1))
+    torch.testing.assert_close(found(images).images, other(images).images)
