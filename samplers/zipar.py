@@ -180,7 +180,7 @@ class ZipARSampler(Sampler):
             raise ValueError(f"adaptive must be True or False, got {self.adaptive!r}")
 
     @property
-    def warp(self) -> dict[str, float]:
+    def warp(self) -> dict[str, Any]:
         """The shared settings as keyword arguments of the kernels."""
         names = ("guidance_scale", "temperature", "top_k", "top_p")
         return {name: getattr(self, name) for name in names}

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +21,7 @@ from vargen.samplers.base import known_samplers
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
 
+ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red fox", "the golden castle on a mountain"]
 
 
@@ -53,7 +58,9 @@ def test_greedy_pipeline_is_generate(pipe, tiny) -> None:
     expected = model.generate(**inputs, generation_mode="image", do_sample=False, guidance_scale=5.0)
     out = pipe(PROMPTS, temperature=0.0, seed=0)
     assert torch.equal(out.codes, expected)
-    pixels = (127.5 * model.decode_image_tokens(expected) + 127.5).clamp(0, 255)  # as the processor's postprocess
+    pixels = (127.5 * model.decode_image_tokens(expected).detach() + 127.5).clamp(
+        0, 255
+    )  # as the processor's postprocess
     for ours, theirs in zip(out.images, pixels, strict=True):
         assert float((torch.from_numpy(np.array(ours)).float() - theirs).abs().max()) <= 1  # they truncate to 8 bits
 
@@ -155,6 +162,38 @@ def test_every_window_sampler_fits() -> None:
     offered = case("emu3").backbone.features
     fitting = {sampler.__name__ for sampler in known_samplers() if sampler.required_features <= offered}
     assert {"NextTokenSampler", "SpeculativeJacobiSampler", "ZipARSampler"} <= fitting
+
+
+@pytest.mark.parametrize("carry", ["maximal", "independent"])
+def test_other_carries_run_over_forced_slots(carry: str) -> None:
+    c = case("lumina")
+    sampler = SpeculativeJacobiSampler(window=6, carry=carry, guidance_scale=3.0, temperature=0.5)
+    out = sampler.sample(c.backbone, c.prompts, seeds=[0, 1])
+    assert out.codes.shape == (2, 16)
+    assert bool(((out.codes >= 0) & (out.codes < 32)).all())
+    assert out.stats.num_forwards < c.backbone.layout().run_length + 1
+
+
+def test_grouped_acceptance_reads_the_models_codebook() -> None:
+    found = {sampler.__name__: sampler for sampler in known_samplers()}
+    c = case("emu3")
+    sampler = found["GroupedSpeculativeSampler"](window=6, guidance_scale=3.0)
+    out = sampler.sample(c.backbone, c.prompts, seeds=[0, 1], tokenizer=c.backbone.pixels())
+    assert bool(((out.codes >= 0) & (out.codes < 32)).all())
+    assert out.stats.guarantee == "relaxed"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("script", ["janus_pro", "emu3", "lumina_mgpt", "glm_image", "emu3_5"])
+def test_examples_say_what_to_download(script: str) -> None:
+    """Without weights: the memory estimate, then one line that names the repository and its size."""
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, f"examples/{script}.py", "--model", "nobody/nothing"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 1
+    assert "GB to download" in done.stdout
+    assert "licence" in done.stdout
+    assert done.stderr.strip().splitlines()[-1].startswith("no weights of nobody/nothing on this machine: run `hf")
 
 
 def test_glm_prior_tokens_are_the_references() -> None:
