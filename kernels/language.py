@@ -21,7 +21,7 @@ except ImportError:
     triton = tl = None
     HAS_TRITON = False
 
-    class jit:
+    class jit:  # type: ignore[no-redef]
         """What ``triton.jit`` returns, as far as it is used without Triton."""
 
         def __init__(self, fn: Any = None, **options: Any) -> None:

@@ -66,7 +66,7 @@ def shift_window(
     place = (positions, num_rows, num_positions, seeds, iteration)
     filler = (tail, grid_width or 1, codes, forced, logits.shape[-1])
     run = _shift if use_triton(logits) or torch.compiler.is_compiling() else _shift_twin
-    return Draft(*run(*outcome, *place, *filler), logits, verdict.stats)
+    return Draft(*run(*outcome, *place, *filler), logits, verdict.stats)  # type: ignore[arg-type, call-arg]
 
 
 def _shift_twin(

@@ -69,7 +69,11 @@ def verify_window(
         ValueError: unknown carry, unfitting shapes, labels without logits; NaN, infinite or all -inf rows.
     """
     check_logits(logits)
-    _check(logits, draft, carry, positions, forced, group)
+    check_window(logits, draft, carry, positions, forced)
+    if group is not None and carry == "gumbel":
+        raise ValueError(
+            "grouped acceptance needs carry 'independent' or 'maximal', got 'gumbel', which has no ratio test"
+        )
     noise = noise or VerifyNoise()
     inverse = noise.fresh is not None and noise.fresh.ndim == 2
     if inverse or not (use_triton(logits) or torch.compiler.is_compiling()):
@@ -94,16 +98,11 @@ def verify_window(
     return Verdict(*verdict)
 
 
-def _check(
-    logits: Tensor, draft: Draft, carry: str, positions: Tensor, forced: Tensor | None, group: GroupSpec | None
-) -> None:
+def check_window(logits: Tensor, draft: Draft, carry: str, positions: Tensor, forced: Tensor | None) -> None:
+    """Check that a window's arguments fit one another."""
     shape = logits.shape[1:3]
     if carry not in CARRIES:
         raise ValueError(f"carry must be one of {', '.join(CARRIES)}, got {carry!r}")
-    if group is not None and carry == "gumbel":
-        raise ValueError(
-            "grouped acceptance needs carry 'independent' or 'maximal', got 'gumbel', which has no ratio test"
-        )
     for name, value in (("draft.tokens", draft.tokens), ("positions", positions), ("forced", forced)):
         if value is not None and value.shape != shape:
             raise ValueError(f"{name} must be [B, W] = {list(shape)} like the logits, got {list(value.shape)}")

@@ -177,7 +177,7 @@ def rows_kernel(
                     g = rows.gumbel_tile(seed, position, position * 0, position * 0, piece, PIECE)  # Stream.GUMBEL
                 x = tl.where(x >= tau, x + g, float("-inf"))
             best, code = rows.better(best, code, x, piece, PIECE)
-        y = code.to(tl.int64)
+        y = code.to(tl.int64)  # type: ignore[attr-defined]
         tl.store(accepted_ptr + here, (has & (y == token)).to(tl.uint8))
     else:
         iteration = tl.load(iteration_ptr + b)

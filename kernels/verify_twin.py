@@ -138,7 +138,7 @@ class _Window:
         wins = torch.zeros_like(tested)
         at = tested.nonzero(as_tuple=True)
         if len(at[0]):
-            law, token, top = _prob(self.z[at], self.stats[(*at, 1)][:, None]), self.draft.tokens[at], best[at]
+            law, token, top = _prob(self.z[at], self.stats[..., 1][at][:, None]), self.draft.tokens[at], best[at]
             added, _ = neighbor_mass(law, token, relaxation)
             own, other = law.gather(-1, token[:, None])[:, 0] + added, law.gather(-1, top[:, None])[:, 0]
             wins[at] = (own > other) | ((own == other) & (token < top))

@@ -54,6 +54,7 @@ def combine(logits: Tensor, guidance_scale: float | Tensor, temperature: float) 
     z = logits[0].float()
     if logits.shape[0] == 2:
         u = logits[1].float()
+        scale: float | Tensor
         if isinstance(guidance_scale, Tensor):
             scale = guidance_scale.to(z).view(-1, *[1] * (z.ndim - 1))
         else:

@@ -164,8 +164,8 @@ class Sampler(SchedulerMixin, ConfigMixin):
                 return
             state = self.step(state)
 
-    def start(self, backbone: Any, condition: Any, *, seeds: Any, **options: Any) -> Any:
-        """Check the arguments, run the prefill and return the first state."""
+    def start(self, *args: Any, **options: Any) -> Any:
+        """Check the arguments (those of ``sample``), run the prefill and return the first state."""
         raise NotImplementedError
 
     def step(self, state: Any) -> Any:
@@ -210,7 +210,8 @@ def check_number(
     hint = f" ({hint})" if hint else ""
     if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}{hint}")
-    if value < low or value > high or (open_low and value == low):
+    number = float(value)
+    if number < low or number > high or (open_low and number == low):
         raise ValueError(f"{name} must be {bounds}, got {value!r}{hint}")
 
 
@@ -220,8 +221,8 @@ def check_integer(name: str, value: Any, *, low: int, high: int | None = None, h
     if (
         isinstance(value, bool)
         or not isinstance(value, Integral)
-        or value < low
-        or (high is not None and value > high)
+        or int(value) < low
+        or (high is not None and int(value) > high)
     ):
         raise ValueError(f"{name} must be an integer {bounds}, got {value!r}" + (f" ({hint})" if hint else ""))
 
@@ -236,7 +237,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
 def check_seeds(seeds: Sequence[int] | Tensor | int, num_images: int) -> list[int]:
     """Return the seeds as a list of ``num_images`` integers in [0, 2^64)."""
     given = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    listed = list(given) if isinstance(given, (list, tuple, range)) else [given]
+    listed: list[Any] = list(given) if isinstance(given, (list, tuple, range)) else [given]
     for seed in listed:
         check_integer("seed", seed, low=-MAX_SEED // 2, high=MAX_SEED - 1)
     if len(listed) != num_images:

@@ -45,7 +45,7 @@ class WindowState:
     backbone: Any
     session: Any
     stream: Stream
-    drafter: Drafter | None
+    drafter: Any  # a Drafter; None for next-token sampling
     noise: GumbelCache | None  # on the CPU: rows of position-keyed noise, made once for all iterations
     seeds: list[int]  # of all B images
     keys: Tensor  # [A] int64 seeds of the images still decoded
@@ -60,7 +60,7 @@ class WindowState:
     num_forwards: int = 0
     next_poll: int = 0
     group: GroupSpec | None = None  # of a relaxed acceptance
-    ahead: Tensor | None = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
+    ahead: Any = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
     done: bool = False
 
     @property

@@ -235,8 +235,11 @@ class ImagePipeline(DiffusionPipeline):
                 parts.append(self._draw_rows(sampler, inputs.take_condition(condition, rows), seeds[rows], watch))
         finally:
             watch.close()
-        codes = torch.cat([flatten_codes(part.codes, self.backbone.num_codes) for part in parts])
-        latents = None if any(part.latents is None for part in parts) else torch.cat([part.latents for part in parts])
+        codes = torch.cat(
+            [flatten_codes(part.codes, self.backbone.num_codes) for part in parts if part.codes is not None]
+        )
+        drawn = [part.latents for part in parts if part.latents is not None]
+        latents = torch.cat(drawn) if len(drawn) == len(parts) else None
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]), latents)
 
     def _draw_rows(self, sampler: Any, condition: Any, seeds: list[int], watch: Watch) -> SamplerOutput:
