@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vargen.data.atlas import HeroAtlas
@@ -94,7 +94,7 @@ class AttributeClassifier(nn.Module):
         Path(folder).mkdir(parents=True, exist_ok=True)
         half = {name: v.half().contiguous() if v.is_floating_point() else v for name, v in self.state_dict().items()}
         with atomic_write(Path(folder) / _WEIGHTS, overwrite=True) as beside:
-            save_file(half, beside)
+            beside.write_bytes(save(half))  # save_file would leave a file that only its owner can read
         record = {"pictures": pictures_digest(), "slot_ids": self.slot_ids, "real_accuracy": self.real_accuracy}
         with atomic_write(Path(folder) / _CONFIG, overwrite=True) as beside:
             beside.write_text(json.dumps(record, indent=1) + "\n")
