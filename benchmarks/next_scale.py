@@ -198,7 +198,7 @@ def main() -> None:
     plain = [published(size, arguments.repeats) for size in arguments.sizes]
     var, tokenizer, _ = small_pair()
     for batch in (1, 16):
-        plain.append({"model": "VAR 2.6M", **beside_plain_loop(var, tokenizer, batch, arguments.repeats)})
+        plain.append({"model": "VAR 3M", **beside_plain_loop(var, tokenizer, batch, arguments.repeats)})
     pair = [beside_next_token(batch, arguments.repeats) for batch in (1, 16)]
     print(table(plain), table(pair), sep="\n\n")
     content = report(settings=SETTINGS, weights="random", beside_plain_loop=plain, beside_next_token=pair)

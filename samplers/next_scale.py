@@ -200,7 +200,7 @@ class NextScaleSampler(Sampler):
         k, num_scales = len(state.scales), len(state.sizes)
         start = sum(state.sizes[:k])
         positions = torch.arange(start, start + state.sizes[k], device=logits.device).expand(len(state.seeds), -1)
-        warp = {
+        warp: dict[str, Any] = {
             "guidance_scale": self.guidance_at(k, num_scales),
             "temperature": self.temperature,
             "top_k": self.top_k,

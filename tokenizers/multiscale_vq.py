@@ -108,14 +108,14 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         patch = encoder_type == "patch"
         width = (z_channels or codebook_dim) if patch else codebook_dim
         widths = (base_channels, channel_multipliers, num_res_blocks, width, norm_num_groups, dropout, attention)
-        around = {"kernel_size": quant_conv_kernel_size, "padding": quant_conv_kernel_size // 2}
+        kernel, margin = quant_conv_kernel_size, quant_conv_kernel_size // 2
         if not patch:
             self.encoder = ConvEncoder(in_channels, *widths)
-            self.quant_conv = nn.Conv2d(width, codebook_dim, **around)
+            self.quant_conv = nn.Conv2d(width, codebook_dim, kernel, padding=margin)
         self.quantize = ScaleQuantizer(
             codebook_size, codebook_dim, self.scales, beta, znorm, phi_ratio, num_phi, upsample, residual
         )
-        self.post_quant_conv = nn.Conv2d(codebook_dim, width, **around)
+        self.post_quant_conv = nn.Conv2d(codebook_dim, width, kernel, padding=margin)
         self.decoder = ConvDecoder(in_channels, *widths)
         if patch:
             self.quantize.requires_grad_(False)  # the codebook comes from k-means, not from gradients
@@ -314,8 +314,8 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
             if picked.numel():
                 low, high = (int(v) for v in picked.aminmax())
                 if low < 0 or high >= self.codebook_size:
-                    got = low if low < 0 else high
-                    raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {got} at scale {k}")
+                    wrong = low if low < 0 else high
+                    raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {wrong} at scale {k}")
             checked.append(picked.long())
         return checked
 

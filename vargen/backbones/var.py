@@ -162,8 +162,8 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.head_nm.ada_lin[1].weight.mul_(0.5)  # type: ignore[operator]
         tables = [block.ada_lin for block in self.blocks if hasattr(block, "ada_lin")]
         for ada in [*tables, *([] if self.shared_ada_lin is None else [self.shared_ada_lin])]:
-            ada[1].weight[2 * c.dim :].mul_(0.5)  # type: ignore[index]
-            ada[1].weight[: 2 * c.dim].mul_(gate_scale)  # type: ignore[index]
+            ada[1].weight[2 * c.dim :].mul_(0.5)  # type: ignore[index,union-attr]
+            ada[1].weight[: 2 * c.dim].mul_(gate_scale)  # type: ignore[index,union-attr]
         if c.codebook_head:
             self.guess.weight.zero_()
             self.guess.bias.zero_()

@@ -6,6 +6,7 @@ Letters: R rows, w items, D width, H heads, d head width.
 from __future__ import annotations
 
 import math
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,6 @@ class LabelEmbedding(nn.Embedding):
     """Class vectors; the last row is the null label. Checks and dropping are those of ``ClassEmbedding``."""
 
     has_null = True
-    check, null, drop = ClassEmbedding.check, ClassEmbedding.null, ClassEmbedding.drop
 
     def __init__(self, num_classes: int, dim: int) -> None:
         super().__init__(num_classes + 1, dim)
@@ -33,6 +33,18 @@ class LabelEmbedding(nn.Embedding):
     def embedding_table(self) -> nn.Embedding:
         """The table itself, under the name that ``ClassEmbedding`` knows."""
         return self
+
+    def check(self, condition: Any, values: bool = True) -> Tensor:
+        """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them."""
+        return ClassEmbedding.check(cast(Any, self), condition, values)
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The null label of the same batch."""
+        return ClassEmbedding.null(cast(Any, self), condition)
+
+    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
+        """Replace the labels of the samples ``dropped [B]`` by null."""
+        return torch.where(dropped, self.null(condition), condition)
 
 
 class VARAttention(nn.Module):
