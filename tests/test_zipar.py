@@ -108,13 +108,13 @@ def test_adaptive_rows_wait_while_their_law_moves() -> None:
 def test_adaptive_draft_follows_the_law_it_was_last_tested_under() -> None:
     """One row opens early, its law changes once and is then final: the joint rule must give exactly the last law.
 
-    2 x 2 grid, 3 codes, window 1. Kills the mutants "always keep" and "redraw from p": chi-square over 2000 images.
+    2 x 2 grid, 3 codes, window 1. Kills the mutants "always keep" and "redraw from p": chi-square over 800 images.
     """
     first, second = torch.tensor([0.6, 0.3, 0.1]).log(), torch.tensor([0.2, 0.3, 0.5]).log()
 
     class Moving(Recorder):
         def __init__(self):
-            self.codebook_size, self.calls, self.batch = 3, 0, 2000
+            self.codebook_size, self.calls, self.batch = 3, 0, 800
 
         def layout(self):
             return Layout.raster((3, 2))
@@ -132,12 +132,12 @@ def test_adaptive_draft_follows_the_law_it_was_last_tested_under() -> None:
             law[0][slots == 3] = first if self.calls == 3 else second
             return SimpleNamespace(logits=law)
 
-    out = ZipARSampler(window=1, adaptive=True).sample(Moving(), None, seeds=range(2000))
+    out = ZipARSampler(window=1, adaptive=True).sample(Moving(), None, seeds=range(800))
     counts = torch.bincount(out.codes[:, 4], minlength=3).double()
-    expected = second.exp().double() * 2000
+    expected = second.exp().double() * 800
     chi = float(((counts - expected) ** 2 / expected).sum())
     assert chi < 18.4  # 2 degrees of freedom, p = 1e-4
-    old = first.exp().double() * 2000
+    old = first.exp().double() * 800
     assert float(((counts - old) ** 2 / old).sum()) > 50  # the control: the first law is far
 
 
