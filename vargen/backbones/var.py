@@ -11,7 +11,6 @@ T condition positions, V codes of the codebook, C code channels, D width, H head
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
 
@@ -22,44 +21,17 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vargen.backbones.cache import Attend, KVCache, attention
+from vargen.backbones.cache import Attend, attention
 from vargen.backbones.conditions import AttributeEmbedding
+from vargen.backbones.scales import ScaleBackbone, ScaleCondition
 from vargen.backbones.var_blocks import HeadNorm, LabelEmbedding, VARBlock, modulation
 from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
 from vargen.hub import check_family, load_original, load_strict
-from vargen.protocols import StepOut
 
 FIRST_SHARPNESS = 1.0  # logarithm: the spread of features around their mean is about exp(-1)
 
 
-@dataclass(frozen=True)
-class ScaleCondition:
-    """A prepared condition: everything that does not change from scale to scale, conditional branch first."""
-
-    start: Tensor  # [R, n_0, D] input of the first scale, without its position
-    tokens: Tensor | None  # [R, T, D] condition positions in front of it
-    rows: list[Tensor]  # of every block, [6, R, 1, D]
-    head_rows: Tensor  # [2, R, 1, D]
-    batch: int
-    branches: int
-
-    @property
-    def lengths(self) -> Tensor:
-        """[R] int64 condition positions in the cache."""
-        count = 0 if self.tokens is None else self.tokens.shape[1]
-        return torch.full((self.batch * self.branches,), count, device=self.start.device)
-
-
-class ScaleSession:
-    """The state of one decode: the cache and how many scales are in it."""
-
-    def __init__(self, cache: KVCache, condition: ScaleCondition) -> None:
-        self.cache, self.condition = cache, condition
-        self.scale = 0  # scales fed so far
-        self.used = 0  # slots written
-
-
-class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class VARTransformer(ScaleBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Block-causal transformer: condition, then scale after scale, each predicted in one forward pass.
 
     Args:
@@ -88,7 +60,6 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     config_name = "config.json"
-    features = frozenset({"scales"})
     _supports_gradient_checkpointing = True
     _no_split_modules = ("VARBlock",)
     gradient_checkpointing = False
@@ -214,14 +185,9 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
             block.attn.zero_k_bias = torch.zeros_like(block.attn.q_bias, requires_grad=False)  # type: ignore[union-attr,arg-type]
 
     @property
-    def condition_embedding(self) -> LabelEmbedding | AttributeEmbedding:
+    def condition_embedding(self) -> LabelEmbedding | AttributeEmbedding:  # type: ignore[override]
         """The table of the condition."""
         return self.class_emb if self.config.condition_type == "class" else self.attribute_emb
-
-    @property
-    def num_codes(self) -> int:
-        """L."""
-        return sum(self.sizes)
 
     @property
     def codebook_size(self) -> int:
@@ -261,99 +227,6 @@ class VARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         stamps = self._stamps(prepared, 0, self._num_scales(features, 0))
         attend = partial(attention, mask=stamps <= stamps[:, None])
         return self._score(self._run(x, prepared, [attend] * len(self.blocks)), prepared, features)
-
-    @torch.no_grad()
-    def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> ScaleCondition:
-        """Check and embed a batch of conditions.
-
-        Args:
-            condition: class ids [B] or attribute ids [B, T].
-            guidance_scale: 1 = one branch; anything else adds the unconditional branch.
-            negative: a condition for the second branch instead of the null condition; needs guidance.
-        """
-        embedding = self.condition_embedding
-        parts = [embedding.check(condition)]
-        if bool((torch.as_tensor(guidance_scale) != 1).any()):
-            parts.append(embedding.null(parts[0]) if negative is None else embedding.check(negative))
-            if parts[1].shape != parts[0].shape:
-                raise ValueError("the negative condition must have as many rows as the condition")
-        return self._condition(parts)
-
-    @torch.no_grad()
-    def open(
-        self, condition: ScaleCondition, *, features: Tensor | None = None, dtype: torch.dtype | None = None
-    ) -> tuple[ScaleSession, StepOut]:
-        """Run the condition and return a session with the logits of the first scale.
-
-        Args:
-            condition: from ``prepare``.
-            features: [B, n_1 + ..., C] inputs of the next few scales, run in the same pass; their logits follow.
-            dtype: dtype of cached keys and values (None = the model's).
-
-        Returns:
-            The session and logits [G, B, n_0 + ..., V].
-        """
-        if self.training:
-            raise ValueError("the model is in training mode and its dropout would disturb decoding; call model.eval()")
-        count = int(condition.lengths[0])
-        rows = condition.start.shape[0]
-        cache = KVCache(rows, count + self.num_codes, len(self.blocks), device=condition.start.device, dtype=dtype)
-        session = ScaleSession(cache, condition)
-        return session, self._feed(session, features)
-
-    @torch.no_grad()
-    def step(self, session: ScaleSession, features: Tensor) -> StepOut:
-        """Score the next scale: its input [B, n_k, C] to logits [G, B, n_k, V]; several scales may be fed at once."""
-        return self._feed(session, features)
-
-    @torch.no_grad()
-    def drop_guidance(self, session: ScaleSession) -> None:
-        """Forget the unconditional branch: the next scales return logits of one branch."""
-        c = session.condition
-        if c.branches == 1:
-            return
-        rows = torch.arange(c.batch, device=c.start.device)
-        session.cache.select(rows)
-        session.condition = ScaleCondition(
-            c.start[: c.batch],
-            None if c.tokens is None else c.tokens[: c.batch],
-            [table[:, : c.batch] for table in c.rows],
-            c.head_rows[:, : c.batch],
-            c.batch,
-            1,
-        )
-
-    def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:
-        condition = session.condition
-        first = session.scale
-        num_scales = self._num_scales(features, first)
-        if features is not None:
-            features = features.repeat(condition.branches, 1, 1)
-        x = self._embed(condition, features, first)
-        plan = session.cache.plan_block(session.used, self._stamps(condition, first, num_scales))
-        h = self._run(x, condition, [session.cache.layer(i, plan) for i in range(len(self.blocks))])
-        session.scale, session.used = first + num_scales, session.used + x.shape[1]
-        return StepOut(self._score(h, condition, features, first).unflatten(0, (condition.branches, -1)))
-
-    def _num_scales(self, features: Tensor | None, first: int) -> int:
-        """How many scales are fed: the first one has no features."""
-        length = 0 if features is None else features.shape[1]
-        count, total = (1, 0) if first == 0 else (0, 0)
-        while total < length and first + count < len(self.sizes):
-            total += self.sizes[first + count]
-            count += 1
-        if total != length or count == 0:
-            raise ValueError(
-                f"features must hold whole scales of {self.sizes[max(first, 1) :]} positions, got {length} positions"
-            )
-        return count
-
-    def _stamps(self, condition: ScaleCondition, first: int, num_scales: int) -> Tensor:
-        """[w] block number of every item fed: -1 for condition positions, which only see one another."""
-        chosen = self.lvl_1L[0, sum(self.sizes[:first]) : sum(self.sizes[: first + num_scales])]
-        if first == 0 and condition.tokens is not None:
-            chosen = torch.cat([chosen.new_full((condition.tokens.shape[1],), -1), chosen])
-        return chosen
 
     def _condition(self, parts: Sequence[Tensor]) -> ScaleCondition:
         ids = torch.cat(list(parts))
