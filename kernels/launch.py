@@ -83,7 +83,7 @@ class WindowLaunch:
 
     def result(self) -> Verdict:
         """The outcome, once the kernels are launched."""
-        return replace(self.verdict, accepted=self.verdict.accepted.bool())
+        return replace(self.verdict, accepted=self.verdict.accepted.view(torch.bool))
 
 
 def _outputs(logits: Tensor) -> tuple[Verdict, Tensor]:
