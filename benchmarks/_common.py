@@ -7,6 +7,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # a tree that is not installed; every benchmark imports this module first
 RESULTS = ROOT / "benchmarks" / "results"
 PACKAGES = ("torch", "diffusers", "transformers", "triton", "numpy")
 
@@ -91,19 +93,22 @@ def write_json(name: str, content: dict[str, Any]) -> Path:
     return target
 
 
-def interleaved_medians(candidates: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+def interleaved_medians(
+    candidates: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, float]:
     """Median seconds of each candidate; the candidates take turns, so drift of the machine hits all of them.
 
-    One untimed round comes first. Every candidate must be safe to call again and again.
+    One untimed round comes first. Every candidate must be safe to call again and again. `clock=time.process_time` leaves
+    out the time in which other processes had the core; it is right for one thread only.
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
         candidate()
     for _ in range(repeats):
         for name, candidate in candidates.items():
-            start = time.perf_counter()
+            start = clock()
             candidate()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(clock() - start)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
@@ -112,7 +117,7 @@ def read_bandwidth(num_bytes: int = 2**28, repeats: int = 7) -> float:
     columns = 1024
     weights = torch.ones(num_bytes // (4 * columns), columns)
     vector = torch.ones(columns)
-    seconds = interleaved_medians({"read": lambda: torch.mv(weights, vector)}, repeats)["read"]
+    seconds = interleaved_medians({"read": lambda: torch.mv(weights, vector)}, repeats, time.process_time)["read"]
     return weights.numel() * 4 / seconds
 
 

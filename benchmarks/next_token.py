@@ -3,7 +3,7 @@
 Both loops run the same random weights, the same condition and the same number of codes, in turns, at several depths of
 the cache; before any timing their logits are compared. A step is one forward pass and the draw of one code an image,
 noise included. The limit is the time to read every weight and the filled part of the cache once, at the bandwidth
-measured in the same run.
+measured in the same run. Times are CPU times of the one thread, so that other processes on the machine count less.
 
     python benchmarks/next_token.py                # LlamaGen-B, about two minutes
     python benchmarks/next_token.py --sizes B L
@@ -164,11 +164,11 @@ def time_pair(model: LlamaGenTransformer, batch: int, guided: bool) -> dict[int,
                     plain.position = depth
                 loop: Any = ours if name == "vargen" else plain
                 steps = SEGMENT if repeat else 2
-                start = time.perf_counter()
+                start = time.process_time()
                 for _ in range(steps):
                     loop.step()
                 if repeat:
-                    seconds[name].append((time.perf_counter() - start) / steps)
+                    seconds[name].append((time.process_time() - start) / steps)
         found[depth] = Timing(statistics.median(seconds["vargen"]), statistics.median(seconds["plain"]))
     return found
 
