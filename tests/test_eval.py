@@ -469,7 +469,7 @@ def test_card_holds_the_measured_numbers_and_nothing_else(hero_pipe, network, tm
     model = tmp_path / "tiny-hero"
     model.mkdir()
     save_file({"w": torch.zeros(3, 5, dtype=torch.float16)}, model / "model.safetensors")
-    (model / "training.json").write_text(json.dumps({"steps": 123, "hardware": "two cores"}))
+    (model / "training.json").write_text(json.dumps({"steps": 123, "model": {"dim": 16, "depth": 2}}))
     fid = evaluate_fid(hero_pipe, tmp_path / "fid", num=16, network=network, model="tiny-hero")
     evaluate_reconstruction(hero_pipe.tokenizer, tmp_path / "rec", num=16, network=network, model=str(model))
     likelihood = evaluate_likelihood(hero_pipe, tmp_path / "nats", num=3, model="tiny-hero")
@@ -479,7 +479,7 @@ def test_card_holds_the_measured_numbers_and_nothing_else(hero_pipe, network, tm
     for expected in (
         f"{fid.results[0]['value']:.4g}", f"{fid.attributes['share']:.1%}", "| model.safetensors | 15 | F16 |",
         f"nats per token: {likelihood.results[0]['nats_per_token']:.4g}", fid.environment["hardware"],
-        fid.environment["date"], "steps: 123", "CC0", "psnr all", "guarantee exact",
+        fid.environment["date"], "steps: 123", "- model: dim=16, depth=2", "CC0", "psnr all", "guarantee exact",
     ):  # fmt: skip
         assert expected in text
     only_fid = write_card(model, tmp_path / "fid").read_text()

@@ -140,12 +140,15 @@ def _recipe(folder: Path, recipe: str | Path | None) -> dict[str, Any]:
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[str]:
-    lines: list[str] = []
+    """Return one line a section, and one line a value outside of sections."""
+    values = {key: value for key, value in record.items() if not isinstance(value, dict)}
+    if prefix and values:
+        lines = [f"- {prefix}: " + ", ".join(f"{key}={value}" for key, value in values.items())]
+    else:
+        lines = [f"- {key}: {value}" for key, value in values.items()]
     for key, value in record.items():
         if isinstance(value, dict):
-            lines += _flat(value, f"{prefix}{key}.")
-        else:
-            lines.append(f"- {prefix}{key}: {value}")
+            lines += _flat(value, f"{prefix}.{key}" if prefix else key)
     return lines
 
 

@@ -59,7 +59,7 @@ def evaluate_likelihood(
     report = Report(
         kind="likelihood",
         subject={"model": model, "backbone": type(pipe.backbone).__name__},
-        protocol={"num": num, "reference": "fresh heroes of the test split"},
+        protocol={"num": num, "reference": "fresh heroes of the test split", "condition": result.condition},
         results=[result.to_dict()],
         environment=environment(pipe),
     )
