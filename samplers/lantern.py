@@ -26,7 +26,7 @@ from vargen.samplers.base import check_choice, check_integer, check_number
 from vargen.samplers.longest_path import walk_greedy, walk_typical
 from vargen.samplers.neighbors import neighbor_table
 from vargen.samplers.tree import NAMED_TREES, Tree, TreeDraft
-from vargen.samplers.tree_run import TreeRun, TreeVerdict, open_draft_model
+from vargen.samplers.tree_run import TreeRun, TreeVerdict, check_draft_model, open_draft_model
 from vargen.samplers.walk import Walk, laws_of, walk_tree
 from vargen.samplers.window import WindowSampler, WindowState
 
@@ -188,6 +188,7 @@ class LanternSampler(WindowSampler):
                 f"tree {self.tree!r} needs a backbone with tree_mask, which {type(backbone).__name__} does not offer; "
                 "take tree='chain'"
             )
+        check_draft_model(self, backbone, drafter)
         relaxation = self._relaxation(backbone, tokenizer, neighbors)
         state = super().start(
             backbone, condition, seeds=seeds, tokenizer=tokenizer, drafter=drafter, forced_codes=forced_codes

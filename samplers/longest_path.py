@@ -35,7 +35,7 @@ def walk_greedy(
     Args:
         logits: ``[B, n, V]`` guided logits; temperature and truncation do not touch an argmax.
         draft: proposals.
-        limit: ``[B]`` int64 slots left; None = more than D.
+        limit: ``[B]`` int64 slots left, see ``walk_tree``; None = more than D.
         relaxation: LANTERN; None is exact.
         forced: ``[B, D + 1]`` int64 code that a slot must hold, -1 where free.
     """
@@ -124,7 +124,7 @@ def _longest(
     mask, depth = tree.mask.expand(batch, -1, -1), tree.depth.expand(batch, -1)
     reached = ((accepted | root)[:, None] | ~mask).all(-1)
     limit = torch.full_like(draft.tokens[:, 0], tree.max_depth + 1) if limit is None else limit
-    reached = reached & (depth <= limit[:, None])
+    reached = reached & (depth < limit[:, None].clamp(min=1))  # the last slot left is never proposed for
     reached = reached & (depth == torch.where(reached, depth, -1).amax(-1, keepdim=True))
     if score is not None:
         reached = reached & (score == torch.where(reached, score, float("-inf")).amax(-1, keepdim=True))

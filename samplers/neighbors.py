@@ -59,7 +59,10 @@ def _nearest(points: Tensor, part: Tensor, k: int) -> Tensor:
         return distance.argsort(dim=-1, stable=True)[:, :k]
     values, ids = distance.topk(k, largest=False)
     ids, order = ids.sort(-1)  # by id first, so that the stable sort by distance keeps the lower id first
-    return ids.gather(-1, values.gather(-1, order).argsort(dim=-1, stable=True))
+    ids = ids.gather(-1, values.gather(-1, order).argsort(dim=-1, stable=True))
+    tied = (distance <= values.amax(-1, keepdim=True)).sum(-1) > k  # equal distances in and out: take the lower ids
+    ids[tied] = distance[tied].argsort(dim=-1, stable=True)[:, :k]
+    return ids
 
 
 def neighbor_table(codebook: Tensor, k: int, folder: str | Path | None = None) -> Tensor:

@@ -165,10 +165,8 @@ def draft_fixed(
 
 def _siblings(z: Tensor, count: int, proposal: Proposal, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Codes ``[A, w, C]`` of siblings, -1 where the support ends, and the laws ``[A, w, V]`` of drawn ones."""
-    count = min(count, z.shape[-1])
     if proposal == "top":
-        best, codes = z.topk(count, dim=-1)
-        return codes.where(best > float("-inf"), -1), None
+        return _pad(*z.topk(min(count, z.shape[-1]), dim=-1), count), None
     assert noise is not None
     law = z.softmax(-1)
     if proposal == "with_replacement":
@@ -176,8 +174,12 @@ def _siblings(z: Tensor, count: int, proposal: Proposal, noise: Tensor | None) -
         point = noise.double()[:, None] * mass[..., -1:]
         codes = torch.searchsorted(mass, point.expand(-1, z.shape[1], -1).contiguous(), right=True)
         return codes.clamp(max=z.shape[-1] - 1), law
-    best, codes = (z + noise[:, None]).topk(count, dim=-1)  # Gumbel-top-k draws without replacement, in this order
-    return codes.where(best > float("-inf"), -1), law
+    score = z + noise[:, None]  # Gumbel-top-k draws without replacement, in this order
+    return _pad(*score.topk(min(count, z.shape[-1]), dim=-1), count), law
+
+
+def _pad(best: Tensor, codes: Tensor, count: int) -> Tensor:
+    return F.pad(codes.where(best > float("-inf"), -1), (0, count - codes.shape[-1]), value=-1)
 
 
 def draft_likeliest(
@@ -188,6 +190,7 @@ def draft_likeliest(
     depth: int,
     branching: int,
     num_nodes: int,
+    limit: Tensor | None = None,
     leaf_order: bool = False,
 ) -> TreeDraft:
     """Grow a tree towards the likeliest paths and keep its best nodes (EAGLE-2, arXiv:2406.16858).
@@ -197,6 +200,7 @@ def draft_likeliest(
         depth: longest path of proposals.
         branching: K, children looked at of every node and nodes read a level.
         num_nodes: n, node 0 included.
+        limit: ``[A]`` int64 slots left of each image; deeper paths than those take no nodes from others.
         leaf_order: see ``Tree.from_parents``.
     """
     size = branching
@@ -209,6 +213,8 @@ def draft_likeliest(
         law = warp(model.expand(code, reads)).log_softmax(-1)  # A K V
         best, found = law.topk(size, dim=-1)
         grown = (score[..., None] + best).flatten(1)  # A K*K
+        if limit is not None:
+            grown = grown.masked_fill((step + 2 >= limit)[:, None], float("-inf"))
         scores.append(grown)
         codes.append(found.flatten(1))
         above.append(ids.repeat_interleave(size, dim=1))

@@ -41,24 +41,27 @@ class TreeVerdict:
         return cls(tokens, num_committed, path, hidden.gather(2, index).permute(1, 2, 0, 3))
 
 
-def open_draft_model(sampler: Any, state: Any, drafter: Any, condition: Any) -> DraftModel:
-    """Start the drafting side of a run.
-
-    Raises:
-        ValueError: no drafter, or one that does not fit the backbone.
-    """
-    nodes = sampler.num_rows if sampler.tree != "dynamic" else sampler.branching * sampler.depth
+def check_draft_model(sampler: Any, backbone: Any, drafter: Any) -> None:
+    """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
     if hasattr(drafter, "open_drafts"):
-        options = {"branches": state.hidden.shape[0], "batch": len(state.rows), "max_nodes": nodes}
-        return drafter.open_drafts(state.backbone, **options)
-    check_drafter(type(sampler).__name__, state.backbone, drafter)
-    chain = sampler.tree == "chain"
-    if not chain and sampler.reach > 2 and "tree_mask" not in drafter.features:
+        drafter.check_backbone(backbone)
+        return
+    check_drafter(type(sampler).__name__, backbone, drafter)
+    if sampler.tree != "chain" and sampler.reach > 2 and "tree_mask" not in drafter.features:
         raise ValueError(
             f"tree {sampler.tree!r} needs a drafter with tree_mask, which {type(drafter).__name__} does not offer; "
             "take tree='chain'"
         )
-    return BackboneDrafts(drafter, condition, sampler.guidance_scale, max(nodes, sampler.reach), chain)
+
+
+def open_draft_model(sampler: Any, state: Any, drafter: Any, condition: Any) -> DraftModel:
+    """Start the drafting side of a run."""
+    nodes = sampler.num_rows if sampler.tree != "dynamic" else sampler.branching * sampler.depth
+    if hasattr(drafter, "open_drafts"):
+        options = {"branches": state.hidden.shape[0], "batch": len(state.rows), "max_nodes": nodes}
+        return drafter.open_drafts(state.backbone, **options)
+    window = max(nodes, sampler.reach)
+    return BackboneDrafts(drafter, condition, sampler.guidance_scale, window, sampler.tree == "chain")
 
 
 class TreeRun:
@@ -160,6 +163,7 @@ class TreeRun:
             depth=depth,
             branching=size,
             num_nodes=min(s.num_nodes, 1 + size + (depth - 1) * size * size),
+            limit=state.stream.num_slots - state.length,
             leaf_order=s.temperature == 0,
         )
         if state.forced is None:

@@ -42,7 +42,7 @@ class Walk:
     path: Tensor  # [B, D + 1] int64 nodes from node 0 down, 0 behind the last
     tokens: Tensor  # [B, D + 1] int64 codes of the nodes below node 0, shifted to the slots they fill; -1 behind them
     num_accepted: Tensor  # [B] int64 proposals kept
-    law: Tensor  # [B, V] float32 law of the code behind them; a point where no slot is left
+    law: Tensor  # [B, V] float32 law of the code behind them; a point for a finished image
     num_uniforms: Tensor  # [B] int64 tests made
     num_relaxed: Tensor  # [B] int64 proposals kept that the exact rule would have rejected
     chances: Tensor | None = None  # [B, U] float32 in [0, 1] chance of each test made, for enumeration
@@ -77,7 +77,8 @@ def walk_tree(
         law: target law behind a node, see ``laws_of``.
         draft: proposals.
         uniforms: ``[B, U]`` float32 in [0, 1), used one a test in order; U >= n - 1.
-        limit: ``[B]`` int64 slots left, 0 for a finished image; None = more than D.
+        limit: ``[B]`` int64 slots left, 0 for a finished image; None = more than D. The last slot left is never proposed
+            for, whatever the tree holds, so that an image does not depend on how deep the others of its batch may go.
         relaxation: LANTERN; None is exact.
         forced: ``[B, D + 1]`` int64 code that a slot must hold, -1 where free.
         k_seq: test the children of a node as K-SEQ does; needs independent draws.
@@ -100,7 +101,9 @@ def walk_tree(
             p = torch.where(code >= 0, torch.zeros_like(p).scatter_(1, code.clamp(min=0), 1.0), p)
         live = state.alive[images]
         visit = _visit_k_seq if k_seq else _visit
-        child, p = visit(state, images, nodes, live, p, draft, relaxation)
+        kids, codes = _children(draft, images, nodes)
+        codes = codes.where((level + 1 < state.limit[images])[:, None], -1)
+        child, p = visit(state, images, kids, codes, live, p, _draft_law(draft, images, nodes), draft, relaxation)
         state.move(images, level, child, live, p, draft.tokens)
     law_behind = state.uniforms[:, :0] if state.law is None else state.law  # None: no image had a slot left
     return Walk(
@@ -160,7 +163,7 @@ class _Progress:
         code = tokens[images, child.clamp(min=0)]
         self.tokens[images, level] = code.where(went, self.tokens[images, level])
         self.count = self.count.index_add(0, images, went.long())
-        self.alive[images] = went & (level + 1 < self.limit[images])
+        self.alive[images] = went
 
 
 def _children(draft: TreeDraft, images: Tensor, nodes: Tensor) -> tuple[Tensor, Tensor]:
@@ -181,16 +184,16 @@ def _draft_law(draft: TreeDraft, images: Tensor, nodes: Tensor) -> Tensor | None
 def _visit(
     state: _Progress,
     images: Tensor,
-    nodes: Tensor,
+    kids: Tensor,
+    codes: Tensor,
     live: Tensor,
     p: Tensor,
+    q: Tensor | None,
     draft: TreeDraft,
     relaxation: Relaxation | None,
 ) -> tuple[Tensor, Tensor]:
     """Test the children of one node an image; return the accepted child (-1 if none) and the law that is left."""
-    kids, codes = _children(draft, images, nodes)
-    q = _draft_law(draft, images, nodes)
-    fallback, child = p, torch.full_like(nodes, -1)
+    fallback, child = p, torch.full_like(images, -1)
     if relaxation is not None and relaxation.residual.startswith("upstream"):
         fallback = torch.full_like(p, 1.0 / p.shape[-1])
     for j in range(kids.shape[1]):
@@ -220,14 +223,15 @@ def _visit(
 def _visit_k_seq(
     state: _Progress,
     images: Tensor,
-    nodes: Tensor,
+    kids: Tensor,
+    codes: Tensor,
     live: Tensor,
     p: Tensor,
+    q: Tensor | None,
     draft: TreeDraft,
     relaxation: Relaxation | None,
 ) -> tuple[Tensor, Tensor]:
-    kids, codes = _children(draft, images, nodes)
-    q, child = _draft_law(draft, images, nodes), torch.full_like(nodes, -1)
+    child = torch.full_like(images, -1)
     if q is None:  # nothing is proposed behind the last slot
         return child, p
     number = (codes >= 0).sum(-1)

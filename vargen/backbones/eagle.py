@@ -193,6 +193,18 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
             x = layer(x, rope, attend)
         return x
 
+    def check_backbone(self, backbone: Any) -> None:
+        """Raise ``ValueError`` unless this drafter was made for a backbone of these sizes."""
+        missing = [name for name in ("output", "hidden_size", "num_condition_tokens") if not hasattr(backbone, name)]
+        if missing or "hidden" not in backbone.features:
+            lacks = ", ".join(missing) or "hidden states"
+            raise ValueError(f"an EAGLE drafter needs a backbone with hidden states and a head, this one lacks {lacks}")
+        mine = (self.config.dim, self.codebook_size, self.grid_size, self.config.num_condition_tokens)
+        theirs = (backbone.hidden_size, backbone.codebook_size, tuple(backbone.grid_size), backbone.num_condition_tokens)
+        if mine != theirs:
+            names = "(width, codebook, grid, condition positions)"
+            raise ValueError(f"the drafter was made for a backbone of {names} {mine}, this one has {theirs}")
+
     def open_drafts(self, backbone: Any, *, branches: int, batch: int, max_nodes: int) -> EagleDrafts:
         """Start drafting for a batch of images.
 
@@ -205,14 +217,7 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Raises:
             ValueError: drafter and backbone do not fit.
         """
-        mine = (self.config.dim, self.config.codebook_size, self.grid_size, self.config.num_condition_tokens)
-        theirs = (
-            *(backbone.hidden_size, backbone.codebook_size, tuple(backbone.grid_size)),
-            getattr(backbone, "num_condition_tokens", self.config.num_condition_tokens),
-        )
-        if mine != theirs:
-            names = "(width, codebook, grid, condition positions)"
-            raise ValueError(f"the drafter was made for a backbone of {names} {mine}, this one has {theirs}")
+        self.check_backbone(backbone)
         return EagleDrafts(self, backbone, branches, batch, max_nodes)
 
 
