@@ -250,8 +250,10 @@ def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_are_resolved_by_name_path_and_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hub, "MODELS_FOLDER", tmp_path / "models")
     assert hub.shipped_models() == []
-    (tmp_path / "models" / "heroes32-llamagen").mkdir(parents=True)
-    (tmp_path / "models" / "heroes32-var").mkdir()
+    for name in ("heroes32-llamagen", "heroes32-var"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+        (tmp_path / "models" / name / "model_index.json").write_text("{}")
+    (tmp_path / "models" / "heroes32-classifier").mkdir()  # a network of a metric, not a pipeline
     assert hub.shipped_models() == ["heroes32-llamagen", "heroes32-var"]
     assert hub.resolve_model("heroes32-var") == str(tmp_path / "models" / "heroes32-var")
     assert hub.resolve_model(tmp_path) == str(tmp_path)

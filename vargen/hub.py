@@ -39,7 +39,8 @@ def shipped_models() -> list[str]:
     """Names of the models that come with the package, sorted."""
     if not MODELS_FOLDER.is_dir():
         return []
-    return sorted(p.name for p in MODELS_FOLDER.iterdir() if p.is_dir() and not p.name.startswith((".", "_")))
+    # other folders beside them hold networks of metrics
+    return sorted(index.parent.name for index in MODELS_FOLDER.glob("*/model_index.json"))
 
 
 def resolve_model(name_or_path: str | Path) -> str:
