@@ -278,15 +278,13 @@ class WindowSampler(Sampler):
 
         On a GPU this waits for the device, hence only every few iterations, and the window keeps its shape.
         """
-        on_cpu = state.length.device.type == "cpu"
-        if not on_cpu:
-            state.width = self.reach
-            if state.num_forwards < state.next_poll:
-                return None
+        free = looking_is_free(state.length.device)
+        if not free and state.num_forwards < state.next_poll:
+            return None
         left = state.stream.num_slots - state.length
         most = int(left.max())
         state.done = most == 0
-        if on_cpu:
+        if free:
             state.width = min(self.reach, most)
         state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
         if state.done or bool((left > 0).all()):
@@ -324,6 +322,11 @@ class WindowSampler(Sampler):
             state.backbone.commit(state.session, 1)
         state.num_forwards += 1
         state.done = now == last
+
+
+def looking_is_free(device: torch.device) -> bool:
+    """Whether reading a number back costs nothing; where it does not, shapes stay fixed and looks are rare."""
+    return device.type == "cpu"
 
 
 def narrow(draft: Draft, width: int) -> Draft:

@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from tests.enumeration import chi_square_p, table_law
-from tests.toys import LinedBackbone, SpatialBackbone, TabularBackbone
+from tests.toys import LinedBackbone, SpatialBackbone, TabularBackbone, perturbed
+from vargen.samplers import window as window_module
+from vargen.samplers.draft_model import DraftModelSampler
+from vargen.samplers.drafted_jacobi import DraftedJacobiSampler
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
 
@@ -162,3 +165,26 @@ def test_a_window_wider_than_the_image():
         out = SpeculativeJacobiSampler(window=100, carry=carry).sample(backbone, zeros(50), seeds=range(50))
         assert bool((out.codes >= 0).all())
         assert out.stats.num_forwards <= 4
+
+
+@pytest.mark.parametrize("window", [3, 6, 40])
+@pytest.mark.parametrize("carry", CARRIES)
+def test_fixed_shapes_and_rare_looks_change_nothing(carry, window, monkeypatch):
+    """What a GPU gets: the same window in every iteration, finished images decoded on until the next look."""
+    backbone, samplers = SpatialBackbone(32, (4, 6)), [SpeculativeJacobiSampler(window=window, carry=carry)]
+    if carry != "maximal":
+        samplers.append(DraftModelSampler(num_drafts=window - 1, carry=carry))
+    if carry == "gumbel":
+        samplers.append(DraftedJacobiSampler(window=window))
+    given = {"seeds": range(5), "drafter": perturbed(backbone, 0.3)}
+    expected = [sampler.sample(backbone, zeros(5), **given) for sampler in samplers]
+    monkeypatch.setattr(window_module, "looking_is_free", lambda device: False)
+    for sampler, wanted in zip(samplers, expected, strict=True):
+        out, widths = sampler.sample(backbone, zeros(5), **given), set()
+        assert torch.equal(out.codes, wanted.codes)
+        assert torch.equal(out.stats.commit_trace, wanted.stats.commit_trace)
+        assert (
+            wanted.stats.num_forwards <= out.stats.num_forwards <= wanted.stats.num_forwards + window_module.POLL_EVERY
+        )
+        widths.update(state.width for state in sampler.stream(backbone, zeros(5), **given))
+        assert len(widths) == 1
