@@ -19,6 +19,7 @@ from vargen.training.recipe import Recipe, build
 TASKS = {  # name -> (module, class); imported when asked for
     "vq": ("vargen.training.vq", "VQTask"),
     "llamagen": ("vargen.training.llamagen", "LlamaGenTask"),
+    "eagle": ("vargen.training.drafter", "DrafterTask"),
     "multiscale-vq": ("vargen.training.multiscale_vq", "MultiScaleVQTask"),
     "var": ("vargen.training.var", "VARTask"),
 }
