@@ -62,8 +62,8 @@ def _nearest_kernel(
     sizes_ptr,  # V
     nearest_ptr,  # n
     n,
-    V,
-    C,
+    V: tl.constexpr,
+    C: tl.constexpr,
     ROWS: tl.constexpr,
     CODES: tl.constexpr,
     CHANNELS: tl.constexpr,
@@ -106,8 +106,8 @@ def _nearest(x: Tensor, codebook: Tensor, l2_norm: bool) -> Tensor:
         sizes,
         nearest,
         len(x),
-        len(codebook),
-        x.shape[1],
+        V=len(codebook),
+        C=x.shape[1],
         ROWS=rows,
         CODES=codes,
         CHANNELS=min(max(triton.next_power_of_2(x.shape[1]), 16), 32),

@@ -106,13 +106,27 @@ def neighbor_mass_of(
 
 @jit
 def every_neighbor_mass_of(
-    cond, uncond, scale, inv_t, tau, lse, code, p, V, neighbors_ptr, width, k, constant, factor, GUIDED: tl.constexpr
+    cond,
+    uncond,
+    scale,
+    inv_t,
+    tau,
+    lse,
+    code,
+    p,
+    V,
+    neighbors_ptr,
+    width,
+    constant,
+    factor,
+    GUIDED: tl.constexpr,
+    COUNT: tl.constexpr,
 ):
     """Device function of ``_every_neighbor_mass`` for a piece of a row."""
     row = tl.where(code < V, code, 0).to(tl.int64) * width
     total = p * 0.0
     joined = p == p
-    for m in range(k):
+    for m in range(COUNT):
         near = tl.load(neighbors_ptr + row + m).to(tl.int64)
         more = total + rows.law_of(rows.load_code(cond, uncond, scale, inv_t, near, GUIDED), tau, lse)
         joined = joined & within(more, constant + factor * p)

@@ -156,19 +156,27 @@ def _launch(
     batch, window = draft.tokens.shape
     constant, factor = relaxation.limits
     table = relaxation.neighbors.contiguous()
-    near = {"neighbors_ptr": table, "width": table.shape[1], "num_neighbors": relaxation.k}
+    near = {"neighbors_ptr": table, "width": table.shape[1]}
     limits = {"constant": constant, "factor": factor}
     count = torch.empty_like(draft.tokens, dtype=torch.int32)
     marks = torch.zeros(batch, run.rows["V"], dtype=torch.uint8, device=draft.tokens.device)
     number, reach = CARRIES.index(carry), triton.next_power_of_2(relaxation.k + 1)
     kernels.relaxed_rows_kernel[(window, batch)](
-        **run.rows, **near, **limits, count_ptr=count, errors_ptr=errors, CARRY=number, NEIGHBORS=reach
+        **run.rows,
+        **near,
+        **limits,
+        num_neighbors=relaxation.k,
+        count_ptr=count,
+        errors_ptr=errors,
+        CARRY=number,
+        NEIGHBORS=reach,
     )
     needed = ("tokens_ptr", "kind_ptr", "accepted_ptr", "num_rows_ptr", "W", "V", "WINDOW")
     if relaxation.residual != "optimal" and setting.temperature > 0:
         kernels.mark_kernel[(batch,)](
             **{name: run.finish[name] for name in needed},
             **near,
+            num_neighbors=relaxation.k,
             count_ptr=count,
             marks_ptr=marks,
             RING=relaxation.residual.startswith("upstream"),
@@ -180,6 +188,7 @@ def _launch(
         **limits,
         marks_ptr=marks,
         CARRY=number,
+        COUNT=relaxation.k,
         GREEDY=setting.temperature == 0,
         RESIDUAL=RESIDUALS.index(relaxation.residual),
     )

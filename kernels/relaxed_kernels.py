@@ -140,16 +140,16 @@ def mark_kernel(
         tl.store(marks_ptr + b * V + near, m * 0 + 1, mask=m < count)
 
 
-@jit(do_not_specialize=["label_rows", "width", "num_neighbors"])
+@jit(do_not_specialize=["label_rows", "width"])
 def relaxed_finish_kernel(
     logits_ptr, stride_g, stride_b, stride_w,
     label_ptr, label_stride_g, label_stride_b, label_stride_w, label_stats_ptr, label_rows,
     tokens_ptr, kind_ptr, prob_ptr, row_ptr,
     scales_ptr, scale, inv_t, V,
     seeds_ptr, positions_ptr, iteration_ptr, num_rows_ptr, forced_ptr, fresh_ptr, residual_ptr,
-    neighbors_ptr, width, num_neighbors, constant, factor, marks_ptr,
+    neighbors_ptr, width, constant, factor, marks_ptr,
     y_ptr, accepted_ptr, y_prob_ptr, draft_prob_ptr, stats_ptr, committed_ptr, W,
-    CARRY: tl.constexpr, GREEDY: tl.constexpr, RESIDUAL: tl.constexpr,
+    CARRY: tl.constexpr, GREEDY: tl.constexpr, RESIDUAL: tl.constexpr, COUNT: tl.constexpr,
     GUIDED: tl.constexpr, LABEL_GUIDED: tl.constexpr, PER_IMAGE: tl.constexpr, FORCED: tl.constexpr,
     GIVEN: tl.constexpr, WINDOW: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr, PIECE: tl.constexpr,
     PIECES: tl.constexpr,
@@ -213,8 +213,8 @@ def relaxed_finish_kernel(
                 q = rows.law_of(label, q_tau, q_lse)
             if RESIDUAL == 1:  # optimal
                 mass = every_neighbor_mass_of(
-                    cond, uncond, scale, inv_t, tau, lse, v, p, V, neighbors_ptr, width, num_neighbors,
-                    constant, factor, GUIDED,
+                    cond, uncond, scale, inv_t, tau, lse, v, p, V, neighbors_ptr, width, constant, factor,
+                    GUIDED, COUNT,
                 )  # fmt: skip
                 left = residual(p, tl.minimum(q, p + mass))
             else:

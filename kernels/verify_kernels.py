@@ -163,7 +163,7 @@ def rows_kernel(
         tl.atomic_min(errors_ptr + b, position)
 
     seed = tl.load(seeds_ptr + b)
-    y = tl.to_tensor(0).to(tl.int64)
+    y = token * 0
     if GREEDY or CARRY == 0:
         best = float("-inf")
         code = 0
