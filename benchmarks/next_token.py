@@ -211,7 +211,7 @@ def measure(sizes: list[str], batches: list[int]) -> dict[str, Any]:
                     )
                 print(table(rows[-len(DEPTHS) :]), flush=True)
     notes = (
-        f"one core, float32, {SEGMENT} steps a segment, median of {REPEATS}; a step is one forward pass and one draw"
+        f"one core, CPU time, float32, {SEGMENT} steps a segment, median of {REPEATS}; a step is one forward pass and one draw"
     )
     return report(benchmark="next_token", notes=notes, read_bandwidth_gb_s=round(bandwidth / 1e9, 2), rows=rows)
 

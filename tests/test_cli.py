@@ -112,6 +112,16 @@ class TestGenerate:
         generate(model, "-o", "b.png", "-n", "2", "--labels")
         assert Image.open("b.png").height > Image.open("a.png").height
 
+    def test_threads_are_those_asked_for_and_one_for_a_small_model(self, model: str) -> None:
+        before = torch.get_num_threads()
+        try:
+            generate(model, "-o", "a.png", "--threads", "2")
+            assert torch.get_num_threads() == 2
+            generate(model, "-o", "b.png")
+            assert torch.get_num_threads() == 1
+        finally:
+            torch.set_num_threads(before)
+
     def test_batch_size_does_not_matter(self, model: str) -> None:
         generate(model, "-o", "a.png", "-n", "3")
         generate(model, "-o", "b.png", "-n", "3", "--batch-size", "1")
@@ -127,6 +137,7 @@ class TestFailures:
         (["generate", "x", "-o", "/nowhere/out.png"], "the folder /nowhere does not exist"),
         (["generate", "x", "-o", "out.jpg"], "must be a .png file"),
         (["generate", "x", "--columns", "0"], "--columns must be at least 1"),
+        (["generate", "x", "--threads", "0"], "--threads must be at least 1"),
         (["generate", "x", "-s", "jacoby"], "did you mean jacobi"),
         (["generate", "x", "--set", "window"], "name=value"),
         (["generate", "x", "--dtype", "int8"], "dtype must be one of"),
