@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.kernels.language import launch_options, triton
-from vargen.kernels.verify_kernels import stats_kernel
+from vargen.kernels import rows as row_functions
+from vargen.kernels.language import jit, launch_options, tl, triton
 from vargen.kernels.verify_twin import Setting
 from vargen.kernels.window import Draft, Verdict, VerifyNoise
 
@@ -126,10 +126,48 @@ def _label_stats(labels: Tensor, law: dict[str, Any], search: dict[str, Any]) ->
     stats = torch.empty(batch, rows, 2, dtype=torch.float32, device=labels.device)
     strides = {f"stride_{axis}": stride for axis, stride in zip("gbw", labels.stride(), strict=False)}
     own = strides | {"logits_ptr": labels, "GUIDED": branches == 2, "stats_ptr": stats, "W": rows}
-    stats_kernel[(rows, batch)](**law | search | own)
+    _stats_kernel[(rows, batch)](**law | search | own)
     return stats
 
 
 def dense_rows(logits: Tensor) -> Tensor:
     """The same logits with codes next to each other."""
     return logits if logits.stride(-1) == 1 else logits.contiguous()
+
+
+@jit(do_not_specialize=["k"])
+def _stats_kernel(
+    logits_ptr,  # G B W V
+    stride_g,
+    stride_b,
+    stride_w,
+    scales_ptr,
+    scale,
+    inv_t,
+    k,
+    top_p,
+    V,
+    stats_ptr,  # B W 2
+    W,
+    GUIDED: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Threshold and log-normaliser of every row, for labels that come without them."""
+    w = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    if PER_IMAGE:
+        scale = tl.load(scales_ptr + b)
+    cond = logits_ptr + b * stride_b + w * stride_w
+    uncond = cond + stride_g
+    z = row_functions.load_tile(cond, uncond, scale, inv_t, 0, V, GUIDED, BLOCK)
+    tau, lse = row_functions.row_stats(
+        z, cond, uncond, scale, inv_t, V, k, top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES
+    )
+    tl.store(stats_ptr + 2 * (b * W + w), tau)
+    tl.store(stats_ptr + 2 * (b * W + w) + 1, lse)

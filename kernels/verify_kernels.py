@@ -317,39 +317,3 @@ def finish_kernel(
             tl.store(y_ptr + at, code.to(tl.int64))
             z_code = rows.load_code(cond, uncond, scale, inv_t, code, GUIDED)
             tl.store(y_prob_ptr + at, rows.law_of(z_code, tau, lse))
-
-
-@jit(do_not_specialize=["k"])
-def stats_kernel(
-    logits_ptr,  # G B W V
-    stride_g,
-    stride_b,
-    stride_w,
-    scales_ptr,
-    scale,
-    inv_t,
-    k,
-    top_p,
-    V,
-    stats_ptr,  # B W 2
-    W,
-    GUIDED: tl.constexpr,
-    PER_IMAGE: tl.constexpr,
-    SPARSE: tl.constexpr,
-    NUCLEUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-    PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
-):
-    """Threshold and log-normaliser of every row, for labels that come without them."""
-    w = tl.program_id(0)
-    b = tl.program_id(1).to(tl.int64)
-    if PER_IMAGE:
-        scale = tl.load(scales_ptr + b)
-    cond = logits_ptr + b * stride_b + w * stride_w
-    uncond = cond + stride_g
-    z = rows.load_tile(cond, uncond, scale, inv_t, 0, V, GUIDED, BLOCK)
-    tau, lse = rows.row_stats(z, cond, uncond, scale, inv_t, V, k, top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
-    tl.store(stats_ptr + 2 * (b * W + w), tau)
-    tl.store(stats_ptr + 2 * (b * W + w) + 1, lse)

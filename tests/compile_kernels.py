@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vargen.kernels import draw, language, nearest, relaxed_kernels, shift, verify_kernels, warp
+from vargen.kernels import draw, language, launch, nearest, relaxed_kernels, shift, verify_kernels, warp
 
 POINTERS = {
     "*bf16": "logits label",
@@ -38,7 +38,7 @@ def kernels():
     finish = {**LAW, **WINDOW, "WINDOW": 32}
     yield warp._warp_kernel, {**LAW, **SEARCH}
     yield draw._draw_kernel, {**LAW, **SEARCH, "GREEDY": False, "STEPPED": True, "GIVEN": False}
-    yield verify_kernels.stats_kernel, {**LAW, **SEARCH}
+    yield launch._stats_kernel, {**LAW, **SEARCH}
     for carry in (0, 1, 2):
         yield verify_kernels.rows_kernel, {**rows, "CARRY": carry, "HALF": 0, "CLOSE": False, "DIM": 16}
     yield verify_kernels.rows_kernel, {**rows, "CARRY": 2, **GROUP}
