@@ -1,4 +1,4 @@
-"""What samplers ask of a backbone: the window session.
+"""What samplers ask of a backbone: the window session, and the steps of a decode schedule.
 
 A stream is the sequence of code slots 0..S-1 that follows the condition. ``open`` runs the condition, ``step`` scores a
 window of proposals in one forward, ``commit`` makes a prefix (or a tree path) of it permanent. Randomness lives in the
@@ -10,7 +10,10 @@ R = G * B rows, branch-major (row ``g * B + b`` is image b of branch g).
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from enum import IntEnum
+from functools import cached_property
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -135,3 +138,86 @@ class Backbone(Protocol):
     def embed(self, codes: Tensor) -> Tensor:
         """Input embeddings of codes, ``[...]`` to ``[..., D]``."""
         ...
+
+
+class Item(IntEnum):
+    """What an item of a scheduled forward pass stands for; ``Step.index`` says which one."""
+
+    CONDITION = 0  # condition position i
+    CODE = 1  # the code at position p; where it is not drawn yet, the model's mask embedding
+    SPECIAL = 2  # learned token i
+    QUERY = 3  # a question for the code at position p
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass of a decode schedule: w items in, g codes out.
+
+    An item sees the slot s iff the stamp written there is not later than its view, ``tau[s] <= nu``, and always itself.
+    """
+
+    kinds: Tensor  # [w] int64, of Item
+    index: Tensor  # [w] int64 condition position, code position or number of the learned token
+    slots: Tensor  # [w] int64 cache slot, -1 = the item leaves nothing behind
+    tau: Tensor  # [w] int64 stamps
+    nu: Tensor  # [w] int64 views
+    targets: Tensor  # [g] int64 positions of the codes that are drawn
+    mix: (
+        Tensor  # [H, g, w] float32: logits of target i = sum over heads h and items j of mix[h, i, j] * head_h(item j)
+    )
+    commit: Tensor  # [w] bool; False = forgotten after the pass
+    counted: int = 0  # codes made before, as a guidance interval counts them
+
+    @cached_property
+    def parts(self) -> tuple[tuple[Item, Tensor | None, Tensor], ...]:
+        """The items by kind: (kind, their columns or None for all, their index)."""
+        found = self.kinds.unique().tolist()
+        if len(found) == 1:
+            return ((Item(found[0]), None, self.index),)
+        columns = [(kind, (self.kinds == kind).nonzero().flatten()) for kind in found]
+        return tuple((Item(kind), where, self.index[where]) for kind, where in columns)
+
+    @cached_property
+    def heads(self) -> tuple[int, ...]:
+        """Heads that are read."""
+        return tuple(int(h) for h in self.mix.flatten(1).any(1).nonzero().flatten())
+
+    @cached_property
+    def start(self) -> int | None:
+        """First slot, where the items fill consecutive slots for good and see whatever is stamped before them."""
+        first = int(self.slots[0])
+        steady = bool(self.commit.all()) and torch.equal(self.tau, self.nu) and first >= 0
+        line = torch.arange(first, first + len(self.slots), device=self.slots.device)
+        return first if steady and torch.equal(self.slots, line) and bool((self.tau.diff() >= 0).all()) else None
+
+    @cached_property
+    def forgotten(self) -> Tensor | None:
+        """Slots to erase after the pass."""
+        gone = self.slots[~self.commit & (self.slots >= 0)]
+        return gone if len(gone) else None
+
+
+def neighbors(grid_size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Which predecessors guess each code of a grid, one head for each axis, the last axis first (NAR, arXiv:2503.10696).
+
+    Head 0 of a cell guesses the next cell of its row, head 1 the cell below, head 2 the same cell of the next frame.
+    The guesses of all predecessors that exist are averaged; the first code is guessed by all heads of the condition.
+
+    Args:
+        grid_size: (h, w) or (t, h, w).
+
+    Returns:
+        Positions [H, N] int64, -1 = the last condition position, and weights [H, N] float32 that sum to 1 over heads.
+
+    Example:
+        >>> neighbors((2, 2))[1].tolist()
+        [[0.5, 1.0, 0.0, 0.5], [0.5, 0.0, 1.0, 0.5]]
+    """
+    cells = torch.cartesian_prod(*[torch.arange(side) for side in grid_size]).reshape(-1, len(grid_size))  # N axes
+    strides = torch.tensor([math.prod(grid_size[axis + 1 :]) for axis in range(len(grid_size))])
+    inside = (cells > 0).flip(1).T  # H N
+    positions = torch.arange(len(cells)) - strides.flip(0)[:, None]
+    positions = torch.where(inside, positions, 0)
+    inside, positions = inside.clone(), positions.clone()
+    inside[:, 0], positions[:, 0] = True, -1
+    return positions, inside.float() / inside.sum(0)
