@@ -27,6 +27,10 @@ else:
 GOLDEN = Path(__file__).parent / "golden"
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore::RuntimeWarning:triton.runtime.interpreter")  # log(0), inf - inf
+
+
 def pytest_collection_modifyitems(items):
     if not torch.cuda.is_available():
         for item in items:

@@ -1,10 +1,17 @@
 """Draws have the law of the warped logits, depend on seed and position only, and the kernel draws the twin's codes."""
 
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from scipy.stats import chi2
 
+from vargen.kernels import rows
 from vargen.kernels.draw import draw, new_errors, raise_errors
+from vargen.kernels.language import jit, tl
 from vargen.kernels.warp import warp_logits
 from vargen.random import Stream, gumbel
 
@@ -152,6 +159,28 @@ def test_kernel_takes_strided_views_explicit_noise_and_a_scale_per_image(on_kern
     assert torch.equal(on_kernel(draw, view, guidance_scale=scales, noise=noise, top_k=20, **where), twin)
 
 
+def test_the_noise_on_chip_is_the_noise_of_the_twin(on_kernel):
+    """Same bits; the logarithms may differ in their last digits, which is what near ties can hang on."""
+    where = {"seeds": torch.tensor([5, -9, 1 << 62]), "positions": torch.tensor([[0, 3], [7, 1 << 20], [2, 2]])}
+
+    def write(seeds, positions):
+        out = torch.empty(3, 2, 256, device=seeds.device)
+        _noise_kernel[(6,)](seeds, positions, out, W=2, BLOCK=256)
+        return out
+
+    noise, twin = on_kernel(write, **where), gumbel(**where, num_codes=256)
+    assert torch.allclose(noise, twin, rtol=2e-6, atol=2e-6)
+    assert noise.max() > 6
+
+
+@jit
+def _noise_kernel(seeds, positions, out, W: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0)
+    seed, position = tl.load(seeds + row // W), tl.load(positions + row)
+    noise = rows.gumbel_tile(seed, position, position * 0, position * 0, 0, BLOCK)
+    tl.store(out + row * BLOCK + tl.arange(0, BLOCK), noise)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_codes", [1024, 4096, 16384, 65536])
 def test_compiled_kernel_differs_at_near_ties_only(num_codes):
@@ -177,3 +206,20 @@ def test_operator_survives_compilation():
 
     logits = torch.randn(2, 2, 2, 16)
     assert torch.equal(torch.compile(step, fullgraph=True, backend="aot_eager")(logits), step(logits))
+
+
+def test_everything_imports_and_draws_without_triton():
+    code = """
+import sys
+sys.modules["triton"] = None
+import torch
+from vargen.kernels import draw, nearest, relaxed, rules, shift, verify
+logits, seeds, positions = torch.randn(2, 3, 2, 9), torch.arange(3), torch.arange(2).expand(3, 2)
+draw.draw(logits, seeds=seeds, positions=positions, guidance_scale=2.0, top_k=3)
+verify.verify_window(
+    logits, verify.Draft.none(3, 2), carry="maximal", seeds=seeds, positions=positions, iteration=seeds, num_rows=seeds
+)
+assert rules.accept.fn(torch.tensor(0.5), torch.tensor(0.5), torch.tensor(0.9))
+"""
+    root = Path(__file__).resolve().parents[1]
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(root)}, check=True)

@@ -56,6 +56,15 @@ def test_counter_is_position_lane_stream_iteration():
             assert torch.equal(bits[image, column], philox4x32(key, torch.tensor(lanes)).flatten()[:10])
 
 
+def test_the_two_implementations_agree(monkeypatch):
+    """On the CPU numpy computes the words, elsewhere and inside torch.compile the integer operators of PyTorch."""
+    numpy_words = random_bits(SEEDS, POSITIONS, 1001, Stream.FRESH, torch.tensor([1, (1 << 32) - 1, 3]))
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert torch.equal(
+        random_bits(SEEDS, POSITIONS, 1001, Stream.FRESH, torch.tensor([1, (1 << 32) - 1, 3])), numpy_words
+    )
+
+
 def test_a_row_does_not_depend_on_the_batch_or_on_how_work_is_cut(monkeypatch):
     whole = gumbel(SEEDS, POSITIONS, 1000, Stream.FRESH, torch.tensor([1, 2, 3]))
     alone = gumbel(SEEDS[1:2], POSITIONS[1:2, 2:3], 1000, Stream.FRESH, torch.tensor([2]))
@@ -81,9 +90,8 @@ def test_uniform_is_a_24_bit_truncation_below_one():
 
 def test_gumbel_follows_its_formula_at_the_ends(monkeypatch):
     words = torch.tensor([0, 1, 1 << 16, 1 << 31, MASK - 1, MASK])
-    monkeypatch.setattr(
-        "vargen.random._philox", lambda *a: (words[:4][None], words[2:][None], words[:4][None], words[:4][None])
-    )
+    lanes = [words[:4][None], words[2:][None], words[:4][None], words[:4][None]]
+    monkeypatch.setattr("vargen.random._lanes", lambda *arguments: [(slice(0, 1), lanes)])
     g = gumbel(torch.zeros(1, dtype=torch.int64), torch.zeros(1, 1, dtype=torch.int64), 16)[0, 0].view(4, 4)
     exact = -torch.log(-torch.log1p(-(words.double() + 0.5) * 2.0**-32))
     assert torch.allclose(g[:, 0].double(), exact[:4], atol=1e-5)
