@@ -54,8 +54,8 @@ class _Guarantee:
 class LanternSampler(WindowSampler):
     """Draft a tree of codes, verify it in one forward pass, relaxed or exact.
 
-    ``drafter=`` of ``sample`` (``pipe.drafter``) is an ``EagleDrafter`` of the backbone, or a small backbone over the same
-    codes. The neighbours come from the codebook of ``tokenizer=``, or as ``neighbors=``, a table ``[V, K]``.
+    ``drafter=`` of ``sample`` is an ``EagleDrafter`` of the backbone (``pipe.eagle``), or a small backbone over the same codes
+    (``pipe.drafter``). The neighbours come from the codebook of ``tokenizer=``, or as ``neighbors=``, a table ``[V, K]``.
 
     What the relaxed law ``out`` of a code keeps of the target's law ``p``, given the codes before it, with the residuals
     "paper" and "optimal", whatever the drafter proposes: LANTERN++ emits no code more than ``lam`` times as often,

@@ -43,6 +43,11 @@ class TreeVerdict:
 
 def check_draft_model(sampler: Any, backbone: Any, drafter: Any) -> None:
     """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
+    if drafter is None:
+        raise ValueError(
+            f"{type(sampler).__name__} needs drafter=, an EagleDrafter of the backbone (pipe.eagle) or a small backbone over "
+            "the same codes (pipe.drafter)"
+        )
     if hasattr(drafter, "open_drafts"):
         drafter.check_backbone(backbone)
         return

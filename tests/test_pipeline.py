@@ -364,7 +364,7 @@ class TestFolders:
         loaded.set_progress_bar_config(disable=True)
         assert loaded.sampler == pipe.sampler
         assert torch.equal(codes(loaded, seed=3), codes(pipe, seed=3))
-        assert sorted(loaded.components) == ["backbone", "conditioner", "drafter", "sampler", "tokenizer"]
+        assert sorted(loaded.components) == ["backbone", "conditioner", "drafter", "eagle", "sampler", "tokenizer"]
 
     def test_index_names_public_classes(self, pipe: ImagePipeline, tmp_path: Path) -> None:
         pipe.save_pretrained(tmp_path)

@@ -18,7 +18,14 @@ from vargen.hub import resolve_model
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, ImagePipelineOutput, SamplerOutput
 from vargen.pipelines import inputs
-from vargen.pipelines.components import dtype_argument, explain_failure, index_entry, read_index, register_library
+from vargen.pipelines.components import (
+    choose_drafter,
+    dtype_argument,
+    explain_failure,
+    index_entry,
+    read_index,
+    register_library,
+)
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
 from vargen.random import image_seeds
@@ -40,6 +47,8 @@ class ImagePipeline(DiffusionPipeline):
         sampler: draws codes from the backbone; a small frozen object that holds settings.
         conditioner: turns prompts or class names into what the backbone reads; without one, class labels are ids.
         drafter: a small backbone, for samplers that draft with one.
+        eagle: a drafter on the backbone's hidden states; samplers that read those (``LanternSampler``) take it in place of
+            ``drafter``, set it to None to have them draft with the small backbone.
 
     Raises:
         ValueError: tokenizer and backbone have different codebook sizes.
@@ -50,16 +59,23 @@ class ImagePipeline(DiffusionPipeline):
         >>> pipe("deep elf with a red cloak", num_images_per_prompt=4, seed=7).images[0]  # doctest: +SKIP
     """
 
-    model_cpu_offload_seq = "conditioner->drafter->backbone->tokenizer"
-    _optional_components = ["conditioner", "drafter"]  # noqa: RUF012 - diffusers reads a list
+    model_cpu_offload_seq = "conditioner->drafter->eagle->backbone->tokenizer"
+    _optional_components = ["conditioner", "drafter", "eagle"]  # noqa: RUF012 - diffusers reads a list
     _callback_tensor_inputs = ("codes", "num_committed")
 
     def __init__(
-        self, tokenizer: Any, backbone: Any, sampler: Any, conditioner: Any = None, drafter: Any = None
+        self,
+        tokenizer: Any,
+        backbone: Any,
+        sampler: Any,
+        conditioner: Any = None,
+        drafter: Any = None,
+        eagle: Any = None,
     ) -> None:
         super().__init__()
+        drafters = {"drafter": drafter, "eagle": eagle}
         self.register_modules(
-            tokenizer=tokenizer, backbone=backbone, sampler=sampler, conditioner=conditioner, drafter=drafter
+            tokenizer=tokenizer, backbone=backbone, sampler=sampler, conditioner=conditioner, **drafters
         )
         self._interrupt = False
         self._check_components()
@@ -251,7 +267,7 @@ class ImagePipeline(DiffusionPipeline):
                 condition,
                 seeds=seeds,
                 tokenizer=self.tokenizer,
-                drafter=self.drafter,
+                drafter=choose_drafter(sampler, self.drafter, self.eagle),
                 callback=watch,
             )
         except DecodeInterrupted as stop:
@@ -283,10 +299,9 @@ class ImagePipeline(DiffusionPipeline):
         return [component for component in self.components.values() if isinstance(component, nn.Module)]
 
     def _check_components(self) -> None:
-        sizes = {
-            name: getattr(getattr(self, name), "codebook_size", None) for name in ("tokenizer", "backbone", "drafter")
-        }
-        for name in ("tokenizer", "drafter"):
+        over_codes = ("tokenizer", "backbone", "drafter", "eagle")
+        sizes = {name: getattr(getattr(self, name), "codebook_size", None) for name in over_codes}
+        for name in ("tokenizer", "drafter", "eagle"):
             if None not in (sizes[name], sizes["backbone"]) and sizes[name] != sizes["backbone"]:
                 raise ValueError(
                     f"{name} and backbone must have the same codebook size, got {sizes[name]} and {sizes['backbone']}; "
