@@ -22,6 +22,8 @@ TASKS = {  # name -> (module, class); imported when asked for
     "eagle": ("vargen.training.drafter", "DrafterTask"),
     "multiscale-vq": ("vargen.training.multiscale_vq", "MultiScaleVQTask"),
     "var": ("vargen.training.var", "VARTask"),
+    "nar": ("vargen.training.nar", "NARTask"),
+    "kl": ("vargen.training.kl", "KLTask"),
 }
 _EVAL_STREAM = 1  # added to the recipe's seed: evaluation heroes are another stream, of the test split
 
