@@ -174,6 +174,12 @@ def _var_tokenizer_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     return var_tokenizer_manifest(state_dict)
 
 
+def _kl_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    from vargen.mar_manifests import kl_manifest
+
+    return kl_manifest(state_dict)
+
+
 _builders: dict[str, Builder] = {
     "llamagen-c2i": _llamagen_manifest,
     "llamagen-t2i": _llamagen_manifest,
@@ -181,6 +187,7 @@ _builders: dict[str, Builder] = {
     "taming-vqgan": _taming_manifest,
     "var": _var_manifest,
     "var-vqvae": _var_tokenizer_manifest,
+    "kl-autoencoder": _kl_manifest,
 }
 
 
@@ -281,7 +288,8 @@ def convert_checkpoint(
         raise CheckpointError(f"cannot convert {path}: no known family has its keys")
     if family.loader not in vargen.__all__:
         raise CheckpointError(f"cannot convert {path}: it looks like a {family.title} ({family.loader})")
-    model = getattr(vargen, family.loader).from_original(state_dict, **config)
+    loader = getattr(vargen, family.loader)  # a class, or the function that fills another library's class
+    model = getattr(loader, "from_original", loader)(state_dict, **config)
     with atomic_dir(out_dir, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
     return Path(out_dir)
