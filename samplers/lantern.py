@@ -71,10 +71,11 @@ class LanternSampler(WindowSampler):
         lam: at least 1, of "lantern++". Published: 5 to 20.
         residual: what remains of the law when a proposal is rejected: ``"paper"``, ``"optimal"`` (closest to the target;
             k <= 16), or ``"upstream"``, the released code, for which no bound holds.
-        tree: ``"naive_extend_57"``, ``"mc_sim_7b_63"``, ``"mc_sim_7b_63_balanced"``, ``"reverse_balanced_25"``,
-            ``"medusa_2_7b_63"``, ``"chain"``, ``"siblings"`` (``branching`` proposals for one slot), or ``"dynamic"``, the
-            likeliest paths under the drafter (EAGLE-2).
-        depth: longest path of proposals, of "chain" and "dynamic".
+        tree: ``"chain"``, one proposal a slot: what relaxation accepts anyway needs no siblings, and depth pays. Or
+            ``"naive_extend_57"`` (the published one of LANTERN++), ``"mc_sim_7b_63"``, ``"mc_sim_7b_63_balanced"``,
+            ``"reverse_balanced_25"``, ``"medusa_2_7b_63"``, ``"siblings"`` (``branching`` proposals for one slot), or
+            ``"dynamic"``, the likeliest paths under the drafter (EAGLE-2).
+        depth: longest path of proposals, of "chain" and "dynamic". Published: 5.
         branching: children of a node, of "siblings" and "dynamic".
         num_nodes: of "dynamic", the last permanent code included.
         proposal: how siblings are chosen: drawn ``"without_replacement"``, drawn ``"with_replacement"``, or ``"top"``, the
@@ -93,8 +94,8 @@ class LanternSampler(WindowSampler):
     delta: float = 0.1
     lam: float = 5.0
     residual: Literal["paper", "optimal", "upstream"] = "paper"
-    tree: str = "naive_extend_57"
-    depth: int = 5
+    tree: str = "chain"
+    depth: int = 8
     branching: int = 10
     num_nodes: int = 59
     proposal: Literal["auto", "without_replacement", "with_replacement", "top"] = "auto"

@@ -225,7 +225,9 @@ class Recorded(LanternSampler):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("settings", [{}, {"guidance_scale": 2.0}, {"tree": "dynamic"}, {"tree": "chain"}], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{"tree": "naive_extend_57"}, {"guidance_scale": 2.0}, {"tree": "dynamic", "depth": 5}], ids=str
+)
 def test_both_caches_hold_what_a_plain_pass_over_the_codes_gives(settings):
     backbone, drafter, tokenizer = tiny_backbone(), small(), tiny_tokenizer()
     seen = []

@@ -14,6 +14,7 @@ from safetensors import safe_open
 from tests.conftest import GOLDEN
 from tests.enumeration import chi_square_p, table_law
 from tests.tiny import tiny_backbone, tiny_tokenizer
+from tests.toys import perturbed
 from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
 from tests.tree_toys import TreeSpatial, TreeTabular
 from vargen.samplers import neighbors, walk
@@ -495,7 +496,14 @@ def test_greedy_is_greedy_whatever_the_drafter(tree):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"tree": "chain"}, {"temperature": 0.0}, {"tree": "dynamic", "branching": 2}]
+    "settings",
+    [
+        {"tree": "naive_extend_57"},
+        {"depth": 5},
+        {"tree": "naive_extend_57", "temperature": 0.0},
+        {"tree": "dynamic", "branching": 2},
+    ],
+    ids=str,
 )
 def test_a_perfect_drafter_fills_the_tree(settings):
     """Five proposals and the code behind them a pass; the last codes of an image may need less."""
@@ -511,7 +519,7 @@ def test_a_perfect_drafter_fills_the_tree(settings):
 
 
 @pytest.mark.parametrize(
-    "settings", [{}, {"tree": "chain"}, {"temperature": 0.0}, {"tree": "dynamic", "branching": 2}]
+    "settings", [{"tree": "naive_extend_57"}, {}, {"temperature": 0.0}, {"tree": "dynamic", "branching": 2}], ids=str
 )
 def test_forced_codes_are_kept(settings):
     forced = torch.tensor([0, 2, -1, 1, -1, -1])
@@ -539,9 +547,7 @@ def test_statistics_count_what_was_kept():
     output = draw_codes(LanternSampler(relaxation="none", tree="chain", depth=3), 50)
     extra, trace = output.stats.extra, output.stats.commit_trace
     walks = sum(int(t.max()) for t in trace)  # passes behind the prefill, over all images
-    assert extra["mean_accepted"] == pytest.approx(
-        (50 * 5 - walks + int((trace[:, -1] > 0).sum()) * 0) / walks, abs=1.0
-    )
+    assert extra["mean_accepted"] == pytest.approx((50 * 5 - walks) / walks)  # and the code behind them, every pass
     assert extra["relaxed_share"] == 0
     assert len(extra["acceptance_by_depth"]) == 3
     relaxed = draw_codes(LanternSampler(tree="chain", depth=3, k=1), 50, neighbors=TABLE).stats.extra
@@ -567,16 +573,15 @@ def test_two_threads_share_one_sampler():
 
 @pytest.mark.slow
 def test_relaxation_pays_on_flat_laws():
-    """At least half as many codes again a pass as the same chain verified exactly, at the default relaxation."""
-    target, drafter = TreeSpatial(), TreeSpatial(blur=0.6)
-    table = nearest_codes(target.embedding, 10)
-    labels = torch.zeros(4, dtype=torch.int64)
-    rates = []
-    for relaxation in ("none", "lantern++"):
-        sampler = LanternSampler(relaxation=relaxation, tree="chain", top_k=128)
-        output = sampler.sample(target, labels, seeds=range(4), drafter=drafter, neighbors=table)
-        rates.append(output.stats.tokens_per_forward(256))
-    assert rates[1] >= 1.5 * rates[0]
+    """At the default settings, at least half as many codes again a pass as the same drafts verified exactly."""
+    target = TreeSpatial()
+    labels, table = torch.zeros(4, dtype=torch.int64), nearest_codes(target.embedding, 10)
+    for drafter in (perturbed(target, 0.3), perturbed(target, 0.6)):  # good and fair: total variation 0.19, 0.36
+        rates = []
+        for sampler in (LanternSampler(relaxation="none", top_k=128), LanternSampler(top_k=128)):
+            output = sampler.sample(target, labels, seeds=range(4), drafter=drafter, neighbors=table)
+            rates.append(output.stats.tokens_per_forward(256))
+        assert rates[1] >= 1.5 * rates[0]
 
 
 # ------------------------------------------------------------------------------------------------- settings and errors
@@ -663,11 +668,12 @@ def test_trees_need_tree_masks():
     from tests.toys import TabularBackbone
 
     plain, labels = TabularBackbone(3, (2, 3), seed=0), torch.zeros(2, dtype=torch.int64)
+    tree = LanternSampler(relaxation="none", tree="mc_sim_7b_63")
     with pytest.raises(ValueError, match="needs a backbone with tree_mask"):
-        LanternSampler(relaxation="none").sample(plain, labels, seeds=[0, 1], drafter=plain)
+        tree.sample(plain, labels, seeds=[0, 1], drafter=plain)
     with pytest.raises(ValueError, match="needs a drafter with tree_mask"):
-        LanternSampler(relaxation="none").sample(TARGET, labels, seeds=[0, 1], drafter=plain)
-    LanternSampler(relaxation="none", tree="chain").sample(plain, labels, seeds=[0, 1], drafter=plain)
+        tree.sample(TARGET, labels, seeds=[0, 1], drafter=plain)
+    LanternSampler(relaxation="none").sample(plain, labels, seeds=[0, 1], drafter=plain)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.0])
@@ -675,7 +681,7 @@ def test_nan_logits_are_named(temperature):
     backbone = TreeTabular(3, (2, 3), seed=0)
     backbone.table = backbone.table.clone()
     backbone.table[:, :, backbone.first[2] :] = math.nan
-    sampler = LanternSampler(relaxation="none", temperature=temperature)
+    sampler = LanternSampler(relaxation="none", temperature=temperature, tree="mc_sim_7b_63")
     with pytest.raises(ValueError, match="NaN"):
         sampler.sample(backbone, torch.zeros(2, dtype=torch.int64), seeds=[0, 1], drafter=DRAFT)
 

@@ -476,7 +476,7 @@ class TestHelpers:
 
 
 SHIPPED = registry.shipped_models()
-MODEL_LIMIT, ALL_LIMIT = 9e6, 28e6  # bytes: the largest pair with its drafter, and all models together
+PAIR_LIMIT, DRAFTER_LIMIT, ALL_LIMIT = 8e6, 1e6, 28e6  # bytes: tokenizer and backbone, each drafter, all models
 
 
 @pytest.mark.parametrize("model", SHIPPED, ids=[model.name for model in SHIPPED])
@@ -494,7 +494,10 @@ class TestShipped:
         assert np.isclose(both[1], alone[0], atol=1e-3).mean() > 0.9
 
     def test_is_small_and_has_a_card(self, model: registry.ShippedModel) -> None:
-        assert model.num_bytes < MODEL_LIMIT
+        sizes = {n: sum(f.stat().st_size for f in (model.folder / n).glob("*")) for n in model.components}
+        drafters = [sizes.pop(name) for name in ("drafter", "eagle") if name in sizes]
+        assert sum(sizes.values()) < PAIR_LIMIT
+        assert max(drafters, default=0) < DRAFTER_LIMIT
         assert model.summary, f"{model.folder}/README.md says nothing"
 
 

@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from vargen.backbones.eagle import EagleDrafter
+from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.files import atomic_dir
+from vargen.files import atomic_dir, atomic_write
+from vargen.pipelines.components import index_entry, read_index
 from vargen.pipelines.image import ImagePipeline
 from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
@@ -70,6 +73,54 @@ def export_pipeline(
         text = json.dumps({name: fact for name, fact in facts.items() if fact}, indent=1)
         (beside / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
     return Path(folder)
+
+
+def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = False) -> Path:
+    """Write an "eagle" run as the component ``eagle`` of a pipeline folder, weights as float16 safetensors.
+
+    Args:
+        run: folder of the run; the averaged weights of its newest checkpoint are taken.
+        folder: pipeline folder of the backbone that the drafter was trained on.
+        overwrite: allow replacing the folder's drafter.
+
+    Returns:
+        The component's folder.
+
+    Raises:
+        ValueError: not such a run, no checkpoint yet, not a pipeline folder, it has an ``eagle`` already, or its backbone is
+            another one.
+    """
+    folder = Path(folder)
+    index = read_index(folder)
+    drafter = load_drafter(run)
+    drafter.check_backbone(LlamaGenTransformer.from_pretrained(folder / "backbone"))
+    with atomic_dir(folder / "eagle", overwrite=overwrite) as beside:
+        drafter.save_pretrained(beside)
+        for file in beside.glob("*.safetensors"):
+            halve_weights(file)
+    index["eagle"] = list(index_entry(drafter))
+    record = folder / TRAINING_FILE
+    facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    facts["eagle"] = _facts(run)
+    texts = {folder / "model_index.json": json.dumps(dict(sorted(index.items())), indent=2)}
+    for file, text in {**texts, record: json.dumps(facts, indent=1)}.items():
+        with atomic_write(file, overwrite=True) as beside:
+            beside.write_text(text + "\n", encoding="utf-8")
+    return folder / "eagle"
+
+
+def load_drafter(run: str | Path) -> EagleDrafter:
+    """Build the drafter of an "eagle" run with its averaged weights, in evaluation mode.
+
+    Raises:
+        ValueError: not a run of this task, or no checkpoint yet.
+    """
+    recipe, weights = read_run(run)
+    if recipe.task != "eagle":
+        raise ValueError(f"{run} is a run of task {recipe.task!r}, an EAGLE drafter needs a run of task 'eagle'")
+    model: EagleDrafter = make_task(recipe).build(initialize=False)  # type: ignore[assignment]
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def load_transformer(run: str | Path) -> Any:
