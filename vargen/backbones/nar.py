@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from functools import reduce
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -165,10 +166,16 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         """Normalise states as one head reads them."""
         return getattr(self, self.heads[head][0])(states)
 
-    def head_logits(self, head: int, states: Tensor) -> Tensor:
-        """[R, g, D] to [R, g, V]."""
-        logits = getattr(self, self.heads[head][1])(states)
-        return logits if self.config.code_rank is None else F.linear(logits, self.tok_embeddings.weight)
+    def head_output(self, head: int, states: Tensor) -> Tensor:
+        """[R, g, D] to [R, g, V], or [R, g, r] with a shared table."""
+        out = getattr(self, self.heads[head][1])(states)
+        return out.float() if self.config.code_rank is None else out
+
+    def to_logits(self, outputs: Tensor) -> Tensor:
+        """Mixed outputs of the heads to [R, g, V] float32."""
+        if self.config.code_rank is not None:
+            outputs = F.linear(outputs, self.tok_embeddings.weight)
+        return outputs.float()
 
     def rope_table(self) -> Tensor | None:  # type: ignore[override]
         """As LlamaGen's; None for videos."""
@@ -211,15 +218,15 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         mask = order if present is None else padding_mask(present, x.shape[1], order)
         x = self.tok_dropout(x + self.abs_pe if self.is_video else x)
         states = self.forward_full(x, positions=index, mask=mask, taps=self.taps)
+        heads = range(len(self.heads))
         if parts:
-            rows = range(len(self.heads))
             shown = states[:, :, self.num_condition_tokens - 1 :]
-            return torch.stack([self.head_logits(k, self.head_norm(k, shown[k])).float() for k in rows])
-        total: Any = 0.0
-        for k in range(len(self.heads)):
+            return torch.stack([self.to_logits(self.head_output(k, self.head_norm(k, shown[k]))) for k in heads])
+        outputs = []
+        for k in heads:
             near = self.head_norm(k, states[k])[:, sources[k]] * weights[k, :, None].to(x.dtype)
-            total = total + self.head_logits(k, near).float()
-        return total
+            outputs.append(self.head_output(k, near))
+        return self.to_logits(reduce(torch.add, outputs))
 
     def _order_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Proximity mask [L, L] bool; row of the input [H, N] and weight [H, N] with which each head guesses a code."""

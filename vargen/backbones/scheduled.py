@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import reduce
 from typing import Any, ClassVar
 
 import torch
@@ -55,9 +56,13 @@ class ScheduledBackbone(ItemTransformer):
         """Numbers of layers after which the heads read, ascending; None = one head after the last layer."""
         return None
 
-    def head_logits(self, head: int, states: Tensor) -> Tensor:
-        """Logits of one head: normalised states [R, g, D] to [R, g, V]."""
+    def head_output(self, head: int, states: Tensor) -> Tensor:
+        """Apply the linear map of one head: normalised states [R, g, D] to [R, g, V]."""
         raise NotImplementedError
+
+    def to_logits(self, outputs: Tensor) -> Tensor:
+        """Mixed outputs of the heads to [R, g, V] float32."""
+        return outputs.float()
 
     def head_norm(self, head: int, states: Tensor) -> Tensor:
         """Normalise states [R, w, D] as one head reads them."""
@@ -163,13 +168,11 @@ class ScheduledBackbone(ItemTransformer):
 
         A head is linear, so states are mixed in front of it.
         """
-        total: Tensor | None = None
+        outputs = []
         for head in step.heads:
             normed = self.head_norm(head, states if self.taps is None else states[head])
-            logits = self.head_logits(head, step.mix[head].to(normed.dtype) @ normed).float()
-            total = logits if total is None else total + logits
-        assert total is not None
-        return total
+            outputs.append(self.head_output(head, step.mix[head].to(normed.dtype) @ normed))
+        return self.to_logits(reduce(torch.add, outputs))
 
     def _embed_codes(self, codes: Tensor) -> Tensor:
         unknown = self.unknown_embedding()
