@@ -9,12 +9,11 @@ Letters: B images, K scales, n_k codes of scale k, L all codes, V codebook, C ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vargen.kernels.draw import draw
@@ -22,55 +21,11 @@ from vargen.kernels.warp import warp_logits
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel, seed_tensor
 from vargen.samplers.base import Sampler, check_choice, check_integer, check_seeds
+from vargen.samplers.scale_editing import check_forced_codes
+from vargen.samplers.scale_state import NextScaleState, Noise
 
 RAMPS = ("linear", "constant")
 SMOOTH_TEMPERATURE = (0.27, 0.95, 0.005)  # start, share that is lost by the last scale, floor: the official constants
-KEPT_WHOLE = 3  # scales of up to so many codes are kept whole when an image is edited, as in the official notebook
-
-Noise = Callable[[int, Stream, tuple[int, int, int]], Tensor]
-
-
-@dataclass
-class NextScaleState:
-    """Everything that changes while a batch is decoded, and what ``stream`` yields."""
-
-    backbone: Any
-    tokenizer: Any
-    condition: Any  # as given, for the second model
-    session: Any
-    seeds: list[int]
-    keys: Tensor  # [B] int64
-    total: Tensor  # [B, C, h, w] float32 sum of the scales drawn so far
-    forced: list[Tensor] | None  # K times [B, n_k], -1 where free
-    noise: Noise | None
-    drafter: Any = None  # the model of the first scales, in collaborative decoding
-    scales: list[Tensor] = field(default_factory=list)  # drawn so far, [B, n_k] int64 each
-    inputs: list[Tensor] = field(
-        default_factory=list
-    )  # [B, n_k, C] what scales 1, 2, ... read: kept for a second model
-    num_forwards: int = 0  # of both models
-    num_drafter_forwards: int = 0
-    done: bool = False
-
-    @property
-    def sizes(self) -> list[int]:
-        """n_k of every scale."""
-        return [h * w for h, w in self.tokenizer.scales]
-
-    @property
-    def codes(self) -> Tensor:
-        """[B, L] int64 codes of all scales one after the other, -1 where nothing is drawn yet."""
-        drawn = torch.cat(self.scales, dim=1)
-        return F.pad(drawn, (0, sum(self.sizes) - drawn.shape[1]), value=-1)
-
-    @property
-    def num_committed(self) -> Tensor:
-        """[B] int64 codes drawn."""
-        return torch.full_like(self.keys, sum(part.shape[1] for part in self.scales))
-
-    def preview(self) -> Tensor:
-        """Decode the picture so far: ``[B, 3, H, W]`` around [-1, 1], at full size whatever the scale."""
-        return self.tokenizer.decode_latents(self.total)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,7 +95,8 @@ class NextScaleSampler(Sampler):
             backbone, condition, seeds: as in ``sample``.
             tokenizer: a multi-scale tokenizer with the backbone's scales.
             drafter: the model of the first scales, with ``refine_scale``.
-            forced_codes: K tensors ``[n_k]`` or ``[B, n_k]`` of codes fixed beforehand, -1 where free, see ``keep_codes``.
+            forced_codes: K tensors ``[n_k]`` or ``[B, n_k]`` of codes fixed beforehand, -1 where free, see
+                ``vargen.samplers.scale_editing.keep_codes``.
             noise: replaces the counter-based noise: ``noise(k, stream, (B, n_k, V))`` returns Gumbel numbers, first for
                 ``Stream.GUMBEL``, then with ``smooth`` for ``Stream.FRESH``.
         """
@@ -149,7 +105,7 @@ class NextScaleSampler(Sampler):
         first = backbone if not self.refine_scale else drafter
         prepared = first.prepare(condition, guidance_scale=self._widest_guidance(first))
         listed = check_seeds(seeds, prepared.batch)
-        forced = self._check_forced(forced_codes, tokenizer, len(listed))
+        forced = None if forced_codes is None else check_forced_codes(forced_codes, tokenizer, len(listed))
         session, out = first.open(prepared)
         state = NextScaleState(
             backbone=backbone,
@@ -195,20 +151,23 @@ class NextScaleSampler(Sampler):
         )
         return SamplerOutput(state.scales, state.seeds, stats, latents=state.total)
 
-    def _finish_step(self, state: NextScaleState, logits: Tensor) -> NextScaleState:
-        """Draw the scale that ``logits [G, B, n_k, V]`` predict and add it to the picture."""
-        k, num_scales = len(state.scales), len(state.sizes)
+    def draw_scale(self, state: NextScaleState, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the next scale from its logits ``[G, B, n_k, V]``: codes ``[B, n_k]`` and their vectors ``[B, n_k, C]``.
+
+        The one place that knows what a backbone says about a position; override it for anything but one choice of V.
+        """
+        k = len(state.scales)
         start = sum(state.sizes[:k])
         positions = torch.arange(start, start + state.sizes[k], device=logits.device).expand(len(state.seeds), -1)
         warp: dict[str, Any] = {
-            "guidance_scale": self.guidance_at(k, num_scales),
+            "guidance_scale": self.guidance_at(k, len(state.sizes)),
             "temperature": self.temperature,
             "top_k": self.top_k,
             "top_p": self.top_p,
         }
         shape = (len(state.seeds), state.sizes[k], logits.shape[-1])
-        given = None if state.noise is None else state.noise(k, Stream.GUMBEL, shape)
-        codes = draw(logits, seeds=state.keys, positions=positions, noise=given, **warp)
+        noise = None if state.noise is None else state.noise(k, Stream.GUMBEL, shape)
+        codes = draw(logits, seeds=state.keys, positions=positions, noise=noise, **warp)
         fixed = None if state.forced is None else state.forced[k].to(codes.device)
         if fixed is not None:
             codes = torch.where(fixed >= 0, fixed, codes)
@@ -216,10 +175,16 @@ class NextScaleSampler(Sampler):
         if self.smooth:
             soft = self._soft_vectors(state, warp_logits(logits, **warp), positions, k)
             vectors = soft if fixed is None else torch.where((fixed >= 0)[..., None], vectors, soft)
-        state.total = state.tokenizer.accumulate(state.total, vectors, k)
+        return codes, vectors
+
+    def _finish_step(self, state: NextScaleState, logits: Tensor) -> NextScaleState:
+        """Draw the scale that ``logits`` predict and add it to the picture."""
+        codes, vectors = self.draw_scale(state, logits)
+        state.total = state.tokenizer.accumulate(state.total, vectors, len(state.scales))
         state.scales.append(codes)
         state.num_forwards += 1
         state.num_drafter_forwards += state.drafter is not None
+        num_scales = len(state.sizes)
         state.done = len(state.scales) == min(num_scales, self.stop_scale or num_scales)
         return state
 
@@ -273,55 +238,3 @@ class NextScaleSampler(Sampler):
         for name in ("guidance_stop_scale", "stop_scale", "refine_scale"):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), low=0, high=count, hint=f"the model has {count} scales")
-
-    @staticmethod
-    def _check_forced(forced: Sequence[Tensor] | None, tokenizer: Any, num_images: int) -> list[Tensor] | None:
-        if forced is None:
-            return None
-        sizes = [h * w for h, w in tokenizer.scales]
-        if len(forced) != len(sizes):
-            raise ValueError(f"forced_codes must hold one tensor a scale, {len(sizes)}, got {len(forced)}")
-        checked = []
-        for k, (codes, size) in enumerate(zip(forced, sizes, strict=True)):
-            codes = torch.as_tensor(codes)
-            if codes.is_floating_point() or codes.shape not in ((size,), (num_images, size)):
-                got = f"{codes.dtype} {list(codes.shape)}"
-                raise ValueError(
-                    f"forced_codes of scale {k} must be integers [{size}] or [{num_images}, {size}], got {got}"
-                )
-            if bool(((codes < -1) | (codes >= tokenizer.codebook_size)).any()):
-                raise ValueError(
-                    f"forced_codes must lie in 0..{tokenizer.codebook_size - 1}, or -1 where free, at scale {k}"
-                )
-            checked.append(codes.long().expand(num_images, -1))
-        return checked
-
-
-def keep_codes(codes: Sequence[Tensor], keep: Tensor, scales: Sequence[tuple[int, int]]) -> list[Tensor]:
-    """Forced codes that keep a part of an image and leave the rest to be drawn: in-painting and editing.
-
-    With the null class as condition the hole is filled in, with a class it is edited towards that class (arXiv:2404.02905,
-    section 5.3).
-
-    Args:
-        codes: K tensors ``[B, n_k]`` of the image to edit, from ``tokenizer.encode``.
-        keep: ``[h, w]`` or ``[B, h, w]`` bool at the size of the last scale, True = keep.
-        scales: (h_k, w_k), ``tokenizer.scales``.
-
-    Returns:
-        K tensors ``[B, n_k]``, -1 where free. A cell of a scale is kept when more than half of it is; the coarsest scale of
-        one code is always kept.
-    """
-    batch = len(codes[0])
-    mask = keep.float().expand(batch, *keep.shape[-2:])[:, None]  # B 1 h w
-    if mask.shape[-2:] != tuple(scales[-1]):
-        raise ValueError(
-            f"keep must have the size of the last scale {tuple(scales[-1])}, got {tuple(keep.shape[-2:])}"
-        )
-    forced = []
-    for picked, (height, width) in zip(codes, scales, strict=True):
-        kept = F.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False)[:, 0].flatten(1) > 0.5
-        if height * width <= KEPT_WHOLE:
-            kept = torch.ones_like(kept)
-        forced.append(torch.where(kept, picked, -1))
-    return forced

@@ -14,8 +14,9 @@ from vargen.backbones.var import VARTransformer
 from vargen.kernels.warp import warp_logits
 from vargen.pipelines.image import ImagePipeline
 from vargen.random import Stream
-from vargen.samplers.next_scale import NextScaleSampler, keep_codes
+from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.scale_editing import keep_codes
 from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "var"

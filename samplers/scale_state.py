@@ -1,0 +1,88 @@
+"""What next-scale sampling carries from scale to scale, and what it asks of the tokenizer.
+
+Letters: B images, K scales, n_k codes of scale k, L all codes, V codebook, C channels, h w the last scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vargen.random import Stream
+
+Noise = Callable[[int, Stream, tuple[int, int, int]], Tensor]
+
+
+class ScaleTokenizer(Protocol):
+    """How codes become a picture: all that differs between residual, pyramid and bitwise tokenizers."""
+
+    scales: tuple[tuple[int, int], ...]  # (h_k, w_k), coarse to fine
+    codebook_size: int  # V
+
+    def blank(self, num_images: int) -> Tensor:
+        """The empty picture ``[B, C, h, w]`` float32."""
+        ...
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """Codes ``[B, n]`` to vectors ``[B, n, C]`` float32."""
+        ...
+
+    def accumulate(self, total: Tensor, vectors: Tensor, k: int) -> Tensor:
+        """The picture ``[B, C, h, w]`` with the vectors ``[B, n_k, C]`` of scale k in it: enlargement, phi and sum."""
+        ...
+
+    def shrink(self, total: Tensor, size: tuple[int, int]) -> Tensor:
+        """The picture at a scale, ``[B, n_k, C]``: what the backbone reads there."""
+        ...
+
+    def decode_latents(self, latents: Tensor) -> Tensor:
+        """The picture ``[B, C, h, w]`` as pixels ``[B, 3, H, W]`` around [-1, 1]."""
+        ...
+
+
+@dataclass
+class NextScaleState:
+    """Everything that changes while a batch is decoded, and what ``stream`` yields."""
+
+    backbone: Any
+    tokenizer: Any
+    condition: Any  # as given, for the second model
+    session: Any
+    seeds: list[int]
+    keys: Tensor  # [B] int64
+    total: Tensor  # [B, C, h, w] float32 sum of the scales drawn so far
+    forced: list[Tensor] | None  # K times [B, n_k], -1 where free
+    noise: Noise | None
+    drafter: Any = None  # the model of the first scales, in collaborative decoding
+    scales: list[Tensor] = field(default_factory=list)  # drawn so far, [B, n_k] int64 each
+    inputs: list[Tensor] = field(
+        default_factory=list
+    )  # [B, n_k, C] what scales 1, 2, ... read: kept for a second model
+    num_forwards: int = 0  # of both models
+    num_drafter_forwards: int = 0
+    done: bool = False
+
+    @property
+    def sizes(self) -> list[int]:
+        """n_k of every scale."""
+        return [h * w for h, w in self.tokenizer.scales]
+
+    @property
+    def codes(self) -> Tensor:
+        """[B, L] int64 codes of all scales one after the other, -1 where nothing is drawn yet."""
+        drawn = torch.cat(self.scales, dim=1)
+        return F.pad(drawn, (0, sum(self.sizes) - drawn.shape[1]), value=-1)
+
+    @property
+    def num_committed(self) -> Tensor:
+        """[B] int64 codes drawn."""
+        return torch.full_like(self.keys, sum(part.shape[1] for part in self.scales))
+
+    def preview(self) -> Tensor:
+        """Decode the picture so far: ``[B, 3, H, W]`` around [-1, 1], at full size whatever the scale."""
+        return self.tokenizer.decode_latents(self.total)
