@@ -242,14 +242,16 @@ def test_image_depends_neither_on_the_number_of_images_nor_on_an_interruption(tm
 
     with pytest.raises(KeyboardInterrupt):
         generate(pipe, class_conditions(NUM_CLASSES, 11), tmp_path / "stopped", chunk=4, seed=5, progress=stop)
-    assert len(list((tmp_path / "stopped" / "shards").iterdir())) == 2
+    assert len(list((tmp_path / "stopped" / "chunks").iterdir())) == 2
     resumed = generate(pipe, class_conditions(NUM_CLASSES, 11), tmp_path / "stopped", chunk=4, seed=5)
     assert resumed.num_drawn == 3
     assert torch.equal(ordered_images(tmp_path / "stopped"), whole)
-    assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == ["manifest.json", "samples.npz"]
+    assert sorted(p.name for p in (tmp_path / "stopped").iterdir()) == ["chunks", "claims", "images", "manifest.json"]
+    assert not list((tmp_path / "stopped" / "claims").iterdir())
     again = generate(pipe, class_conditions(NUM_CLASSES, 11), tmp_path / "stopped", chunk=4, seed=5)
     assert again.num_drawn == 0
-    assert again.decode_record() == {}
+    assert again.decode_record() == resumed.decode_record()
+    assert again.decode_record()["images"] == 11
 
 
 def test_images_are_those_of_the_pipeline_call(tmp_path):
@@ -265,7 +267,7 @@ def test_images_are_those_of_the_pipeline_call(tmp_path):
 def test_folder_of_other_settings_is_refused(tmp_path):
     pipe = tiny_pipeline()
     generate(pipe, class_conditions(NUM_CLASSES, 2), tmp_path / "out", record={"model": "a"})
-    before = (tmp_path / "out" / "samples.npz").read_bytes()
+    before = (tmp_path / "out" / "images" / "00000000.npy").read_bytes()
     for changed, name in (
         ({"seed": 1}, "seed"),
         ({"record": {"model": "b"}}, "model"),
@@ -277,7 +279,7 @@ def test_folder_of_other_settings_is_refused(tmp_path):
         one_line(error)
     with pytest.raises(ValueError, match="different conditions"):
         generate(pipe, class_conditions(1, 2), tmp_path / "out", record={"model": "a"})
-    assert (tmp_path / "out" / "samples.npz").read_bytes() == before
+    assert (tmp_path / "out" / "images" / "00000000.npy").read_bytes() == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("keep")
     with pytest.raises(ValueError, match="is not empty and holds no evaluation"):
@@ -328,8 +330,9 @@ def test_class_conditional_model_against_a_folder_and_published_moments(network,
     pipe = tiny_pipeline()
     folder = save_folder(tmp_path / "real", random_images(20))
     first = evaluate_fid(
-        pipe, tmp_path / "out", num=10, reference=folder, conditions=class_conditions(NUM_CLASSES, 10), network=network
-    )
+        pipe, tmp_path / "out", num=10, reference=folder, conditions=class_conditions(NUM_CLASSES, 10), network=network,
+        npz=True,
+    )  # fmt: skip
     assert first.attributes is None
     assert first.results[0]["floor_sets"] == "two halves of the reference"
     with pytest.raises(ValueError, match="say what the model shall draw"):

@@ -103,7 +103,9 @@ def pick_device(device: str | None) -> str:
     import torch
 
     if device is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        # processes of one launch get a GPU each
+        number = int(os.environ.get("LOCAL_RANK", "0") or 0) % max(torch.cuda.device_count(), 1)
+        return f"cuda:{number}" if torch.cuda.is_available() else "cpu"
     try:
         kind = torch.device(device).type
     except RuntimeError:
@@ -125,5 +127,5 @@ def pick_dtype(name: str) -> Any:
 
 
 def is_terminal() -> bool:
-    """Whether a person watches."""
-    return sys.stderr.isatty()
+    """Whether a person watches: of several processes, the first."""
+    return sys.stderr.isatty() and os.environ.get("RANK", "0") in ("", "0")

@@ -27,6 +27,7 @@ Rounding = Annotated[str, typer.Option(help="How pixels become 8 bits: nearest, 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
 Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Infinity = Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many images.")]
+Interval = Annotated[bool, typer.Option("--interval", help="Also compute a 95 % interval of the distance.")]
 Score = Annotated[bool, typer.Option("--inception-score", help="Also compute the score from the network's logits.")]
 
 
@@ -50,16 +51,24 @@ def fid(
     seed: Annotated[int, typer.Option(help="Image i uses seed + i.")] = 0,
     rounding: Rounding = "nearest",
     infinity: Infinity = False,
+    interval: Interval = False,
     inception_score: Score = False,
+    no_images: Annotated[bool, typer.Option("--no-images", help="Keep features and digests, not the images.")] = False,
+    npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM's evaluator.")] = False,
+    timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that hangs.")] = 1800.0,
     device: Device = None,
     dtype: Dtype = "float32",
 ) -> None:
     """Draw images and compare them with real ones.
 
+    Start it under accelerate launch or torchrun, or several times on one folder, and the processes share the work; kill
+    it at any point, and the same command goes on. The images do not depend on either.
+
     \b
     Examples:
       vargen eval fid --model heroes32-llamagen --num 2000 --out eval-heroes
       vargen eval fid --sampler jacobi --set window=16 --out eval-jacobi
+      accelerate launch --num_processes 8 -m vargen eval fid --num 50000 --out eval-50k
       vargen eval fid -m ./llamagen-b --classes 1000 -n 50000 --reference stats.npz --network inception --out eval-c2i
     """
     from vargen.metrics import conditions as given
@@ -91,10 +100,15 @@ def fid(
             settings=_common.read_settings(settings or []),
             model=model,
             infinity=infinity,
+            interval=interval,
             inception_score=inception_score,
+            keep_images=not no_images,
+            npz=npz,
+            timeout=timeout,
             progress=progress,
         )
-    _show(report, out)
+    if report is not None:
+        _show(report, out)
 
 
 @app.command("compare")
@@ -107,6 +121,7 @@ def compare(
     tap: Tap = None,
     weights: Weights = None,
     infinity: Infinity = False,
+    interval: Interval = False,
     inception_score: Score = False,
     device: Device = None,
 ) -> None:
@@ -125,6 +140,7 @@ def compare(
             b,
             network=_features(network, weights, tap, device),
             infinity=infinity,
+            interval=interval,
             inception_score=inception_score,
             progress=progress,
         )

@@ -64,4 +64,6 @@ class FeatureListMetric(QuantisedMetric):
         kept = getattr(self, name)
         if isinstance(kept, list) and not kept:
             return torch.zeros(0, self.num_features, dtype=torch.float64, device=self.device)
+        if isinstance(kept, list) and len(kept) == 1:
+            return kept[0]  # perhaps a memory map: no copy
         return dim_zero_cat(kept)

@@ -18,6 +18,14 @@ def file_digest(path: str | Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
+def state_digest(module: Any) -> str:
+    """Return the SHA-256 of a module's names and values as hex digits."""
+    digest = hashlib.sha256()
+    for name, value in module.state_dict().items():
+        digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
 @contextmanager
 def open_npz(path: str | Path) -> Iterator[Any]:
     """Open an npz without unpickling; a missing, truncated or foreign file is one ValueError."""

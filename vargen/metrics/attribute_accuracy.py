@@ -83,9 +83,17 @@ class AttributeAccuracy(Metric):
                 f"attributes and visible must be {(len(images), num_slots)}, "
                 f"got {tuple(attributes.shape)} and {tuple(visible.shape)}"
             )
+        self.add_found(self.find(images, attributes), attributes, visible)
+
+    def find(self, images: Tensor, attributes: Tensor) -> Tensor:
+        """Return ``[B, 2, S]`` int64: what the classifier sees in the images, and in real heroes of the same labels."""
         pictures = torch.from_numpy(compose(attributes.cpu().numpy())).permute(0, 3, 1, 2)
-        self.found.append(self.classifier.predict(images).to(self.device))
-        self.real.append(self.classifier.predict(pictures).to(self.device))
+        return torch.stack([self.classifier.predict(images).cpu(), self.classifier.predict(pictures).cpu()], 1)
+
+    def add_found(self, found: Tensor, attributes: Tensor, visible: Tensor) -> None:
+        """Add what ``find`` returned earlier."""
+        self.found.append(found[:, 0].to(self.device))
+        self.real.append(found[:, 1].to(self.device))
         self.asked.append(attributes.to(self.device))
         self.counted.append(visible.to(self.device))
 

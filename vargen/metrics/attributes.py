@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from vargen.data.atlas import HeroAtlas
 from vargen.data.heroes import HeroesDataset, sample_heroes
 from vargen.files import atomic_write
+from vargen.metrics._files import state_digest
 
 CLASSIFIER_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "heroes32-classifier"
 _CONFIG, _WEIGHTS = "classifier.json", "model.safetensors"
@@ -55,6 +56,10 @@ class AttributeClassifier(nn.Module):
         """Build an untrained classifier for the shipped atlas."""
         atlas = HeroAtlas.load()
         return cls([list(atlas.slot_ids(slot)) for slot in atlas.slots])
+
+    def digest(self) -> str:
+        """Return hex digits that change with the weights."""
+        return state_digest(self)
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """Score every slot.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from vargen.metrics.heroes import Heroes, draw_heroes
+from vargen.metrics.heroes import HeroLabels, hero_labels
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Conditions:
     source: str
     prompts: list[str] | None = None
     class_labels: list[int] | None = None
-    heroes: Heroes | None = None
+    heroes: HeroLabels | None = None
 
     def __len__(self) -> int:
         return len(self.values())
@@ -38,7 +38,7 @@ class Conditions:
 
 def hero_conditions(num: int, *, held_out: bool = False) -> Conditions:
     """Return captions of fresh test heroes, drawn with the heroes' own law."""
-    heroes = draw_heroes(num, "prompts", held_out=held_out)
+    heroes = hero_labels(num, "prompts", held_out=held_out)
     kind = "held-out pairs" if held_out else "any pair"
     return Conditions(f"captions of fresh test heroes ({kind})", prompts=heroes.captions, heroes=heroes)
 

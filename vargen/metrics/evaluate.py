@@ -6,37 +6,26 @@ the same metric between real images stands beside it (the floor).
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
 from vargen.images import Rounding
 from vargen.metrics.attribute_accuracy import AttributeAccuracy
 from vargen.metrics.conditions import Conditions, hero_conditions
-from vargen.metrics.features import FeatureBank, Progress, extract, extract_cached
-from vargen.metrics.frechet import FrechetDistance, frechet_infinity, statistics_distance
-from vargen.metrics.generate import CHUNK, generate, ordered_images, samples_file
-from vargen.metrics.heroes import draw_heroes
-from vargen.metrics.images import ImageSet, NpzImages, read_images
+from vargen.metrics.distances import distances, load_reference, logit_score, score_of, stored_score
+from vargen.metrics.features import Progress, extract, stored_bank
+from vargen.metrics.generate import CHUNK, TIMEOUT, Measure, generate, ordered_images, pack, process_rank
+from vargen.metrics.images import ImageSet, read_images
 from vargen.metrics.inception_score import InceptionScore
-from vargen.metrics.kernel import KernelDistance
-from vargen.metrics.networks import NAMES, FeatureNetwork, feature_network
-from vargen.metrics.precision_recall import ManifoldPrecisionRecall, precision_recall
+from vargen.metrics.networks import FeatureNetwork, feature_network
 from vargen.metrics.report import Report, environment
-from vargen.metrics.results import MetricResult
-from vargen.metrics.statistics import GaussianStatistics
-
-MAX_MANIFOLD = 10_000  # images a side for precision and recall, as the field takes; more are cut
-
-
-@dataclass(frozen=True)
-class Reference:
-    """Features of the real images, and of a second real set where there is one."""
-
-    bank: FeatureBank
-    floor: tuple[FeatureBank, FeatureBank] | None
-    floor_sets: str
-    source: str
+from vargen.metrics.run_folder import RunImages
 
 
 def evaluate_fid(
@@ -53,10 +42,17 @@ def evaluate_fid(
     settings: dict[str, Any] | None = None,
     model: str = "",
     infinity: bool = False,
+    interval: bool = False,
     inception_score: bool = False,
+    keep_images: bool = True,
+    npz: bool = False,
+    timeout: float = TIMEOUT,
     progress: Progress | None = None,
-) -> Report:
+) -> Report | None:
     """Draw ``num`` images and compare them with real ones.
+
+    Started several times on one folder, under ``accelerate launch``, torchrun or by hand, on one machine or on several
+    with a common file system, the processes share the drawing; the images are the same whatever their number.
 
     Args:
         pipe: an ``ImagePipeline``.
@@ -71,22 +67,34 @@ def evaluate_fid(
         settings: keywords of the pipeline call.
         model: name for the report.
         infinity: also extrapolate the distance to infinitely many images.
+        interval: also compute the standard error of the distance, from which a 95 % interval follows.
         inception_score: also compute it, from the network's logits.
+        keep_images: False stores features, digests and the first images only.
+        npz: also write ``samples.npz`` for ADM's evaluator.
+        timeout: seconds to wait for other processes while nothing gets finished.
         progress: called as the work goes on.
 
     Returns:
-        The report, already written as ``report.json``, ``report.md`` and ``grid.png``.
+        The report, already written as ``report.json``, ``report.md`` and ``grid.png``; None on every rank but the first,
+        where only images are drawn.
+
+    Raises:
+        ValueError: unusable settings, a folder of another run, a full disk, another process that hangs.
     """
     if num < 2:
         raise ValueError(f"num must be at least 2, got {num}; distances need a covariance")
+    if npz and not keep_images:
+        raise ValueError("samples.npz holds the images: keep_images=False cannot be combined with npz=True")
     network = feature_network(network)
     conditions = conditions or _default_conditions(reference, num)
     # everything that can fail for want of a file comes before the drawing
     attributes = AttributeAccuracy() if conditions.heroes is not None else None
-    score = _inception_score(network) if inception_score else None
-    real = load_reference(reference, num, network, progress=progress)
+    score = logit_score(network) if inception_score else None
+    first = process_rank() == 0
+    real = load_reference(reference, num, network, progress=progress) if first else None
     dtype = str(getattr(pipe, "dtype", "")).removeprefix("torch.")
     record = {"model": model, "sampler": sampler_record(pipe), "dtype": dtype}
+    measures = _Measures(network, score, attributes, conditions, keep_images)
     drawn = generate(
         pipe,
         conditions,
@@ -96,27 +104,87 @@ def evaluate_fid(
         rounding=rounding,
         settings=settings,
         record=record,
+        measures=measures.functions(),
+        keep_images=keep_images,
+        timeout=timeout,
         progress=progress,
     )
-    images: ImageSet = NpzImages(samples_file(out))
-    images.name = "generated images"
-    results = _distances(real, extract(images, network, progress=progress), network, rounding, infinity=infinity)
+    if real is None:
+        return None
+    shape = RunImages(out).shape if keep_images else None
+    bank = stored_bank("generated images", drawn.measured(measures.features), shape)
+    results = distances(real, bank, network, rounding, infinity=infinity, interval=interval)
     if score is not None:
-        results.append(_score_of(score, images, rounding))
+        results.append(stored_score(score, torch.from_numpy(drawn.measured(measures.logits)), rounding))
     if attributes is not None and conditions.heroes is not None:
-        attributes.update(ordered_images(out), conditions.heroes.attributes, conditions.heroes.visible)
+        found = torch.from_numpy(drawn.measured(measures.attributes)).long()
+        attributes.add_found(found, conditions.heroes.attributes, conditions.heroes.visible)
+    if npz:
+        pack(drawn, Path(out) / "samples.npz")
     protocol = {"num": num, "seed": seed, "chunk": chunk, "rounding": rounding, "conditions": conditions.source}
+    digests = drawn.run.digests()
     report = Report(
         kind="fid",
         subject={**record, "settings": settings or {}},
-        protocol={**protocol, "reference": real.source},
+        protocol={**protocol, "reference": real.source, "images_digest": _joint_digest(digests)},
         results=[r.to_dict() for r in results],
         attributes=attributes.result().to_dict() if attributes is not None else None,
         decode=drawn.decode_record(),
         environment=environment(pipe),
     )
-    report.write(out, grid=ordered_images(out, 64), captions=[str(v) for v in conditions.values()])
+    drawn.discard_maps()
+    grid = ordered_images(out, 64) if keep_images else drawn.run.images(0)
+    report.write(out, grid=grid, captions=[str(v) for v in conditions.values()[:64]])
     return report
+
+
+@dataclass(frozen=True)
+class _Measures:
+    """What is computed on every chunk as it is drawn, and the names under which the results are kept."""
+
+    network: FeatureNetwork
+    score: InceptionScore | None
+    accuracy: AttributeAccuracy | None
+    conditions: Conditions
+    keep_images: bool
+
+    @property
+    def features(self) -> str:
+        return f"features-{self.network.digest()[:16]}"
+
+    @property
+    def logits(self) -> str:
+        assert self.score is not None
+        return f"logits-{self.score.inception.digest()[:16]}"
+
+    @property
+    def attributes(self) -> str:
+        assert self.accuracy is not None
+        return f"attributes-{self.accuracy.classifier.digest()[:16]}"
+
+    def functions(self) -> dict[str, Measure]:
+        functions: dict[str, Measure] = {self.features: lambda images, _: _features(self.network, images)}
+        if self.score is not None:
+            inception = self.score.inception
+            functions[self.logits] = lambda images, _: _features(inception, images)
+        if self.accuracy is not None:
+            functions[self.attributes] = self._find
+        return functions
+
+    def _find(self, images: Tensor, start: int) -> np.ndarray:
+        assert self.accuracy is not None
+        assert self.conditions.heroes is not None
+        asked = self.conditions.heroes.attributes[start : start + len(images)]
+        return self.accuracy.find(images, asked).to(torch.int16).numpy()
+
+
+def _features(network: FeatureNetwork, images: Tensor) -> np.ndarray:
+    device = next((p.device for p in network.parameters()), torch.device("cpu"))
+    return network(images.to(device)).cpu().numpy()
+
+
+def _joint_digest(digests: list[str]) -> str:
+    return hashlib.sha256("".join(digests).encode()).hexdigest()[:16]
 
 
 def compare(
@@ -125,6 +193,7 @@ def compare(
     *,
     network: str | FeatureNetwork = "lite0",
     infinity: bool = False,
+    interval: bool = False,
     inception_score: bool = False,
     progress: Progress | None = None,
 ) -> Report:
@@ -137,9 +206,9 @@ def compare(
     images = read_images(a)
     real = load_reference(b, images.num_images, network, progress=progress)
     bank = extract(images, network, progress=progress)
-    results = _distances(real, bank, network, "given as uint8", infinity=infinity)
+    results = distances(real, bank, network, "given as uint8", infinity=infinity, interval=interval)
     if inception_score:
-        results.append(_score_of(_inception_score(network), images, "given as uint8"))
+        results.append(score_of(logit_score(network), images, "given as uint8"))
     return Report(
         kind="compare",
         subject={"images": images.name},
@@ -147,27 +216,6 @@ def compare(
         results=[r.to_dict() for r in results],
         environment=environment(None),
     )
-
-
-def load_reference(
-    reference: str | Path | ImageSet, num: int, network: FeatureNetwork, *, progress: Progress | None = None
-) -> Reference:
-    """Return features of real images, cached where their digest allows it."""
-    if isinstance(reference, str) and reference == "heroes":
-        first, second = (draw_heroes(num, stream).image_set(f"{stream} heroes") for stream in ("reference", "floor"))
-        bank, other = (extract_cached(s, network, progress=progress) for s in (first, second))
-        return Reference(bank, (bank, other), "two fresh sets of real heroes", f"{num} fresh heroes")
-    if isinstance(reference, str | Path) and _holds_moments(Path(reference)):
-        statistics = GaussianStatistics.load(reference)
-        if statistics.num_features != network.num_features:
-            raise ValueError(
-                f"{reference} holds statistics of {statistics.num_features} features, {network.label} has "
-                f"{network.num_features}; they come from another network"
-            )
-        return Reference(FeatureBank(str(reference), statistics, None), None, "", f"statistics {reference}")
-    images = read_images(reference)
-    bank = extract_cached(images, network, progress=progress)
-    return Reference(bank, bank.halves(), "two halves of the reference", f"{len(bank)} images of {images.name}")
 
 
 def sampler_record(pipe: Any) -> dict[str, Any]:
@@ -185,104 +233,3 @@ def _default_conditions(reference: str | Path, num: int) -> Conditions:
             "say what the model shall draw: a file of prompts (--prompts) or a number of classes (--classes)"
         )
     return hero_conditions(num)
-
-
-def _distances(
-    real: Reference, generated: FeatureBank, network: FeatureNetwork, rounding: str, *, infinity: bool
-) -> list[MetricResult]:
-    """Compute every metric that the kept features allow, each with its floor."""
-    if real.bank.shape is not None and real.bank.shape != generated.shape:
-        sizes = f"{generated.name}: {_text(generated.shape)}, {real.bank.name}: {_text(real.bank.shape)}"
-        raise ValueError(f"image sizes differ ({sizes}); resize one set first, for the filter is part of the number")
-    floor: dict[str, Any] = {}
-    if real.floor is not None:
-        a, b = real.floor
-        floor = {"floor_counts": (len(a), len(b)), "floor_sets": real.floor_sets}
-    frechet = FrechetDistance(network)
-    frechet.rounding_used = rounding
-    frechet.set_real(real.bank.statistics)
-    fields = {**floor, "floor": statistics_distance(*(x.statistics for x in real.floor))} if real.floor else {}
-    if infinity:
-        fields["infinity"] = _infinity(generated, real.bank)
-    frechet.set_fake(generated.statistics)
-    results: list[MetricResult] = [frechet.result(**fields)]
-    if real.bank.features is None or generated.features is None:
-        return results
-    return results + _list_metrics(real, generated, network, rounding, floor)
-
-
-def _list_metrics(
-    real: Reference, generated: FeatureBank, network: FeatureNetwork, rounding: str, floor: dict[str, Any]
-) -> list[MetricResult]:
-    assert real.bank.features is not None
-    assert generated.features is not None
-    results: list[MetricResult] = []
-    if min(len(real.bank), len(generated)) >= 4:
-        kernel = KernelDistance(network)
-        kernel.rounding_used = rounding
-        kernel.add_features(real.bank.features, True)
-        kernel.add_features(generated.features, False)
-        results.append(kernel.result(**_kernel_floor(real, floor, network)))
-        least = min(len(real.bank), len(generated), MAX_MANIFOLD)  # equal counts, or recall is not comparable
-        manifold = ManifoldPrecisionRecall(network)
-        manifold.rounding_used = rounding
-        manifold.add_features(real.bank.features[:least], True)
-        manifold.add_features(generated.features[:least], False)
-        results.append(manifold.result(**_manifold_floor(real, floor)))
-    return results
-
-
-def _kernel_floor(real: Reference, floor: dict[str, Any], network: FeatureNetwork) -> dict[str, Any]:
-    if real.floor is None or min(map(len, real.floor)) < 4:
-        return {}
-    metric = KernelDistance(network)
-    for bank, side in zip(real.floor, (True, False), strict=True):
-        assert bank.features is not None
-        metric.add_features(bank.features, side)
-    return {**floor, "floor": float(metric.compute()[0])}
-
-
-def _manifold_floor(real: Reference, floor: dict[str, Any]) -> dict[str, Any]:
-    if real.floor is None or min(map(len, real.floor)) < 4:
-        return {}
-    a, b = (bank.features for bank in real.floor)
-    assert a is not None
-    assert b is not None
-    precision, recall = precision_recall(a[:MAX_MANIFOLD], b[:MAX_MANIFOLD])
-    return {**floor, "floor": precision, "floor_recall": recall}
-
-
-def _infinity(generated: FeatureBank, real: FeatureBank) -> float:
-    if generated.features is None:
-        raise ValueError("the extrapolation needs the features of all images, which are too many to keep")
-    return frechet_infinity(generated.features, real.statistics)[0]
-
-
-def _inception_score(network: FeatureNetwork) -> InceptionScore:
-    if network.name not in NAMES:
-        raise ValueError(f"an Inception score needs the network {' or '.join(NAMES)}, got {network.name}")
-    tap = "logits_unbiased" if network.name == "inception" else "logits"
-    logits = feature_network(network.name, network.weights_file, tap=tap)
-    return InceptionScore(logits.to(next(network.parameters()).device))
-
-
-def _score_of(metric: InceptionScore, images: ImageSet, rounding: str) -> MetricResult:
-    metric.splits = min(10, max(1, images.num_images // 100))  # a split of few images says nothing
-    device = next(metric.inception.parameters()).device
-    for batch in images.batches(64):
-        metric.update(batch.to(device))
-    metric.rounding_used = rounding
-    return metric.result()
-
-
-def _holds_moments(path: Path) -> bool:
-    if path.suffix != ".npz" or not path.is_file():
-        return False
-    from vargen.metrics._files import open_npz
-
-    with open_npz(path) as file:
-        return "mu" in file and "sigma" in file
-
-
-def _text(shape: tuple[int, int] | None) -> str:
-    return f"{shape[1]}x{shape[0]}" if shape else "unknown"

@@ -32,7 +32,7 @@ MAX_KEPT = (
 
 @dataclass(frozen=True)
 class FeatureBank:
-    """Features of an image set: sums always, ``features [N, D]`` float32 unless they are too many."""
+    """Features of an image set: sums always, ``features [N, D]`` float32 (perhaps on disk) unless they are too many."""
 
     name: str
     statistics: GaussianStatistics
@@ -49,6 +49,12 @@ class FeatureBank:
         parts = self.features[0::2], self.features[1::2]
         a, b = (FeatureBank(self.name, GaussianStatistics.from_features(x), x, self.shape) for x in parts)
         return a, b
+
+
+def stored_bank(name: str, features: np.ndarray, shape: tuple[int, int] | None) -> FeatureBank:
+    """Return the bank of ``[N, D]`` features in a memory map, which stay on disk."""
+    tensor = torch.from_numpy(features)
+    return FeatureBank(name, GaussianStatistics.from_features(tensor), tensor, shape)
 
 
 def extract(

@@ -6,6 +6,7 @@ perfect model would score; ``prompts`` gives the captions that a model is asked 
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -14,31 +15,66 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.data.atlas import HeroAtlas
+from vargen.data.atlas import ATLAS_FOLDER, HeroAtlas
 from vargen.data.heroes import HeroesDataset, caption
+from vargen.metrics._files import file_digest
 from vargen.metrics.images import TensorImages
 
 Stream = Literal["reference", "floor", "prompts"]
+_LAW = 1  # raise it when heroes of equal seeds change: cached features are then made anew
 _SEEDS: dict[str, int] = {"reference": 7001, "floor": 7002, "prompts": 7003}  # any three different ones
 
 
 @dataclass(frozen=True)
-class Heroes:
-    """Fresh heroes of the test split."""
+class HeroLabels:
+    """What fresh heroes of the test split are made of."""
 
-    images: Tensor  # [N, 3, 32, 32] uint8
     attributes: Tensor  # [N, S] int64, no zeros
     visible: Tensor  # [N, S] bool: a part is there and can be seen
-    figure: Tensor  # [N, 32, 32] bool: pixels that are not background
 
     @property
     def captions(self) -> list[str]:
         """One text an image; empty slots are not mentioned."""
         return [caption(row) for row in self.attributes.numpy()]
 
+
+@dataclass(frozen=True)
+class Heroes(HeroLabels):
+    """Fresh heroes of the test split."""
+
+    images: Tensor  # [N, 3, 32, 32] uint8
+    figure: Tensor  # [N, 32, 32] bool: pixels that are not background
+
     def image_set(self, name: str) -> TensorImages:
         """Return the pictures as an image set."""
         return TensorImages(self.images, name)
+
+
+class HeroImages:
+    """Pictures of the first heroes of a stream as an image set; they are made when they are read."""
+
+    shape = (32, 32)
+
+    def __init__(self, num: int, stream: Stream):
+        self.num_images, self.stream, self.name = num, stream, f"{stream} heroes"
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield uint8 ``[b, 3, 32, 32]``."""
+        data = HeroesDataset(seed=_SEEDS[self.stream], split="test")
+        for indices in _chunks(self.num_images, size):
+            yield _pixels(data.examples(indices)["image"])
+
+    def digest(self) -> str:
+        """Return hex digits that change with the atlas, the stream and the number."""
+        files = "".join(file_digest(file) for file in sorted(ATLAS_FOLDER.iterdir()) if file.is_file())
+        text = f"heroes {_LAW} {self.stream} {_SEEDS[self.stream]} {self.num_images} {files}"
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+def hero_labels(num: int, stream: Stream, *, held_out: bool = False) -> HeroLabels:
+    """Return the labels of ``draw_heroes`` without their pictures."""
+    parts = [(b["attributes"], b["visible"]) for b in _batches(num, stream, held_out)]
+    return HeroLabels(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def draw_heroes(num: int, stream: Stream, *, held_out: bool = False) -> Heroes:
@@ -49,17 +85,25 @@ def draw_heroes(num: int, stream: Stream, *, held_out: bool = False) -> Heroes:
         stream: which; see the module.
         held_out: only (base, weapon) pairs that the training split never shows.
     """
+    masks = torch.tensor(HeroAtlas.load().masks)
+    parts: list[tuple[Tensor, ...]] = []
+    for batch in _batches(num, stream, held_out):
+        images = _pixels(batch["image"])
+        figure = masks[batch["attributes"]].any(1).view(-1, *images.shape[2:])
+        parts.append((batch["attributes"], batch["visible"], images, figure))
+    return Heroes(*(torch.cat(column) for column in zip(*parts, strict=True)))
+
+
+def _batches(num: int, stream: Stream, held_out: bool) -> Iterator[dict[str, Tensor]]:
     if num < 1:
         raise ValueError(f"the number of heroes must be at least 1, got {num}")
     data = HeroesDataset(seed=_SEEDS[stream], split="test", held_out=held_out)
-    masks = torch.tensor(HeroAtlas.load().masks)
-    parts: list[tuple[Tensor, ...]] = []
     for indices in _chunks(num):
-        batch = data.examples(indices)
-        images = (batch["image"] * 127.5 + 127.5).round().to(torch.uint8)
-        figure = masks[batch["attributes"]].any(1).view(-1, *images.shape[2:])
-        parts.append((images, batch["attributes"], batch["visible"], figure))
-    return Heroes(*(torch.cat(column) for column in zip(*parts, strict=True)))
+        yield data.examples(indices)
+
+
+def _pixels(images: Tensor) -> Tensor:
+    return (images * 127.5 + 127.5).round().to(torch.uint8)
 
 
 def _chunks(num: int, size: int = 1000) -> Iterator[np.ndarray]:

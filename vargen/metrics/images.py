@@ -20,6 +20,7 @@ from torch import Tensor
 from vargen.files import atomic_write
 from vargen.images import Rounding
 from vargen.metrics._files import file_digest
+from vargen.metrics.run_folder import RunImages, holds_run
 
 ROUNDINGS = get_args(Rounding)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -180,14 +181,14 @@ class NpzImages:
 
 
 def read_images(source: str | Path | Tensor | ImageSet) -> ImageSet:
-    """Open a folder of images, an npz archive or a uint8 ``[N, 3, H, W]`` tensor as an image set."""
+    """Open a folder of images or of a drawing run, an npz archive or a uint8 ``[N, 3, H, W]`` tensor as an image set."""
     if isinstance(source, Tensor):
         return TensorImages(source)
     if not isinstance(source, str | Path):
         return source
     path = Path(source)
     if path.is_dir():
-        return FolderImages(path)
+        return RunImages(path) if holds_run(path) else FolderImages(path)
     if path.suffix == ".npz":
         return NpzImages(path)
     raise ValueError(f"images must be a folder or an npz file, got {source}: no such folder")

@@ -76,9 +76,13 @@ def resize_like_tensorflow1(x: Tensor, size: int) -> Tensor:
 
 
 class InceptionBody(nn.Module):
-    """Features of one layer: spatial means after the two max pools and Mixed_6e, the 2048-d pool, or logits."""
+    """Features of one layer: spatial means after the two max pools and Mixed_6e, the 2048-d pool, or logits.
 
-    dims = {"64": 64, "192": 192, "768": 768, "2048": 2048, "logits_unbiased": 1008, "logits": 1008}  # noqa: RUF012
+    ``"spatial"`` is the layer of sFID (Nash et al., 2021, arXiv:2103.03841) as ADM's evaluator reads it: the first seven
+    channels of mixed_6/conv at all 17 x 17 places.
+    """
+
+    dims = {"64": 64, "192": 192, "768": 768, "spatial": 2023, "2048": 2048, "logits_unbiased": 1008, "logits": 1008}  # noqa: RUF012
 
     def __init__(self, *, tap: str = "2048", antialias: bool = True):
         super().__init__()
@@ -99,6 +103,8 @@ class InceptionBody(nn.Module):
         if self.tap == "192":
             return x.mean((2, 3))
         for name in ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e"):
+            if self.tap == "spatial" and name == "6d":  # TensorFlow counts Mixed_5b as mixed, Mixed_6d as mixed_6
+                return net.Mixed_6d.branch1x1(x)[:, :7].flatten(1)
             x = getattr(net, f"Mixed_{name}")(x)
         if self.tap == "768":
             return x.mean((2, 3))

@@ -14,6 +14,30 @@ from vargen.metrics._base import FeatureListMetric
 from vargen.metrics.networks import FeatureNetwork
 from vargen.metrics.results import InceptionScoreResult, protocol
 
+_BLOCK = 1024  # images whose logits are in float64 at a time
+
+
+def split_scores(logits: Tensor, splits: int, seed: int = 0) -> Tensor:
+    """Return ``[splits]`` scores of ``[N, C]`` logits, split along a permutation drawn from a seed.
+
+    Images sorted by class would put few classes into each split and pull the score down several times. Logits are read
+    a block at a time, so they may lie on disk.
+    """
+    if len(logits) < splits:
+        raise ValueError(f"an Inception score over {splits} splits needs that many images, got {len(logits)}")
+    order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(seed))
+    split_of = torch.empty(len(logits), dtype=torch.int64)
+    for number, members in enumerate(order.tensor_split(splits)):
+        split_of[members] = number
+    marginal = torch.zeros(splits, logits.shape[1], dtype=torch.float64)
+    negative_entropy, counts = torch.zeros(splits, dtype=torch.float64), split_of.bincount(minlength=splits)
+    for block, numbers in zip(logits.split(_BLOCK), split_of.split(_BLOCK), strict=True):
+        log_probs = block.to("cpu", torch.float64).log_softmax(1)
+        marginal.index_add_(0, numbers, log_probs.exp())
+        negative_entropy.index_add_(0, numbers, (log_probs.exp() * log_probs).sum(1))
+    marginal /= counts[:, None]
+    return (negative_entropy / counts - torch.special.xlogy(marginal, marginal).sum(1)).exp()
+
 
 class InceptionScore(FeatureListMetric, _InceptionScore):
     """torchmetrics' Inception score over any network tapped at its logits, in float64, with splits from a seed."""
@@ -54,18 +78,8 @@ class InceptionScore(FeatureListMetric, _InceptionScore):
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation over the splits, float64."""
-        logits = self.stacked("features")
-        if len(logits) < self.splits:
-            raise ValueError(f"an Inception score over {self.splits} splits needs that many images, got {len(logits)}")
-        # images sorted by class would put few classes into each split and pull the score down several times
-        order = torch.randperm(len(logits), generator=torch.Generator().manual_seed(self.seed))
-        log_probs = logits[order.to(logits.device)].log_softmax(1)
-        scores = []
-        for split in log_probs.tensor_split(self.splits):
-            marginal = split.exp().mean(0)
-            scores.append((split.exp() * (split - marginal.log())).sum(1).mean().exp())
-        stacked = torch.stack(scores)
-        return stacked.mean(), stacked.std() if self.splits > 1 else stacked.new_tensor(float("nan"))
+        scores = split_scores(self.stacked("features"), self.splits, self.seed)
+        return scores.mean(), scores.std() if self.splits > 1 else scores.new_tensor(float("nan"))
 
     def result(self, **fields: Any) -> InceptionScoreResult:
         """Return the score with its protocol."""

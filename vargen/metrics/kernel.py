@@ -54,6 +54,11 @@ class KernelDistance(FeatureListMetric, KernelInceptionDistance):
         self.changed()
         kept.append(features.detach().to(self.device, torch.float64))
 
+    def use_features(self, real: Tensor, fake: Tensor) -> None:
+        """Take ``[N, D]`` and ``[M, D]`` features as they are, without a copy: they may lie on disk."""
+        self.changed()
+        self.real_features, self.fake_features = [real], [fake]
+
     def compute(self) -> tuple[Tensor, Tensor]:
         """Return mean and standard deviation over the subsets, float64."""
         real, fake = self.stacked("real_features"), self.stacked("fake_features")
@@ -63,7 +68,7 @@ class KernelDistance(FeatureListMetric, KernelInceptionDistance):
         for _ in range(self.subsets):
             a = real[torch.randperm(len(real), generator=generator)[:size].to(real.device)]
             b = fake[torch.randperm(len(fake), generator=generator)[:size].to(fake.device)]
-            scores.append(poly_mmd(a, b, self.degree, self.gamma, self.coef))
+            scores.append(poly_mmd(a.double(), b.double(), self.degree, self.gamma, self.coef))
         stacked = torch.stack(scores)
         return stacked.mean(), stacked.std(unbiased=False)
 

@@ -5,6 +5,7 @@ Nothing is downloaded. ``inception`` is a file that the user has; ``lite0`` come
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.metrics._files import file_digest
+from vargen.metrics._files import file_digest, state_digest
 from vargen.metrics.images import check_unit_range
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -44,6 +45,18 @@ class FeatureNetwork(nn.Module):
     def is_fid_network(self) -> bool:
         """Whether a Frechet distance over these features may be called FID."""
         return self.name == "inception" and self.tap == "2048"
+
+    @property
+    def frechet_name(self) -> str:
+        """ "FID", "sFID" for its spatial layer, otherwise "FD-" and the network."""
+        names = {("inception", "2048"): "FID", ("inception", "spatial"): "sFID"}
+        return names.get((self.name, self.tap), f"FD-{self.label}")
+
+    def digest(self) -> str:
+        """Return hex digits that change with layer, resize and weights."""
+        weights = self.weights or state_digest(self)  # a module of the user has no file
+        text = f"{self.name} {self.tap} {self.num_features} {self.resize} {weights}"
+        return hashlib.sha256(text.encode()).hexdigest()
 
     def train(self, mode: bool = True) -> FeatureNetwork:
         """Stay in evaluation mode: a metric's ``train()`` would otherwise switch batch norms to batch statistics."""
@@ -104,7 +117,7 @@ def feature_network(
             file that you supply) or a module that maps ``[B, 3, H, W]`` float in [0, 1] to ``[B, d]``.
         weights: file with the weights; default: see ``inception_weights``, or the file of the installed extra.
         tap: layer. lite0: ``"low"`` 40, ``"mid"`` 112 (default), ``"pool"`` 1280, ``"logits"`` 1000; inception:
-            ``"64"``, ``"192"``, ``"768"``, ``"2048"`` (default), ``"logits_unbiased"`` 1008, ``"logits"`` 1008.
+            ``"64"``, ``"192"``, ``"768"``, ``"spatial"`` 2023 (sFID), ``"2048"`` (default), ``"logits_unbiased"`` 1008, ``"logits"`` 1008.
         size: side to which images are resized; lite0 only, default 128.
         antialias: inception only: True resizes as torchmetrics does, False as TensorFlow 1 and torch-fidelity did.
 

@@ -131,7 +131,7 @@ def _distances(
     network = feature_network(network)
     real = extract_cached(TensorImages(originals, "originals"), network, progress=progress)
     copy = extract(TensorImages(rebuilt, "reconstructions"), network, progress=progress)
-    name = "FID" if network.is_fid_network else f"FD-{network.label}"
+    name = network.frechet_name
     own = FrechetResult(
         metric=f"r{name}",
         value=statistics_distance(real.statistics, copy.statistics),

@@ -163,8 +163,12 @@ def _value(row: dict[str, Any]) -> str:
         return f"{text} (recall {_plain(row['recall'])})"
     if row.get("std") is not None:
         text += f" ± {_plain(row['std'])}"
+    if row.get("error") is not None:
+        low, high = row["value"] - 1.96 * row["error"], row["value"] + 1.96 * row["error"]
+        text += f" (95 % interval {_plain(low)} to {_plain(high)})"
     if row.get("infinity") is not None:
-        text += f" (N to infinity: {_plain(row['infinity'])})"
+        error = f" ± {_plain(row['infinity_error'])}" if row.get("infinity_error") is not None else ""
+        text += f" (N to infinity: {_plain(row['infinity'])}{error})"
     return text
 
 

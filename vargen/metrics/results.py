@@ -37,9 +37,14 @@ class MetricResult:
 
 @dataclass(frozen=True, kw_only=True)
 class FrechetResult(MetricResult):
-    """A Frechet distance; ``infinity`` is the extrapolation to infinitely many generated images, where asked for."""
+    """A Frechet distance, and where asked for its extrapolation to infinitely many generated images, with errors.
+
+    ``error`` is the standard error of the value over the generated images, ``infinity_error`` that of the extrapolation.
+    """
 
     infinity: float | None = None
+    infinity_error: float | None = None
+    error: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

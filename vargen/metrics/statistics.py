@@ -15,6 +15,8 @@ from torch import Tensor
 from vargen.files import atomic_write
 from vargen.metrics._files import open_npz
 
+_BLOCK = 4096  # samples in float64 at a time
+
 
 @dataclass(frozen=True)
 class GaussianStatistics:
@@ -25,16 +27,26 @@ class GaussianStatistics:
     outer: Tensor
 
     @classmethod
-    def from_features(cls, features: Tensor) -> GaussianStatistics:
-        """Sum ``[N, D]`` features."""
-        x = features.detach().to("cpu", torch.float64)
-        return cls(len(x), x.sum(0), x.T @ x)
+    def from_features(cls, features: Tensor, rows: Tensor | None = None) -> GaussianStatistics:
+        """Sum ``[N, D]`` features, or some of their rows, a block at a time: they may lie on disk."""
+        width = features.shape[1]
+        total, outer = (torch.zeros(size, dtype=torch.float64) for size in ((width,), (width, width)))
+        rows = torch.arange(len(features)) if rows is None else rows
+        for block in rows.split(_BLOCK):
+            x = features.detach()[block.to(features.device)].to("cpu", torch.float64)
+            total += x.sum(0)
+            outer.addmm_(x.T, x)
+        return cls(len(rows), total, outer)
 
     @classmethod
     def from_moments(cls, mean: Tensor, covariance: Tensor, count: int) -> GaussianStatistics:
         """Rebuild the sums from a mean and an unbiased covariance (the ``mu`` and ``sigma`` of published files)."""
         mean, covariance = mean.double(), covariance.double()
         return cls(count, mean * count, covariance * (count - 1) + count * torch.outer(mean, mean))
+
+    def without(self, other: GaussianStatistics) -> GaussianStatistics:
+        """Take samples out again that are among these."""
+        return GaussianStatistics(self.count - other.count, self.total - other.total, self.outer - other.outer)
 
     def __add__(self, other: GaussianStatistics) -> GaussianStatistics:
         return GaussianStatistics(self.count + other.count, self.total + other.total, self.outer + other.outer)
@@ -63,12 +75,19 @@ class GaussianStatistics:
             np.savez(stream, mu=self.mean.numpy(), sigma=self.covariance.numpy(), num_samples=np.int64(self.count))
 
     @classmethod
-    def load(cls, path: str | Path, count: int | None = None) -> GaussianStatistics:
-        """Read npz with ``mu`` and ``sigma``; ``count`` where the file does not say how many samples it holds."""
+    def load(cls, path: str | Path, count: int | None = None, *, suffix: str = "") -> GaussianStatistics:
+        """Read npz with ``mu`` and ``sigma``.
+
+        Args:
+            path: the file.
+            count: where the file does not say how many samples it holds.
+            suffix: of both names; published files hold the spatial features of sFID as ``mu_s`` and ``sigma_s``.
+        """
+        mu, sigma = f"mu{suffix}", f"sigma{suffix}"
         with open_npz(path) as file:
-            if "mu" not in file or "sigma" not in file:
-                raise ValueError(f"{path} holds {sorted(file)[:4]}, expected mu and sigma")
-            mean, covariance = torch.from_numpy(file["mu"]), torch.from_numpy(file["sigma"])
+            if mu not in file or sigma not in file:
+                raise ValueError(f"{path} holds {sorted(file)[:4]}, expected {mu} and {sigma}")
+            mean, covariance = torch.from_numpy(file[mu]), torch.from_numpy(file[sigma])
             stored = int(file["num_samples"]) if "num_samples" in file else count
         if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
             raise ValueError(
