@@ -142,6 +142,8 @@ class ScheduleSampler(Sampler):
         if state.forced is not None and schedule.prefix:
             first = torch.arange(schedule.prefix, device=device)
             state.record(state.rows, first, state.forced[:, : schedule.prefix])
+        if state.forced is not None and schedule.revising:
+            state.codes, state.trace = state.forced.clone(), torch.where(state.forced >= 0, 0, -1)
         return self.step(state)
 
     @torch.no_grad()

@@ -29,7 +29,7 @@ _families: list[Family] = [
     Family("nar-video", "NAR video transformer", "NARTransformer", (*_GPT, "output_D.weight")),
     Family("nar", "NAR transformer", "NARTransformer", (*_GPT, "medusa_output.weight")),
     Family("par", "PAR transformer", "PARTransformer", (*_GPT, "spe_tok_embeddings.*")),
-    Family("randar", "RandAR transformer", _NO, (*_GPT, "pos_instruct_embeddings")),
+    Family("randar", "RandAR transformer", "AnyOrderTransformer", (*_GPT, "pos_instruct_embeddings")),
     Family("controlar", "ControlAR transformer", _NO, (*_GPT, "condition_layers.*")),
     Family(
         "llamagen-t2i",

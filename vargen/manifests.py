@@ -180,6 +180,15 @@ def _kl_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     return kl_manifest(state_dict)
 
 
+def _schedule_manifest(name: str) -> Builder:
+    def build(state_dict: Mapping[str, Tensor]) -> Manifest:
+        from vargen import schedule_manifests
+
+        return getattr(schedule_manifests, name)(state_dict)
+
+    return build
+
+
 _builders: dict[str, Builder] = {
     "llamagen-c2i": _llamagen_manifest,
     "llamagen-t2i": _llamagen_manifest,
@@ -187,6 +196,10 @@ _builders: dict[str, Builder] = {
     "taming-vqgan": _taming_manifest,
     "var": _var_manifest,
     "var-vqvae": _var_tokenizer_manifest,
+    "nar": _schedule_manifest("nar_manifest"),
+    "nar-video": _schedule_manifest("nar_video_manifest"),
+    "par": _schedule_manifest("par_manifest"),
+    "randar": _schedule_manifest("randar_manifest"),
     "kl-autoencoder": _kl_manifest,
 }
 

@@ -141,6 +141,15 @@ class ScheduledBackbone(ItemTransformer):
                 session.cache.erase(step.forgotten)
         return self.item_logits(states, step).unflatten(0, (session.branches, -1))
 
+    def select(self, session: ItemSession, rows: Tensor) -> None:
+        """Keep the images ``rows`` [B'] int64, in this order."""
+        old = session.condition
+        places = (torch.arange(old.branches, device=rows.device)[:, None] * old.batch + rows).flatten()
+        mask = None if old.mask is None else old.mask[places]
+        session.condition = PreparedCondition(old.embeddings[places], mask, len(rows), old.branches)
+        if session.cache is not None:
+            session.cache.select(places)
+
     def item_inputs(self, condition: PreparedCondition, step: Step, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the items [R, w, D] and name their rows in the rotary table [w], -1 = none."""
         offset, branches = self.num_condition_tokens, condition.branches
