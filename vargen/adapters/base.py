@@ -1,33 +1,30 @@
-"""What all adapters share: prompts in, windows of codes scored by the model's own body, nothing patched.
+"""The window session of every adapter: codes scored by the model's own body, nothing patched.
 
-An adapter calls four modules of the model (text embedding, body, head, pixel decoder), each through its own ``forward``,
-so that hooks of ``device_map``, quantised and LoRA layers and compiled modules keep working. A family says where these
-modules are, how codes are embedded, which tokens stand between the codes, and what the unconditional branch reads.
+Text embedding, body and head are called through their own ``forward``, so that hooks of ``device_map``, quantised and
+LoRA layers and compiled modules keep working.
 
-Letters: B images, G guidance branches (conditional first), R = G * B rows, T longest prompt, S stream slots, W window,
+Letters: B images, G guidance branches (conditional first), R = G * B rows, U different rows, T longest prompt, W window,
 D width, V codes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
-from typing import Any, ClassVar, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vargen.adapters.cache import RaggedCache, attention_mask
-from vargen.adapters.prompts import PackedPrompts, PromptIds, pack, split_rows
+from vargen.adapters.cache import MASKED_IMPLEMENTATIONS, RaggedCache, attention_mask
+from vargen.adapters.family import FamilyAdapter
+from vargen.adapters.prompts import PackedPrompts
 from vargen.adapters.session import PromptSession
 from vargen.backbones.cache import UNWRITTEN, KVCache, Plan
 from vargen.protocols import Layout, StepOut
 
-MASKED_IMPLEMENTATIONS = ("sdpa", "eager")  # take a 4-D mask; for a masked forward of another one sdpa stands in
 
-
-class TransformersBackbone(nn.Module):
+class TransformersBackbone(FamilyAdapter):
     """A transformers model as a backbone of the window decoder; families are subclasses, ``vargen.wrap`` picks one.
 
     Args:
@@ -35,18 +32,12 @@ class TransformersBackbone(nn.Module):
         processor: the model's processor; only needed to read prompts given as text.
         grid_size: (h, w) codes, for models of free size.
         static: fixed shapes at every step, for a body that was compiled (``body.compile()``).
+        compile: compile the forward of a window (not the prompt's), as ``torch.compile(body, dynamic=False)`` with
+            further arguments if a mapping is given; sets ``static``. Left out for models that are offloaded or whose
+            quantisation cannot be compiled.
     """
 
     features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden"})
-    model_types: ClassVar[tuple[str, ...]] = ()
-    model: Any  # a PreTrainedModel; transformers' modules are not typed
-    config: Any
-    processor: Any
-    guidance_scale: float = 1.0  # the family's own settings, where its generation_config says nothing
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    default_grid: tuple[int, int]
 
     def __init__(
         self,
@@ -55,198 +46,11 @@ class TransformersBackbone(nn.Module):
         *,
         grid_size: tuple[int, int] | None = None,
         static: bool = False,
+        compile: bool | Mapping[str, Any] = False,
     ) -> None:
-        super().__init__()
-        self.model, self.processor, self.static = model, processor, static
-        self.config = model.config
-        self.grid_size = self._check_grid(grid_size or self._own_grid())
-        self._code_ids: Tensor | None = None
-
-    # --- what a family says -------------------------------------------------------------------------------------
-
-    @property
-    def body(self) -> Any:
-        """The language model without its head."""
-        raise NotImplementedError
-
-    @property
-    def head(self) -> Any:
-        """Hidden states to logits; over the whole vocabulary where ``code_ids`` exist."""
-        raise NotImplementedError
-
-    def code_ids(self) -> Tensor | None:
-        """[V] int64 token id of every code; None where codes have an embedding and a head of their own."""
-        return None
-
-    def layout(self, height: int | None = None, width: int | None = None) -> Layout:
-        """The stream of one image; height and width, in codes, default to ``grid_size``."""
-        raise NotImplementedError
-
-    def unconditional(self, rows: list[Tensor]) -> list[Tensor]:
-        """The unconditional prompt of every conditional one, token ids each."""
-        raise NotImplementedError
-
-    def encode_text(self, texts: list[str]) -> Any:
-        """Tokenise prompts given as text: ``input_ids`` and ``attention_mask``, or a row of ids for each."""
-        raise NotImplementedError
-
-    def check_prompts(self, rows: list[Tensor], given: Any) -> None:
-        """Raise ``ValueError`` for prompts that cannot begin an image of this model."""
-
-    def pixels(self) -> nn.Module | None:
-        """What decodes codes to pixels, if the model has it."""
-        return None
-
-    def to_stream(self, codes: Tensor) -> Tensor:
-        """Codes [B, N] in the form in which the model's own ``generate`` returns them."""
-        return codes
-
-    def _own_grid(self) -> tuple[int, int]:
-        return self.default_grid
-
-    def _check_grid(self, grid_size: tuple[int, int]) -> tuple[int, int]:
-        h, w = (int(side) for side in grid_size)
-        if h < 1 or w < 1:
-            raise ValueError(f"grid_size must be (height, width) in codes, both at least 1, got {grid_size}")
-        return h, w
-
-    # --- what samplers and pipelines read -----------------------------------------------------------------------
-
-    @property
-    def num_codes(self) -> int:
-        """N, codes of one image over all its grids."""
-        return int((self.layout().forced < 0).sum())
-
-    @property
-    def codebook_size(self) -> int:
-        """V."""
-        ids = self._ids()
-        assert ids is not None
-        return len(ids)
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return int(self.config.get_text_config(decoder=True).hidden_size)
-
-    @property
-    def device(self) -> torch.device:
-        """Where codes are expected: the device on which tokens are embedded."""
-        embedding = self.text_embedding
-        hook = getattr(embedding, "_hf_hook", None)  # a dispatched model: weights may rest on "meta"
-        where = getattr(hook, "execution_device", None)
-        return embedding.weight.device if where is None else torch.empty(0, device=where).device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype of embedded tokens."""
-        return self.text_embedding.weight.dtype
-
-    @property
-    def text_embedding(self) -> Any:
-        """Token ids to vectors."""
-        return self.model.get_input_embeddings()
-
-    @property
-    def training(self) -> bool:  # type: ignore[override]
-        """Whether the model is in training mode; an adapter has no mode of its own."""
-        return self.model.training
-
-    @training.setter
-    def training(self, mode: bool) -> None:
-        """Nothing to set: ``train`` and ``eval`` reach the model as a child."""
-
-    def to(self, *args: Any, **kwargs: Any) -> Self:  # type: ignore[override]
-        """Move the model; transformers' own guards (quantised, dispatched) apply."""
-        self.model.to(*args, **kwargs)
-        return self
-
-    def with_grid(self, height: int, width: int) -> Self:
-        """The same model for images of height x width codes."""
-        other = copy(self)
-        other.grid_size = self._check_grid((height, width))
-        return other
-
-    def sampler_settings(self) -> dict[str, Any]:
-        """Guidance, temperature, top-k and top-p: from the model's generation_config, else as its authors sample."""
-        stored = getattr(self.model, "generation_config", None)
-        settings = {}
-        for name in ("guidance_scale", "temperature", "top_k", "top_p"):
-            value = getattr(stored, name, None)
-            settings[name] = getattr(self, name) if value is None else value
-        settings["top_k"] = min(int(settings["top_k"]), self.codebook_size)
-        return settings
-
-    def save_pretrained(self, save_directory: Any, **_: Any) -> None:
-        """Refuse: the model saves itself."""
-        raise ValueError("an adapter has no weights of its own; save the model with model.save_pretrained(folder)")
-
-    @classmethod
-    def from_pretrained(cls, folder: Any, **_: Any) -> Self:
-        """Refuse: the model is loaded by transformers."""
-        raise ValueError("load the model with transformers, then vargen.wrap(model, processor)")
-
-    # --- prompts ------------------------------------------------------------------------------------------------
-
-    def read(self, prompts: Any) -> list[Tensor]:
-        """Turn texts, processor outputs or token ids into one row of ids a prompt.
-
-        Raises:
-            ValueError: see ``vargen.adapters.prompts.split_rows``; text without a processor; a prompt that cannot begin
-                an image.
-        """
-        texts = [prompts] if isinstance(prompts, str) else prompts
-        if isinstance(texts, Sequence) and len(texts) and all(isinstance(text, str) for text in texts):
-            if self.processor is None:
-                raise ValueError(
-                    f"{type(self).__name__} has no processor and so reads no text; "
-                    "use vargen.wrap(model, processor) or give the processor's outputs"
-                )
-            prompts = self.encode_text(list(texts))
-        rows = prompts if _is_rows(prompts) else split_rows(prompts, self.text_embedding.weight.shape[0])
-        self.check_prompts(rows, prompts)
-        return rows
-
-    def encode(self, texts: list[str]) -> PromptIds:
-        """Tokenise prompts for ``prepare``, padded on the left."""
-        rows = self.read(texts)
-        longest = max(len(row) for row in rows)
-        ids = torch.stack([nn.functional.pad(row, (longest - len(row), 0)) for row in rows])
-        mask = torch.stack([nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
-        return PromptIds(ids, mask)
-
-    @torch.no_grad()
-    def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> PackedPrompts:
-        """Check a batch of prompts and add the unconditional branch.
-
-        Args:
-            condition: texts (needs the processor), the processor's outputs, ``(input_ids, attention_mask)`` or ids.
-            guidance_scale: 1 = one branch; anything else adds the second.
-            negative: prompts of the second branch, one or as many as images; default the family's own.
-
-        Raises:
-            ValueError: unusable prompts, or a negative prompt without guidance.
-        """
-        rows = self.read(condition)
-        guided = bool((torch.as_tensor(guidance_scale) != 1).any())
-        if negative is not None and not guided:
-            raise ValueError("a negative prompt has no effect without guidance; set guidance_scale above 1")
-        if not guided:
-            return pack([rows], self.device)
-        if negative is None:
-            return pack([rows, self.unconditional(rows)], self.device)
-        others = self.read_negative(negative)
-        if len(others) not in (1, len(rows)):
-            raise ValueError(f"negative must hold 1 or {len(rows)} prompts, got {len(others)}")
-        return pack([rows, others * (len(rows) // len(others))], self.device)
-
-    def read_negative(self, negative: Any) -> list[Tensor]:
-        """As ``read``, for the second branch, whose prompts may be of another form."""
-        if isinstance(negative, str) or (isinstance(negative, Sequence) and isinstance(negative[0], str)):
-            return self.read(negative)
-        return split_rows(negative, self.text_embedding.weight.shape[0])
-
-    # --- the window session -------------------------------------------------------------------------------------
+        super().__init__(model, processor, grid_size=grid_size)
+        self._compiled = compile_body(self, compile) if compile is not False else None
+        self.static = static or self._compiled is not None
 
     @torch.no_grad()
     def open(
@@ -258,7 +62,7 @@ class TransformersBackbone(nn.Module):
         hidden: bool = False,
         static: bool | None = None,
     ) -> tuple[PromptSession, StepOut]:
-        """Run the prompts of all rows in one forward; logits [G, B, 1, V] predict slot 0.
+        """Run the prompts of all rows in one forward, equal ones once; logits [G, B, 1, V] predict slot 0.
 
         Args:
             condition: from ``prepare``.
@@ -272,22 +76,30 @@ class TransformersBackbone(nn.Module):
         if max_window < 1:
             raise ValueError(f"max_window must be at least 1, got {max_window}")
         layout = self.layout() if layout is None else layout
-        ids, lengths = condition.ids, condition.lengths
+        last, past = self._prefill(condition, layout.length + max_window)
+        static = self.static if static is None else static
+        session = PromptSession(past, condition, layout, static)
+        return session, self._score(session, last, hidden)
+
+    def _prefill(self, condition: PackedPrompts, room: int) -> tuple[Tensor, RaggedCache]:
+        """Run the different prompts; hidden states [R, 1, D] of their ends, and the cache of all rows."""
+        ids, lengths = condition.ids[condition.distinct], condition.lengths[condition.distinct]
         rows, longest = ids.shape
         layers = int(self.config.get_text_config(decoder=True).num_hidden_layers)
-        cache = KVCache(rows, longest + layout.length + max_window, layers, device=ids.device)
+        cache = KVCache(rows, longest + room, layers, device=ids.device)
         index = torch.arange(longest, device=ids.device)
         if bool((lengths == longest).all()):
             plan = cache.plan_span(0, longest)
         else:
-            tau = torch.where(condition.valid, index, UNWRITTEN)
-            plan = cache.plan(index, tau=tau, nu=index, extent=longest)
+            valid = condition.valid[condition.distinct]
+            plan = cache.plan(index, tau=torch.where(valid, index, UNWRITTEN), nu=index, extent=longest)
         past = RaggedCache(cache)
-        h = self._run(past, plan, self.text_embedding(ids), self.prompt_positions(index, lengths))
-        last = h[torch.arange(rows, device=h.device), (lengths - 1).to(h.device)][:, None]  # R 1 D
-        session = PromptSession(cache, condition.branches, lengths, layout, self.static if static is None else static)
-        session.past = past
-        return session, self._score(last, condition.branches, hidden)
+        h = self._run(self.body, past, plan, self.text_embedding(ids), self.prompt_positions(index, lengths))
+        last = h[torch.arange(rows, device=h.device), (lengths - 1).to(h.device)][:, None]  # u 1 d
+        if rows < len(condition.ids):
+            cache.select(condition.source)
+            last = last[condition.source.to(last.device)]
+        return last, past
 
     @torch.no_grad()
     def step(
@@ -330,34 +142,13 @@ class TransformersBackbone(nn.Module):
         """Keep the images ``rows`` [B'] int64, in this order."""
         session.select(rows)
 
-    def embed(self, codes: Tensor) -> Tensor:
-        """Input embeddings of codes: [...] int64 to [..., D]."""
-        ids = self._ids()
-        assert ids is not None
-        return self.text_embedding(ids[codes])
-
-    def prompt_positions(self, index: Tensor, lengths: Tensor) -> Tensor:
-        """Rotary positions of the prompt slots ``index [T]`` for prompts of ``lengths [R]``: [R, T], or [3, R, T]."""
-        return index.expand(len(lengths), -1)
-
-    def stream_positions(self, slots: Tensor, lengths: Tensor, layout: Layout) -> Tensor:
-        """Rotary positions of stream slots [R, W] behind prompts of ``lengths [R]``: [R, W], or [3, R, W]."""
-        return lengths[:, None] + slots
-
     # --- inside -------------------------------------------------------------------------------------------------
-
-    def _ids(self) -> Tensor | None:
-        """``code_ids`` on the right device, looked up once."""
-        if self._code_ids is None or self._code_ids.device != self.device:
-            ids = self.code_ids()
-            self._code_ids = None if ids is None else ids.to(self.device)
-        return self._code_ids
 
     def _window(self, session: PromptSession, codes: Tensor, slots: Tensor, plan: Plan, hidden: bool) -> StepOut:
         slots = slots.clamp(0, session.layout.length - 1)  # entries past the end only keep windows of one width
         x = self._embed_slots(session, codes, slots).repeat(session.branches, 1, 1)
         positions = self.stream_positions(slots.repeat(session.branches, 1), session.starts, session.layout)
-        return self._score(self._run(session.past, plan, x, positions), session.branches, hidden)
+        return self._score(session, self._run(self._compiled or self.body, session.past, plan, x, positions), hidden)
 
     def _embed_slots(self, session: PromptSession, codes: Tensor, slots: Tensor) -> Tensor:
         if not session.has_forced:
@@ -367,9 +158,9 @@ class TransformersBackbone(nn.Module):
         forced = session.forced[slots]  # b w
         return self.text_embedding(torch.where(forced >= 0, forced, code_ids[codes]))
 
-    def _run(self, past: RaggedCache, plan: Plan, embeddings: Tensor, positions: Tensor) -> Tensor:
+    def _run(self, body: Any, past: RaggedCache, plan: Plan, embeddings: Tensor, positions: Tensor) -> Tensor:
         with past.planned(plan) as cache, self._implementation(plan) as implementation:
-            return self.body(
+            return body(
                 inputs_embeds=embeddings,
                 attention_mask=attention_mask(plan, implementation, embeddings.dtype),
                 position_ids=positions,
@@ -379,10 +170,10 @@ class TransformersBackbone(nn.Module):
 
     @contextmanager
     def _implementation(self, plan: Plan) -> Iterator[str]:
-        """The body's attention; where a mask is needed that it does not take (flash, flex), sdpa for this forward."""
+        """The body's attention; where rows differ and it takes no 4-D mask (flash, flex), sdpa for this forward."""
         config = self.body.config
         chosen = config._attn_implementation
-        if plan.mask is None or chosen in MASKED_IMPLEMENTATIONS:
+        if chosen in MASKED_IMPLEMENTATIONS or plan.mask is None or plan.span is not None:
             yield chosen
             return
         config._attn_implementation = "sdpa"
@@ -391,9 +182,14 @@ class TransformersBackbone(nn.Module):
         finally:
             config._attn_implementation = chosen
 
-    def _score(self, h: Tensor, branches: int, hidden: bool) -> StepOut:
+    def _score(self, session: PromptSession, h: Tensor, hidden: bool) -> StepOut:
         logits = self._code_logits(h).float().to(self.device)  # float32 from here on, whatever the head computes in
-        return StepOut(logits.unflatten(0, (branches, -1)), h.unflatten(0, (branches, -1)) if hidden else None)
+        logits = logits.unflatten(0, (session.branches, -1))
+        states = h.unflatten(0, (session.branches, -1)) if hidden else None
+        if session.mix is not None:
+            logits = torch.stack([logits[0], torch.lerp(logits[1], logits[2], session.mix)])
+            states = None if states is None else states[[0, 2]]
+        return StepOut(logits, states)
 
     def _code_logits(self, h: Tensor) -> Tensor:
         """Logits of the codes only: a slice of the head's rows where it is a plain linear layer, else of its output."""
@@ -410,21 +206,20 @@ class TransformersBackbone(nn.Module):
         return logits[..., first : first + count] if dense else logits.index_select(-1, ids.to(logits.device))
 
 
-def _is_rows(prompts: Any) -> bool:
-    return isinstance(prompts, list) and all(isinstance(row, Tensor) and row.ndim == 1 for row in prompts)
+def compile_body(backbone: FamilyAdapter, options: bool | Mapping[str, Any]) -> Callable[..., Any] | None:
+    """A compiled call of the body, None where that cannot work: weights on the CPU or on disk, some quantised layers."""
+    places = set(getattr(backbone.model, "hf_device_map", {}).values())
+    quantizer = getattr(backbone.model, "hf_quantizer", None)
+    offloaded = "disk" in places or ("cpu" in places and len(places) > 1)
+    if offloaded or (quantizer is not None and not quantizer.is_compileable):
+        return None
+    chosen = {"dynamic": False} | (dict(options) if isinstance(options, Mapping) else {})
+
+    def call(**inputs: Any) -> Any:  # a function, so that the compiled module does not become a part of the adapter
+        return backbone.body(**inputs)
+
+    return torch.compile(call, **chosen)
 
 
 def _rows(bias: Tensor | None, rows: slice) -> Tensor | None:
     return None if bias is None else bias[rows]
-
-
-def name_ids(vocabulary: Mapping[str, int], names: Sequence[str]) -> list[int]:
-    """Look token names up.
-
-    Raises:
-        ValueError: one is missing.
-    """
-    missing = [name for name in names if name not in vocabulary]
-    if missing:
-        raise ValueError(f"the model's vocabulary lacks the tokens {', '.join(missing)}; is this an image checkpoint?")
-    return [int(vocabulary[name]) for name in names]

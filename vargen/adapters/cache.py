@@ -19,6 +19,8 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vargen.backbones.cache import KVCache, Plan
 
+MASKED_IMPLEMENTATIONS = ("sdpa", "eager")  # take a 4-D mask; for a ragged forward of another one sdpa stands in
+
 
 class RaggedLayer(CacheLayerMixin):
     """One layer of a ``RaggedCache``.
@@ -58,6 +60,10 @@ class RaggedLayer(CacheLayerMixin):
         """Slots a row can hold."""
         return self.store.capacity
 
+    def get_max_cache_shape(self) -> int:
+        """``get_max_length`` under the name that transformers 5.10 asks for."""
+        return self.store.capacity
+
 
 class RaggedCache(Cache):
     """What a transformers body receives as ``past_key_values``.
@@ -91,11 +97,12 @@ def attention_mask(plan: Plan, implementation: str, dtype: torch.dtype) -> Tenso
         dtype: of the hidden states; eager attention adds the mask to its scores.
 
     Returns:
-        ``None`` where plain causal order says everything, else ``[R or 1, 1, w, extent]``: bool (True = attend), for
-        eager attention 0 and the smallest float, because it would add a bool mask as 0 and 1 and be silently wrong.
+        ``None`` where plain causal order says everything (and always for flash and flex attention, which take no such
+        mask and order consecutive slots themselves), else ``[R or 1, 1, w, extent]``: bool (True = attend), for eager
+        attention 0 and the smallest float, because it would add a bool mask as 0 and 1 and be silently wrong.
     """
-    if plan.mask is None:
+    if plan.mask is None or implementation not in MASKED_IMPLEMENTATIONS:
         return None
-    if implementation != "eager":
+    if implementation == "sdpa":
         return plan.mask
     return torch.zeros_like(plan.mask, dtype=dtype).masked_fill_(~plan.mask, torch.finfo(dtype).min)

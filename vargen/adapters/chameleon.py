@@ -3,7 +3,10 @@
 ``layout="fixed"`` (Chameleon, Anole): a fixed number of codes, then end of image. ``layout="grid"`` (Lumina-mGPT): the
 prompt names the grid, every row ends with a token. The stock class overwrites the logits of all image tokens in its
 ``forward``; the adapter calls body and head itself and so reads them. The stock class has no pixel decoder: give the
-decoder's weights (taming layout, ``decoder.*``) as ``vq_decoder``.
+decoder's weights (taming layout, ``decoder.*``) as ``vq_decoder``. Checkpoints in other layouts: chameleon_checkpoints.py.
+
+A prompt of Chameleon's may hold images. Then a third branch reads the prompt without its text, and the guided logits are
+``u + s_i (i - u) + s (c - i)``, with s the sampler's guidance_scale and s_i the adapter's image_guidance_scale.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.adapters.base import TransformersBackbone, name_ids
+from vargen.adapters.base import TransformersBackbone
+from vargen.adapters.family import name_ids
 from vargen.adapters.layouts import fill, lines
 from vargen.adapters.pixels import TamingPixels
+from vargen.adapters.prompts import PackedPrompts, pack
 from vargen.protocols import Layout
 
 LAYOUTS = ("fixed", "grid")
@@ -31,6 +36,7 @@ class ChameleonBackbone(TransformersBackbone):
     Args:
         layout: ``"fixed"`` or ``"grid"``, by the checkpoint.
         vq_decoder: weights of the pixel decoder, a path or a state dict; None = codes only.
+        image_guidance_scale: s_i, for prompts with images (``"fixed"`` only).
         visible_end_of_turn: keep the prompt's last token in Lumina's unconditional row, as the batched variant of
             speculative Jacobi decoding does (arXiv:2410.01699).
     """
@@ -46,6 +52,7 @@ class ChameleonBackbone(TransformersBackbone):
         *,
         layout: str = "fixed",
         vq_decoder: str | Path | Mapping[str, Tensor] | None = None,
+        image_guidance_scale: float = 1.2,
         visible_end_of_turn: bool = False,
         **options: Any,
     ) -> None:
@@ -57,6 +64,7 @@ class ChameleonBackbone(TransformersBackbone):
         self.form = layout
         super().__init__(model, processor, **options)
         self.visible_end_of_turn, self.vq_decoder = visible_end_of_turn, vq_decoder
+        self.image_guidance_scale = image_guidance_scale
         names = ["<s>", "<racm3:break>", "<eoss>", "<reserved08706>", "<reserved08799>"]
         self.bos, self.boi, self.eoi, self.end_of_turn, self.eol = name_ids(self.config.vocabulary_map, names)
         # the authors sample Anole with temperature 0.7 and top-p 0.9, Lumina with top-k 2000
@@ -104,6 +112,41 @@ class ChameleonBackbone(TransformersBackbone):
         else:
             row = [self.end_of_turn] * self.visible_end_of_turn + self.header
         return [torch.tensor(row)] * len(rows)
+
+    def token_rows(self, prompts: Any) -> list[Tensor]:
+        """Put codes of images in the place of the processor's placeholders; a prompt that ends its turn gets the header.
+
+        Raises:
+            ValueError: images without placeholders or the reverse.
+        """
+        pixels = prompts.get("pixel_values") if isinstance(prompts, Mapping) else None
+        if pixels is not None:
+            ids = torch.as_tensor(prompts["input_ids"])
+            holes = ids == int(self.config.vocabulary_map["<image>"])
+            tokens = self.model.model.get_image_tokens(pixels)
+            if int(holes.sum()) != tokens.numel():
+                raise ValueError(
+                    f"the prompts have room for {int(holes.sum())} image tokens, the images are {tokens.numel()}; give "
+                    "texts and images to one call of the processor"
+                )
+            prompts = {**prompts, "input_ids": ids.masked_scatter(holes, tokens.to(ids))}
+        rows, header = super().token_rows(prompts), torch.tensor(self.header)
+        return [torch.cat([row, header.to(row)]) if int(row[-1]) == self.end_of_turn else row for row in rows]
+
+    def pack_guided(self, rows: list[Tensor], others: list[Tensor], guidance_scale: float | Tensor) -> PackedPrompts:
+        """With images in a prompt: text and images, images, neither; mixed so that guidance of two gives all three."""
+        ids = self._ids()
+        assert ids is not None
+        if self.form == "grid" or not any(bool(torch.isin(row, ids.to(row)).any()) for row in rows):
+            return super().pack_guided(rows, others, guidance_scale)
+        scales = torch.as_tensor(guidance_scale)
+        if scales.numel() != 1:
+            raise ValueError("prompts with images take one guidance_scale for the whole batch")
+        kept = torch.cat([ids.cpu(), torch.tensor([self.bos, self.boi, self.eoi])])
+        images = [row[torch.isin(row, kept.to(row))] for row in rows]
+        # u' + s (c - u') = u + s_i (i - u) + s (c - i)  where  u' = m u + (1 - m) i
+        mix = (1 - self.image_guidance_scale) / (1 - float(scales))
+        return pack([rows, images, others], self.device, mix)
 
     def check_prompts(self, rows: list[Tensor], given: Any) -> None:
         """A prompt ends with the header of this grid."""

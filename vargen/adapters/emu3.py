@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.adapters.base import TransformersBackbone, name_ids
+from vargen.adapters.base import TransformersBackbone
+from vargen.adapters.family import name_ids
 from vargen.adapters.layouts import fill, lines
 from vargen.adapters.pixels import PixelDecoder
 from vargen.protocols import Layout
@@ -30,6 +31,8 @@ class Emu3Backbone(TransformersBackbone):
 
     Args:
         negative_prompt: text of the second branch, where the call gives none and there is a processor to read it.
+        negative_header: end the second branch's prompt with the image header, as the authors do; False = BOS and text
+            alone, as in the example of transformers.
     """
 
     model_types = ("emu3",)
@@ -38,10 +41,16 @@ class Emu3Backbone(TransformersBackbone):
     default_grid = (90, 90)  # 720 x 720 pixels
 
     def __init__(
-        self, model: nn.Module, processor: Any = None, *, negative_prompt: str = NEGATIVE_PROMPT, **options: Any
+        self,
+        model: nn.Module,
+        processor: Any = None,
+        *,
+        negative_prompt: str = NEGATIVE_PROMPT,
+        negative_header: bool = True,
+        **options: Any,
     ) -> None:
         super().__init__(model, processor, **options)
-        self.negative_prompt = negative_prompt
+        self.negative_prompt, self.negative_header = negative_prompt, negative_header
         names = ["<|extra_200|>", "<|extra_201|>", "<|extra_203|>", "<|extra_204|>"]
         names += ["<|image start|>", "<|image end|>", "<|image token|>"]
         ids = name_ids(self.config.vocabulary_map, names)
@@ -59,7 +68,7 @@ class Emu3Backbone(TransformersBackbone):
 
     def code_ids(self) -> Tensor:
         """[V] token ids of ``<|visual token 000000|>`` and so on."""
-        return self.model.vocabulary_mapping.img2bpe_mapping_tensor.long()
+        return self.model.model.vocabulary_mapping.img2bpe_mapping_tensor.long()
 
     def layout(self, height: int | None = None, width: int | None = None) -> Layout:
         """Lines of codes; the end of the last one is never run."""
@@ -75,7 +84,8 @@ class Emu3Backbone(TransformersBackbone):
     def unconditional(self, rows: list[Tensor]) -> list[Tensor]:
         """The negative text with the header; without a processor BOS and the header of each prompt."""
         if self.processor is not None:
-            return self.read([self.negative_prompt]) * len(rows)
+            row = self.read([self.negative_prompt])[0]
+            return [row if self.negative_header else row[: _last(row, self.boi)]] * len(rows)
         bos = torch.tensor([self.bos])
         return [torch.cat([bos.to(row.device), row[_last(row, self.boi) :]]) for row in rows]
 

@@ -1,6 +1,7 @@
 """Prompts as rows of token ids: read from texts, processor outputs or tensors, and packed for one prefill.
 
-Letters: P prompts, L prompt length, B images, G guidance branches, R = G * B rows (branch-major), T longest row.
+Letters: P prompts, L prompt length, B images, G guidance branches, R = G * B rows (branch-major), U different ones, T longest
+row.
 """
 
 from __future__ import annotations
@@ -22,12 +23,15 @@ class PromptIds(NamedTuple):
 
 @dataclass(frozen=True)
 class PackedPrompts:
-    """Rows of both branches, padded on the right."""
+    """Rows of all branches, padded on the right."""
 
     ids: Tensor  # [R, T] int64
     lengths: Tensor  # [R] int64
     batch: int  # B
     branches: int  # G
+    distinct: Tensor  # [U] int64 rows that differ from each other: images of one prompt share their prefill
+    source: Tensor  # [R] int64 which of the U rows each row is
+    mix: float | None = None  # of three branches: weight of the last in the unconditional logits, see ``pack``
 
     @property
     def valid(self) -> Tensor:
@@ -35,15 +39,30 @@ class PackedPrompts:
         return torch.arange(self.ids.shape[1], device=self.ids.device) < self.lengths[:, None]
 
 
-def pack(branches: Sequence[Sequence[Tensor]], device: torch.device) -> PackedPrompts:
+def pack(branches: Sequence[Sequence[Tensor]], device: torch.device, mix: float | None = None) -> PackedPrompts:
     """Pad rows of token ids, conditional branch first, on the right.
 
     Padding is never attended, so any id serves; 0 is used.
+
+    Args:
+        branches: rows of ids, B in each branch.
+        device: of the result.
+        mix: for three branches: samplers know two, so the second of them becomes ``mix * last + (1 - mix) * middle``.
     """
     rows = [row.to(device) for branch in branches for row in branch]
     lengths = torch.tensor([len(row) for row in rows], device=device)
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    return PackedPrompts(ids, lengths, len(branches[0]), len(branches))
+    number: dict[tuple[int, ...], int] = {}
+    source = [number.setdefault(tuple(row.tolist()), len(number)) for row in rows]
+    return PackedPrompts(
+        ids,
+        lengths,
+        len(branches[0]),
+        len(branches),
+        distinct=torch.tensor([source.index(i) for i in range(len(number))], device=device),
+        source=torch.tensor(source, device=device),
+        mix=mix,
+    )
 
 
 def split_rows(prompts: Any, vocab_size: int) -> list[Tensor]:

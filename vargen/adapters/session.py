@@ -5,12 +5,12 @@ Letters: B images, G guidance branches, R = G * B rows, S stream slots.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from vargen.backbones.cache import KVCache, Plan
+from vargen.adapters.cache import RaggedCache
+from vargen.adapters.prompts import PackedPrompts
+from vargen.backbones.cache import Plan
 from vargen.backbones.window import WindowSession
 from vargen.protocols import Layout
 
@@ -22,21 +22,19 @@ class PromptSession(WindowSession):
     overwritten by the stream, so committed slots are always dense and no forward needs a padding mask.
 
     Args:
-        cache: of R rows, prompts already in it.
-        branches: G.
-        starts: [R] int64 prompt lengths.
+        past: the cache of R rows, prompts already in it.
+        condition: the prompts.
         layout: the stream.
         static: fixed shapes at every step, see ``WindowSession``.
     """
 
-    def __init__(self, cache: KVCache, branches: int, starts: Tensor, layout: Layout, static: bool) -> None:
-        super().__init__(cache, branches, 0, padded=False, static=static)
-        self.starts, self.layout = starts, layout
-        self.forced = layout.forced.to(starts.device)
+    def __init__(self, past: RaggedCache, condition: PackedPrompts, layout: Layout, static: bool) -> None:
+        super().__init__(past.store, condition.branches, 0, padded=False, static=static)
+        self.past, self.starts, self.layout, self.mix = past, condition.lengths, layout, condition.mix
+        self.forced = layout.forced.to(self.starts.device)
         self.has_forced = bool((layout.forced >= 0).any())
-        self.past: Any = None  # the RaggedCache over ``cache``
-        cache.lengths.copy_(starts)
-        low, high = (int(x) for x in starts.aminmax())
+        self.cache.lengths.copy_(self.starts)
+        low, high = (int(x) for x in self.starts.aminmax())
         self.uniform = low if low == high else None
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -108,13 +109,25 @@ def pipeline_components(model: nn.Module, processor: Any, sampler: Any, options:
     }
 
 
+@cache
 def check_version() -> None:
-    """Raise ``ValueError`` unless transformers has the cache interface that the adapters write to."""
+    """Raise ``ValueError`` unless transformers has the interfaces that the adapters write to."""
     import inspect
 
+    import torch
     import transformers
     from transformers.cache_utils import CacheLayerMixin
+    from transformers.masking_utils import create_causal_mask
 
     parameters = inspect.signature(CacheLayerMixin.get_mask_sizes).parameters
     if "query_length" not in parameters:  # older versions pass cache_position there
         raise ValueError(f"the adapters need transformers 5.10 or newer, found {transformers.__version__}")
+    config = transformers.LlamaConfig(attn_implementation="sdpa")
+    mask = torch.tensor([[[[True, False], [False, True]]]])  # no causal order, so a rebuilt one would differ
+    embeddings = torch.zeros(1, 2, 1)
+    options = {"attention_mask": mask, "past_key_values": None, "position_ids": None}
+    passed = create_causal_mask(config=config, inputs_embeds=embeddings, **options)
+    if passed is None or not torch.equal(passed, mask):
+        raise ValueError(
+            f"transformers {transformers.__version__} changes given 4-D masks, the adapters need them whole"
+        )
