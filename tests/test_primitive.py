@@ -6,7 +6,7 @@ from torch import nn
 
 from vargen.backbones.cache import NOCACHE, KVCache
 from vargen.backbones.primitive import DropPath, FeedForward, ItemTransformer, RMSNorm, TransformerBlock
-from vargen.backbones.rope import constant_rows, grid_table, rotate
+from vargen.backbones.rope import constant_rows, grid_table, rotate, spread
 from vargen.backbones.sizes import swiglu_dim
 
 R, D, H, W = 2, 16, 3, 4
@@ -131,7 +131,7 @@ def test_null_positions_have_zero_queries_and_keys(items):
 
 
 def test_rotation_keeps_lengths_and_depends_on_offsets_only():
-    table = grid_table((5, 6), 16)
+    table = spread(grid_table((5, 6), 16))
     generator = torch.Generator().manual_seed(0)
     query, key = (torch.randn(1, 1, 1, 16, generator=generator).expand(1, 30, 1, 16) for _ in range(2))
     query, key = rotate(query, table)[0, :, 0], rotate(key, table)[0, :, 0]
@@ -141,8 +141,15 @@ def test_rotation_keeps_lengths_and_depends_on_offsets_only():
     assert (scores[0, 8] - scores[0, 13]).abs() > 1e-3
 
 
+def test_rotation_turns_neighbouring_channels_like_complex_numbers():
+    table = grid_table((2, 3), 8)
+    x = torch.randn(2, 6, 3, 8, generator=torch.Generator().manual_seed(0))
+    turned = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.view_as_complex(table)[:, None]
+    close(rotate(x, spread(table)), torch.view_as_real(turned).flatten(-2))
+
+
 def test_rotation_is_computed_in_float32():
-    table = grid_table((30, 30), 8)
+    table = spread(grid_table((30, 30), 8))
     x = torch.randn(1, 900, 1, 8, generator=torch.Generator().manual_seed(0))
     half = rotate(x.bfloat16(), table)
     assert half.dtype == torch.bfloat16

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from vargen.backbones.cache import Attend, attention
 from vargen.backbones.eagle_drafts import EagleDrafts
 from vargen.backbones.primitive import RMSNorm
-from vargen.backbones.rope import constant_rows, grid_table, rotate
+from vargen.backbones.rope import constant_rows, grid_table, rotate, spread
 from vargen.checkpoints import CheckpointError, load_original
 
 PUBLISHED_HEADS = {1280: 20}  # width -> heads: LlamaGen-XL, the only size with a published drafter
@@ -188,7 +188,7 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
     def run(self, hidden: Tensor, embeddings: Tensor, positions: Tensor, attends: list[Attend]) -> Tensor:
         """Run the blocks; ``positions [w]`` or ``[R, w]`` count pairs, each block has its own attention function."""
         x = self.fc(torch.cat([embeddings, hidden], dim=-1).to(self.fc.weight.dtype))
-        rope = self.rope_table()[positions.clamp(max=self.num_pairs)]
+        rope = spread(self.rope_table()[positions.clamp(max=self.num_pairs)])
         for layer, attend in zip(self.layers, attends, strict=True):
             x = layer(x, rope, attend)
         return x
@@ -198,9 +198,16 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
         missing = [name for name in ("output", "hidden_size", "num_condition_tokens") if not hasattr(backbone, name)]
         if missing or "hidden" not in backbone.features:
             lacks = ", ".join(missing) or "hidden states"
-            raise ValueError(f"an EAGLE drafter needs a backbone with hidden states and a head, this one lacks {lacks}")
+            raise ValueError(
+                f"an EAGLE drafter needs a backbone with hidden states and a head, this one lacks {lacks}"
+            )
         mine = (self.config.dim, self.codebook_size, self.grid_size, self.config.num_condition_tokens)
-        theirs = (backbone.hidden_size, backbone.codebook_size, tuple(backbone.grid_size), backbone.num_condition_tokens)
+        theirs = (
+            backbone.hidden_size,
+            backbone.codebook_size,
+            tuple(backbone.grid_size),
+            backbone.num_condition_tokens,
+        )
         if mine != theirs:
             names = "(width, codebook, grid, condition positions)"
             raise ValueError(f"the drafter was made for a backbone of {names} {mine}, this one has {theirs}")

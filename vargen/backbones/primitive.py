@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vargen.backbones.cache import Attend, KVCache, Plan, attention
-from vargen.backbones.rope import rotate
+from vargen.backbones.rope import rotate, spread
 
 
 class RMSNorm(nn.Module):
@@ -31,6 +31,8 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Normalise the last axis."""
+        if x.dtype == self.weight.dtype == torch.float32:  # the same numbers from one operator
+            return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         y = x.float()
         y = y * torch.rsqrt(y.square().mean(-1, keepdim=True) + self.eps)
         return y.to(x.dtype) * self.weight
@@ -49,12 +51,14 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Tensor | None, attend: Attend) -> Tensor:
         """Attend from and to ``x [R, w, D]``; ``rope`` as in ``rotate``."""
         turned = self.num_heads + self.num_kv_heads  # queries and keys stand side by side: one rotation for both
-        qk, value = self.wqkv(x).unflatten(-1, (-1, self.head_dim)).split([turned, self.num_kv_heads], dim=2)
+        qkv = self.wqkv(x).view(*x.shape[:2], -1, self.head_dim)
+        qk, value = qkv[:, :, :turned], qkv[:, :, turned:]
         if rope is not None:
             qk = rotate(qk, rope)
-        query, key = qk.split([self.num_heads, self.num_kv_heads], dim=2)
+        query, key = qk[:, :, : self.num_heads], qk[:, :, self.num_heads :]
         y = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return self.resid_dropout(self.wo(y.transpose(1, 2).flatten(2)))
+        y = self.wo(y.transpose(1, 2).flatten(2))
+        return self.resid_dropout(y) if self.training else y
 
 
 class FeedForward(nn.Module):
@@ -69,7 +73,8 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Transform each item of ``x [R, w, D]`` on its own."""
-        return self.ffn_dropout(self.w2(F.silu(self.w1(x)) * self.w3(x)))
+        y = self.w2(F.silu(self.w1(x)) * self.w3(x))
+        return self.ffn_dropout(y) if self.training else y
 
 
 class DropPath(nn.Module):
@@ -110,6 +115,9 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor | None, attend: Attend) -> Tensor:
         """Map ``x [R, w, D]`` to ``[R, w, D]``."""
+        if not self.training:
+            x = x + self.attention(self.attention_norm(x), rope, attend)
+            return x + self.feed_forward(self.ffn_norm(x))
         x = x + self.drop_path(self.attention(self.attention_norm(x), rope, attend))
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
@@ -189,9 +197,9 @@ class ItemTransformer:
         return self.run_layers(embeddings, self.rope_rows(positions), [attend] * len(self.layers), taps)
 
     def rope_rows(self, positions: Tensor | None) -> Tensor | None:
-        """Look ``positions`` up in the rotary table: [..., d / 2, 2]; None where there is neither."""
+        """Rotations of ``positions`` as ``rotate`` takes them, [..., 2, d]; None where there is neither."""
         table = self.rope_table()
-        return None if positions is None or table is None else table[positions]
+        return None if positions is None or table is None else spread(table[positions])
 
     def run_layers(
         self, x: Tensor, rope: Tensor | None, attends: Sequence[Attend], taps: Sequence[int] | None = None

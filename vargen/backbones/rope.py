@@ -47,16 +47,30 @@ def constant_rows(num_rows: int, head_dim: int, kind: str) -> Tensor:
     return rows
 
 
+def spread(rows: Tensor) -> Tensor:
+    """Rows of a table as ``rotate`` takes them, once for all layers.
+
+    Args:
+        rows: [..., d / 2, 2].
+
+    Returns:
+        [..., 2, d]: the cosine of every channel, and its sine with the sign that its pair gives it.
+    """
+    cos, sin = rows.unbind(-1)
+    return torch.stack([torch.stack([cos, cos], -1).flatten(-2), torch.stack([-sin, sin], -1).flatten(-2)], dim=-2)
+
+
 def rotate(x: Tensor, rows: Tensor) -> Tensor:
     """Rotate channel pairs in float32.
 
     Args:
         x: [R, w, H, d].
-        rows: [w, d / 2, 2] or [R, w, d / 2, 2].
+        rows: [w, 2, d] or [R, w, 2, d], from ``spread``.
 
     Returns:
         [R, w, H, d] in the dtype of ``x``.
     """
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)  # R w H d/2
-    cos, sin = rows.unsqueeze(-3).unbind(-1)  # [R] w 1 d/2
-    return torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1).flatten(-2).to(x.dtype)
+    y = x.float()
+    swapped = y.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)  # (a, b) -> (b, a)
+    cos, sin = rows.unsqueeze(-3).unbind(-2)  # [R] w 1 d
+    return (y * cos + swapped * sin).to(x.dtype)
