@@ -212,6 +212,8 @@ class NextScaleSampler(Sampler):
             notes.append("smooth: code vectors are soft mixtures, the codes are not what was decoded")
         if len(state.scales) < len(state.sizes):
             notes.append(f"stopped after {len(state.scales)} of {len(state.sizes)} scales")
+        if state.forced is not None:
+            notes.append("some codes were fixed beforehand: coarse codes do not know of finer ones that are kept")
         if state.num_drafter_forwards:
             notes.append(f"the first {state.num_drafter_forwards} scales were drawn by the drafter")
         return notes

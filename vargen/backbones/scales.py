@@ -78,6 +78,13 @@ class ScaleBackbone:
     def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
         raise NotImplementedError
 
+    def null_condition(self, num_images: int) -> Tensor:
+        """The condition that says nothing, ``[B]`` or ``[B, T]`` int64."""
+        embedding = self.condition_embedding
+        slots = getattr(embedding, "num_tokens", None)
+        blank = torch.zeros(num_images, *([] if slots is None else [slots]), dtype=torch.int64)
+        return embedding.null(blank.to(self.lvl_1L.device))
+
     @torch.no_grad()
     def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> ScaleCondition:
         """Check and embed a batch of conditions.

@@ -26,6 +26,7 @@ from vargen.pipelines.components import (
     read_index,
     register_library,
 )
+from vargen.pipelines.editing import forced_codes, read_edit
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
 from vargen.random import image_seeds
@@ -134,6 +135,8 @@ class ImagePipeline(DiffusionPipeline):
         self,
         prompt: str | Sequence[str] | None = None,
         class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        image: Any = None,
+        mask_image: Any = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -153,6 +156,9 @@ class ImagePipeline(DiffusionPipeline):
         Args:
             prompt: one text or several; give either prompts or class labels.
             class_labels: ids, or names where the conditioner knows names.
+            image: to edit, with next-scale models: PIL images or [P, 3, H, W] in [0, 1], one for all prompts or one each.
+                Without prompt and class labels the hole is filled in under the null condition.
+            mask_image: where to draw anew (white, True), PIL image or [H, W] or [P, H, W]; codes elsewhere are kept.
             num_images_per_prompt: images of each prompt.
             guidance_scale: ``u + guidance_scale * (c - u)``, 1 is off; ``None`` keeps the sampler's own, as below.
             temperature: divides the logits; 0 is greedy.
@@ -192,15 +198,21 @@ class ImagePipeline(DiffusionPipeline):
         changes = {name: value for name, value in given.items() if value is not None} | sampler_overrides
         sampler = self.sampler.replace(**changes) if changes else self.sampler
         sampler.check_backbone(self.backbone)
+        edit = read_edit(self.tokenizer, image, mask_image)
 
         with inputs.evaluating(self._modules()):
             # 2. Conditions and seeds, one row an image
-            condition = inputs.repeat_condition(self.encode_condition(prompt, class_labels), num_images_per_prompt)
+            if edit is not None and prompt is None and class_labels is None:
+                rows = self.backbone.null_condition(len(edit[0]))
+            else:
+                rows = self.encode_condition(prompt, class_labels)
+            kept = edit and forced_codes(self.tokenizer, edit, inputs.condition_rows(rows), num_images_per_prompt)
+            condition = inputs.repeat_condition(rows, num_images_per_prompt)
             seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
 
             # 3. Draw codes, 4. decode them
             watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-            drawn = self._draw(sampler, condition, seeds, batch_size or len(seeds), watch)
+            drawn = self._draw(sampler, (condition, kept), seeds, batch_size or len(seeds), watch)
             images = None if output_type == "codes" else self._to_images(drawn, output_type, batch_size)
         codes = split_codes(cast(Tensor, drawn.codes), self.backbone)
         output = ImagePipelineOutput(images=images, codes=codes, seeds=seeds, stats=drawn.stats)
@@ -241,14 +253,14 @@ class ImagePipeline(DiffusionPipeline):
             images = images.masked_fill(missing[:, None], UNDRAWN)
         return images
 
-    def _draw(self, sampler: Any, condition: Any, seeds: list[int], batch_size: int, watch: Watch) -> SamplerOutput:
+    def _draw(self, sampler: Any, given: Any, seeds: list[int], batch_size: int, watch: Watch) -> SamplerOutput:
         parts: list[SamplerOutput] = []
         self._interrupt = False
         watch.open(len(seeds))
         try:
             for start in range(0, len(seeds), batch_size):
                 rows = slice(start, start + batch_size)
-                parts.append(self._draw_rows(sampler, inputs.take_condition(condition, rows), seeds[rows], watch))
+                parts.append(self._draw_rows(sampler, inputs.take_condition(given, rows), seeds[rows], watch))
         finally:
             watch.close()
         codes = torch.cat(
@@ -258,9 +270,10 @@ class ImagePipeline(DiffusionPipeline):
         latents = torch.cat(drawn) if len(drawn) == len(parts) else None
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]), latents)
 
-    def _draw_rows(self, sampler: Any, condition: Any, seeds: list[int], watch: Watch) -> SamplerOutput:
+    def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Watch) -> SamplerOutput:
         if self._interrupt:
             return self._undrawn(seeds)
+        condition, kept = given
         try:
             return sampler.sample(
                 self.backbone,
@@ -269,6 +282,7 @@ class ImagePipeline(DiffusionPipeline):
                 tokenizer=self.tokenizer,
                 drafter=choose_drafter(sampler, self.drafter, self.eagle),
                 callback=watch,
+                **({} if kept is None else {"forced_codes": kept}),
             )
         except DecodeInterrupted as stop:
             note = f"interrupted after {stop.state.num_forwards} forward passes"

@@ -1,0 +1,89 @@
+"""In-painting and editing with next-scale models: what a call keeps of an image becomes codes fixed beforehand.
+
+Letters: P prompts, B = P * num_images_per_prompt images, H W pixels, h w cells of the last scale, K scales, n_k codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from vargen.images import from_pil
+from vargen.samplers.scale_editing import keep_codes
+
+REDRAWN = 0.5  # pixels of a mask above it are drawn anew, as in diffusers
+
+
+def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tensor] | None:
+    """Check what is to be edited.
+
+    Args:
+        tokenizer: must have scales.
+        image: PIL image or several, or ``[3, H, W]`` or ``[P, 3, H, W]`` in [0, 1].
+        mask_image: PIL image or ``[H, W]`` or ``[P, H, W]``; white, True or above 0.5 = draw anew.
+
+    Returns:
+        Images ``[P, 3, H, W]`` in [-1, 1] and the cells to keep, ``[1 or P, h, w]`` bool; None where nothing is edited.
+
+    Raises:
+        ValueError: one without the other, a tokenizer without scales, wrong sizes or values.
+    """
+    if image is None and mask_image is None:
+        return None
+    if image is None or mask_image is None:
+        missing = "image" if image is None else "mask_image"
+        raise ValueError(f"editing needs image and mask_image, got no {missing}")
+    if not hasattr(tokenizer, "scale_inputs"):
+        raise ValueError(f"image and mask_image need a next-scale model, got a {type(tokenizer).__name__}")
+    height, width = tokenizer.scales[-1]
+    size = (height * tokenizer.downsample, width * tokenizer.downsample)
+    pixels, mask = _read_images(image), _read_mask(mask_image)
+    for name, found in (("image", pixels), ("mask_image", mask)):
+        if found.shape[-2:] != size:
+            got = "x".join(map(str, found.shape[-2:]))
+            raise ValueError(f"{name} must have {size[0]}x{size[1]} pixels (height x width), got {got}")
+    if mask.shape[0] not in (1, pixels.shape[0]):
+        raise ValueError(f"mask_image must hold 1 or {pixels.shape[0]} masks, one an image, got {mask.shape[0]}")
+    cells = (mask > REDRAWN).unflatten(2, (width, -1)).unflatten(1, (height, -1))  # P h f w f
+    return pixels, ~cells.any(4).any(2)
+
+
+def forced_codes(tokenizer: Any, edit: tuple[Tensor, Tensor], num_prompts: int, times: int) -> tuple[Tensor, ...]:
+    """Codes that the call keeps: K tensors ``[B, n_k]``, -1 where free.
+
+    Raises:
+        ValueError: neither one image for all prompts nor one each.
+    """
+    pixels, keep = edit
+    if len(pixels) not in (1, num_prompts):
+        raise ValueError(f"image must hold 1 or {num_prompts} images, one a prompt, got {len(pixels)}")
+    codes = tokenizer.encode(pixels.to(tokenizer.device)).codes
+    kept = keep_codes(codes, keep.to(tokenizer.device).expand(len(pixels), -1, -1), tokenizer.scales)
+    return tuple(part.expand(num_prompts, -1).repeat_interleave(times, dim=0) for part in kept)
+
+
+def _read_images(image: Any) -> Tensor:
+    if isinstance(image, Image.Image) or (isinstance(image, list | tuple) and isinstance(image[0], Image.Image)):
+        return from_pil(image)
+    if not isinstance(image, Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():
+        raise ValueError(f"image must be PIL images or a float tensor [P, 3, H, W] in [0, 1], got {_name(image)}")
+    pixels = image if image.ndim == 4 else image[None]
+    if not bool(((pixels >= 0) & (pixels <= 1)).all()):
+        raise ValueError("image must lie in [0, 1], as output_type='pt' returns it; got values beyond, or NaN")
+    return pixels.float() * 2 - 1
+
+
+def _read_mask(mask: Any) -> Tensor:
+    if isinstance(mask, Image.Image):
+        grey = mask.convert("L")
+        return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, grey.height, grey.width) / 255
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3):
+        raise ValueError(f"mask_image must be a PIL image or a tensor [H, W] or [P, H, W], got {_name(mask)}")
+    return mask.float() if mask.ndim == 3 else mask.float()[None]
+
+
+def _name(value: Any) -> str:
+    return f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
