@@ -29,7 +29,9 @@ class Conditions:
 
     def arguments(self, start: int, stop: int) -> dict[str, Any]:
         """Return the keyword of a pipeline call for some of the images."""
-        return {"prompt" if self.prompts is not None else "class_labels": self.values()[start:stop]}
+        if self.prompts is not None:
+            return {"prompt": self.prompts[start:stop]}
+        return {"class_labels": (self.class_labels or [])[start:stop]}
 
     def digest(self) -> str:
         """Return hex digits that change with any prompt or label."""
