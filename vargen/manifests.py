@@ -189,6 +189,12 @@ def _schedule_manifest(name: str) -> Builder:
     return build
 
 
+def _mar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    from vargen.mar_manifests import mar_manifest
+
+    return mar_manifest(state_dict)
+
+
 _builders: dict[str, Builder] = {
     "llamagen-c2i": _llamagen_manifest,
     "llamagen-t2i": _llamagen_manifest,
@@ -201,6 +207,7 @@ _builders: dict[str, Builder] = {
     "par": _schedule_manifest("par_manifest"),
     "randar": _schedule_manifest("randar_manifest"),
     "kl-autoencoder": _kl_manifest,
+    "mar": _mar_manifest,
 }
 
 

@@ -11,6 +11,7 @@ from vargen.manifests import Manifest
 
 KL16_NAME, KL16_PARAMETERS = "kl16", 66_456_019
 KL16_WIDTHS = [128, 128, 256, 256, 512]
+MAR_PARAMETERS = {"base": 207_924_768, "large": 478_326_304, "huge": 942_403_104}
 
 
 def kl_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
@@ -26,3 +27,19 @@ def kl_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     shapes = {name: tuple(value.shape) for name, value in to_latent_diffusion(model.state_dict()).items()}
     size, count = (KL16_NAME, KL16_PARAMETERS) if published else (None, None)
     return Manifest(shapes, size, count, optional=("loss.*",))
+
+
+def mar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    """Keys and shapes of a MAR transformer of the file's width and depth."""
+    from vargen.backbones.mar import MARTransformer
+    from vargen.backbones.mar_blocks import SIZES, infer_mar_config, mar_size_config
+
+    heads = {f"{part}_num_heads": 1 for part in ("encoder", "decoder")}  # change no shape
+    config = infer_mar_config(state_dict, heads)
+    size = next((n for n in SIZES if {**mar_size_config(n), **heads}.items() <= config.items()), None)
+    with torch.device("meta"):
+        model = MARTransformer(**config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    published = size is not None and config["num_classes"] == 1000 and config["buffer_size"] == 64
+    name, count = (f"mar_{size}", MAR_PARAMETERS[str(size)]) if published else (None, None)
+    return Manifest(shapes, name, count)
