@@ -1,6 +1,7 @@
 """Group masses of grouped speculative decoding (GSD, So et al., 2025, arXiv:2508.07747). p target, q draft.
 
-Tokens of equal logit (top-k removes many) are ordered by code, so that a group is well defined.
+Tokens of equal logit (top-k removes many) are ordered by code, so that a group is well defined. A draft that top-k or
+top-p removed is rejected whatever its neighbours weigh; the released code accepts it with their mass.
 """
 
 from __future__ import annotations
@@ -103,7 +104,7 @@ def group_masses(
     if CLOSE:
         p_near = tl.where(unfiltered, p_near, p_close)
         q_near = tl.where(unfiltered, q_near, q_close)
-    return p_near, q_near
+    return tl.where(p_token > 0, p_near, 0.0), q_near  # a removed draft has no group
 
 
 @jit

@@ -126,7 +126,8 @@ class _Window:
                 p[at] += added
             else:
                 members, inside = group_members(self.z[at], law, token, self.rule)
-                p[at] = (law.gather(-1, members) * inside).sum(-1)
+                mass = (law.gather(-1, members) * inside).sum(-1)
+                p[at] = mass.where(law.gather(-1, token[:, None])[:, 0] > 0, 0.0)  # a removed draft has no group
                 label, q = self.label(image, row), q.clone()
                 q[at] = (label.gather(-1, members) * inside).sum(-1)
         return tested & accept.fn(p, q, u), count

@@ -51,7 +51,6 @@ def test_distant_codes_leave_the_group():
     assert not torch.equal(run(everyone), run(alone))
 
 
-@pytest.mark.xfail(reason="like the released rule, the mass of a group does not ask whether its draft is possible")
 def test_codes_that_top_k_removed_stay_out():
     backbone = TabularBackbone(64, (1, 3), spread=0.1)
     sampler = GroupedSpeculativeSampler(window=3, top_k=32, prob_threshold=1.0, distance_threshold=None)
