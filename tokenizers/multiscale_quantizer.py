@@ -18,7 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vargen.tokenizers.quantizers import nearest_code
+from vargen.kernels.nearest import nearest_code
 
 Scales = tuple[tuple[int, int], ...]
 UPSAMPLE = ("bicubic", "bilinear", "nearest")

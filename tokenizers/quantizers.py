@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vargen.kernels.nearest import nearest_code
 from vargen.tokenizers.kmeans import kmeans
 
 USAGE_WINDOW = 65536  # codes over which usage is measured, the length of LlamaGen's queue
-_ROWS = 1 << 25  # entries of a distance matrix held at once on the fall-back path (128 MiB of float32)
 
 
 @dataclass
@@ -28,22 +28,6 @@ class QuantizerOutput:
     vq_loss: Tensor | None = None  # [] moves codes towards encoder outputs
     commit_loss: Tensor | None = None  # [] moves encoder outputs towards codes, beta applied
     entropy_loss: Tensor | None = None  # [] confident rows, even use of codes; ratio applied
-
-
-def nearest_code(vectors: Tensor, codebook: Tensor) -> Tensor:
-    """Return the index of the nearest codebook row in squared Euclidean distance, the first one on ties.
-
-    Args:
-        vectors: ``[n, C]`` float.
-        codebook: ``[V, C]`` float.
-
-    Returns:
-        ``[n]`` int64.
-    """
-    chunk = max(1, _ROWS // codebook.shape[0])
-    norms = codebook.square().sum(-1)
-    parts = [torch.addmm(norms, rows, codebook.T, alpha=-2).argmin(-1) for rows in vectors.split(chunk)]
-    return torch.cat(parts) if parts else vectors.new_zeros(0, dtype=torch.int64)
 
 
 def entropy_loss(distances: Tensor, temperature: float = 0.01) -> Tensor:
@@ -126,10 +110,7 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Map vectors ``[n, C]`` to codes ``[n]`` int64; the first code on ties."""
-        x, codebook = vectors.detach().float(), self.embedding.weight.detach().float()
-        if self.l2_norm:
-            x, codebook = F.normalize(x, dim=-1), F.normalize(codebook, dim=-1)
-        return nearest_code(x, codebook)
+        return nearest_code(vectors.detach(), self.embedding.weight.detach(), self.l2_norm)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize ``[b, C, h, w]``; in training mode also measure the losses and record the use of codes."""
