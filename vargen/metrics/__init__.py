@@ -30,6 +30,9 @@ _names = {
     "AttributeClassifier": "attributes",
     "train_classifier": "attributes",
     "write_card": "card",
+    "bench": "benchmark",
+    "bench_table": "benchmark",
+    "read_bench": "benchmark",
 }
 
 __all__ = list(_names)

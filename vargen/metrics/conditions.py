@@ -33,6 +33,15 @@ class Conditions:
             return {"prompt": self.prompts[start:stop]}
         return {"class_labels": (self.class_labels or [])[start:stop]}
 
+    def first(self, num: int) -> Conditions:
+        """Return the first ``num`` of them."""
+        heroes = self.heroes
+        if heroes is not None:
+            heroes = HeroLabels(heroes.attributes[:num], heroes.visible[:num])
+        prompts = None if self.prompts is None else self.prompts[:num]
+        labels = None if self.class_labels is None else self.class_labels[:num]
+        return Conditions(self.source, prompts=prompts, class_labels=labels, heroes=heroes)
+
     def digest(self) -> str:
         """Return hex digits that change with any prompt or label."""
         return hashlib.sha256(json.dumps(self.values()).encode()).hexdigest()[:16]
