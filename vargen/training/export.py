@@ -15,6 +15,7 @@ from vargen.conditioners.attributes import AttributeConditioner
 from vargen.files import atomic_dir, atomic_write
 from vargen.pipelines.components import index_entry, read_index
 from vargen.pipelines.image import ImagePipeline
+from vargen.samplers.neighboring import NeighboringSampler
 from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
@@ -27,6 +28,7 @@ TRAINING_FILE = "training.json"
 COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer and sampler of its pipeline
     "llamagen": (VQTokenizer, NextTokenSampler),
     "var": (MultiScaleVQTokenizer, NextScaleSampler),
+    "nar": (VQTokenizer, NeighboringSampler),
 }
 
 
@@ -42,7 +44,7 @@ def export_pipeline(
     """Write a transformer's run and its tokenizer as a pipeline folder, weights as float16 safetensors.
 
     Args:
-        run: folder of a finished (or running) "llamagen" or "var" run; the averaged weights of its newest checkpoint are taken.
+        run: folder of a finished (or running) "llamagen", "var" or "nar" run; the averaged weights of its newest checkpoint are taken.
         folder: pipeline folder to write; ``ImagePipeline.from_pretrained`` reads it.
         tokenizer: run or model folder; default: the one named in the run's recipe.
         drafter: run of a smaller "llamagen" model over the same tokenizer.
@@ -124,7 +126,7 @@ def load_drafter(run: str | Path) -> EagleDrafter:
 
 
 def load_transformer(run: str | Path) -> Any:
-    """Build the transformer of a "llamagen" or "var" run with its averaged weights, in evaluation mode.
+    """Build the transformer of a "llamagen", "var" or "nar" run with its averaged weights, in evaluation mode.
 
     Raises:
         ValueError: not a run of these tasks, or no checkpoint yet.
