@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.kmeans import kmeans, refine
+from vargen.tokenizers.multiscale_checks import check_config, check_scale_codes
 from vargen.tokenizers.multiscale_quantizer import ScaleQuantizer, Scales, read_scales
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the published models for 256 x 256 pixels
@@ -104,7 +105,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
         super().__init__()
         self.downsample = 2 ** (len(channel_multipliers) - 1)
         self.scales: Scales = read_scales(scales)
-        _check_config(self.config, self.downsample)
+        check_config(self.config, self.downsample)
         patch = encoder_type == "patch"
         width = (z_channels or codebook_dim) if patch else codebook_dim
         widths = (base_channels, channel_multipliers, num_res_blocks, width, norm_num_groups, dropout, attention)
@@ -200,7 +201,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
     def latents(self, codes: Sequence[Tensor], scales: ScaleList | None = None) -> Tensor:
         """Sum the first few scales: ``[B, C, h, w]`` float32."""
         sizes = self._sizes(scales)
-        codes = self._check_codes(codes, sizes)
+        codes = check_scale_codes(codes, sizes, self.codebook_size)
         total = self.blank(len(codes[0]), sizes)
         for k, picked in enumerate(codes):
             total = self.accumulate(total, self.quantize.lookup(picked), k, sizes)
@@ -226,7 +227,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
             ``[B, L - n_0, C]`` float32, scale by scale, row-major.
         """
         sizes = self._sizes(scales)
-        codes = self._check_codes(codes, sizes)[: len(sizes) - 1]
+        codes = check_scale_codes(codes, sizes, self.codebook_size)[: len(sizes) - 1]
         total = self.blank(len(codes[0]), sizes)
         found = []
         for k, picked in enumerate(codes):
@@ -300,37 +301,3 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
                 f"last scale is {sizes[-1][0]}x{sizes[-1][1]}; resize, or give scales=(..., {size})"
             )
         return sizes
-
-    def _check_codes(self, codes: Sequence[Tensor], sizes: Scales) -> list[Tensor]:
-        if isinstance(codes, Tensor) or not 1 <= len(codes) <= len(sizes):
-            got = "one tensor" if isinstance(codes, Tensor) else f"{len(codes)}"
-            raise ValueError(f"codes must be a list of 1..{len(sizes)} scales [B, n], got {got}")
-        checked = []
-        for k, (picked, (h, w)) in enumerate(zip(codes, sizes, strict=False)):
-            if picked.is_floating_point() or picked.dtype == torch.bool:
-                raise ValueError(f"codes must be integers, got {picked.dtype} at scale {k}")
-            if picked.ndim != 2 or picked.shape[1] != h * w:
-                raise ValueError(f"codes of scale {k} must be [B, {h * w}], got {tuple(picked.shape)}")
-            if picked.numel():
-                low, high = (int(v) for v in picked.aminmax())
-                if low < 0 or high >= self.codebook_size:
-                    wrong = low if low < 0 else high
-                    raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {wrong} at scale {k}")
-            checked.append(picked.long())
-        return checked
-
-
-def _check_config(config: Any, downsample: int) -> None:
-    patch_dim = config.in_channels * downsample**2
-    if config.encoder_type not in ("conv", "patch"):
-        raise ValueError(f"encoder_type must be 'conv' or 'patch', got {config.encoder_type!r}")
-    if config.encoder_type == "patch" and config.codebook_dim != patch_dim:
-        raise ValueError(f"encoder_type 'patch' needs codebook_dim={patch_dim}, got {config.codebook_dim}")
-    if config.quant_conv_kernel_size % 2 == 0:
-        raise ValueError(f"quant_conv_kernel_size must be odd, got {config.quant_conv_kernel_size}")
-    for multiplier in (1, *config.channel_multipliers):
-        if config.base_channels * multiplier % config.norm_num_groups:
-            raise ValueError(
-                f"norm_num_groups={config.norm_num_groups} must divide every width, "
-                f"got base_channels={config.base_channels} times {multiplier}"
-            )
