@@ -2,16 +2,20 @@
 
 The plain loop is the released algorithm written straight down: modulation computed in every block at every scale, a cache
 that grows by concatenation, guidance as batch, a sort for top-p and `torch.multinomial`. Both loops run the same random
-weights in turns; before any timing their most likely codes are compared. The second part draws 16x16 grids with two
-transformers of about three million parameters, one over 256 codes and one over the scales 1, 2, 4, 8, 16.
+weights in turns; before any timing their most likely codes are compared. The second part draws 16x16 grids once with 256
+codes in 256 forwards and once with the scales 1, 2, 4, 8, 16 in 5: the two shipped models, trained on the same heroes,
+each with its own settings, and two transformers of about three million random parameters with the same guidance. Pixels
+are not part of the times.
 
-    python benchmarks/next_scale.py                  # VAR-d16 and the small pair, about five minutes
-    python benchmarks/next_scale.py --sizes          # the small pair alone
+    python benchmarks/next_scale.py                  # about four minutes, of which VAR-d16 takes two
+    python benchmarks/next_scale.py --sizes          # without published sizes
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ from torch import Tensor
 
 from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.backbones.var import VARTransformer
+from vargen.pipelines.image import ImagePipeline
 from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
@@ -28,7 +33,9 @@ from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 SETTINGS = {"guidance_scale": 2.5, "top_k": 900, "top_p": 0.96}  # of the published tables
 SMALL_SCALES = (1, 2, 4, 8, 16)
 SMALL_CODES = 4096
+GUIDANCE = 2.5
 REPEATS = 3
+PROMPTS = ["deep elf with a red cloak", "dwarf with an axe", "minotaur", "human with a wizard hat and a great sword"]
 
 
 class PlainLoop:
@@ -163,28 +170,54 @@ def small_pair() -> tuple[VARTransformer, MultiScaleVQTokenizer, LlamaGenTransfo
     return randomized(var), tokenizer.eval().requires_grad_(False), randomized(next_token)
 
 
-def beside_next_token(batch: int, repeats: int) -> dict[str, Any]:
-    """Images a second of both methods, guided."""
+def shipped_pair(batch: int) -> tuple[str, dict[str, tuple[Any, Any, Callable[[], Any]]]]:
+    """heroes32-var and heroes32-llamagen, both as shipped: backbone, sampler and a function that draws."""
+    pair = {}
+    for kind, name in (("scale", "heroes32-var"), ("token", "heroes32-llamagen")):
+        pipe = ImagePipeline.from_pretrained(name)
+        condition = pipe.encode_condition(prompt=(PROMPTS * batch)[:batch])
+        arguments = {"seeds": list(range(batch)), "tokenizer": pipe.tokenizer.eval()}
+        draw = partial(pipe.sampler.sample, pipe.backbone.eval(), condition, **arguments)
+        pair[kind] = (pipe.backbone, pipe.sampler, draw)
+    return "heroes32-var and heroes32-llamagen", pair
+
+
+def random_pair(batch: int) -> tuple[str, dict[str, tuple[Any, Any, Callable[[], Any]]]]:
+    """Two random transformers of about equal size under the same guidance."""
     var, tokenizer, next_token = small_pair()
     labels, seeds = torch.arange(batch), list(range(batch))
-    scale_sampler, token_sampler = NextScaleSampler(guidance_scale=2.5), NextTokenSampler(guidance_scale=2.5)
-    seconds = interleaved_medians(
-        {
-            "scale": lambda: scale_sampler.sample(var, labels, seeds=seeds, tokenizer=tokenizer),
-            "token": lambda: token_sampler.sample(next_token, labels, seeds=seeds),
-        },
-        repeats,
-    )
+    pair = {}
+    for kind, model, sampler in (
+        ("scale", var, NextScaleSampler(guidance_scale=GUIDANCE)),
+        ("token", next_token, NextTokenSampler(guidance_scale=GUIDANCE)),
+    ):
+        pair[kind] = (model, sampler, partial(sampler.sample, model, labels, seeds=seeds, tokenizer=tokenizer))
+    return "random weights", pair
+
+
+def beside_next_token(make: Callable[[int], Any], batch: int, repeats: int) -> dict[str, Any]:
+    """Images a second of both methods, guided."""
+    models, pair = make(batch)
+    seconds = interleaved_medians({kind: draw for kind, (_, _, draw) in pair.items()}, repeats)
+    (scale, scale_sampler, _), (token, token_sampler, _) = pair["scale"], pair["token"]
     return {
+        "models": models,
         "batch": batch,
-        "next-scale parameters": var.num_parameters(),
-        "next-token parameters": next_token.num_parameters(),
-        "next-scale forwards": len(SMALL_SCALES),
-        "next-token forwards": next_token.num_codes,
+        "next-scale parameters": scale.num_parameters(),
+        "next-token parameters": token.num_parameters(),
+        "next-scale forwards": len(scale.scales),
+        "next-token forwards": token.num_codes,
         "next-scale images/s": batch / seconds["scale"],
         "next-token images/s": batch / seconds["token"],
         "ratio": seconds["token"] / seconds["scale"],
+        "next-scale settings": public(scale_sampler),
+        "next-token settings": public(token_sampler),
     }
+
+
+def public(sampler: Any) -> dict[str, Any]:
+    """The settings of a sampler, by name."""
+    return {name: getattr(sampler, name) for name in sampler.setting_names()}
 
 
 def main() -> None:
@@ -199,9 +232,13 @@ def main() -> None:
     var, tokenizer, _ = small_pair()
     for batch in (1, 16):
         plain.append({"model": "VAR 3M", **beside_plain_loop(var, tokenizer, batch, arguments.repeats)})
-    pair = [beside_next_token(batch, arguments.repeats) for batch in (1, 16)]
-    print(table(plain), table(pair), sep="\n\n")
-    content = report(settings=SETTINGS, weights="random", beside_plain_loop=plain, beside_next_token=pair)
+    pair = [
+        beside_next_token(make, batch, arguments.repeats) for make in (shipped_pair, random_pair) for batch in (1, 16)
+    ]
+    brief = [{name: row[name] for name in row if not name.endswith("settings")} for row in pair]
+    print(table(plain), table(brief), sep="\n\n")
+    loops = {"settings": SETTINGS, "weights": "random", "rows": plain}
+    content = report(beside_plain_loop=loops, beside_next_token=pair)
     print("wrote", write_json("next_scale", content))
 
 
