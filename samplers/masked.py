@@ -162,7 +162,8 @@ class MaskedSampler(ScheduleSampler):
             places = torch.arange(masked.shape[1], device=masked.device).expand(len(masked), -1)
             noise = gumbel(state.keys[state.rows], places, 1, Stream.MASK, now)[..., 0]
             score = score + self.choice_temperature * (1 - (number + 1) / num_passes) * noise
-        rank = score.masked_fill(~masked, -math.inf).argsort(-1, descending=True, stable=True).argsort(-1)
+        order = torch.argsort(score.masked_fill(~masked, -math.inf), dim=-1, descending=True, stable=True)
+        rank = order.argsort(-1)
         kept = masked & (rank < torch.tensor(counts, device=rank.device)[:, None])
         if self.commit_threshold is None or number == num_passes - 1:
             return kept
@@ -182,7 +183,7 @@ class MaskedSampler(ScheduleSampler):
         first, second = guided.topk(2, dim=-1).values.unbind(-1)
         looked = self.monitored(masked)
         gap = ((first - second) * looked).sum(-1) / looked.sum(-1)
-        progress = state.num_forwards / len(state.schedule.steps)
+        progress = (state.num_forwards + 1) / len(state.schedule.steps)  # this pass included, as in the released loop
         return gap >= self.early_commit[sum(progress >= phase for phase in PHASES)]
 
 
