@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 
-from tests.adapter_cases import HF, case, load
+from tests.adapter_cases import HF, case
 from vargen import ImagePipeline, wrap
 from vargen.adapters.emu3_5 import emu35_config, load_emu35
 from vargen.adapters.tiny import tiny_janus
@@ -63,99 +63,6 @@ def test_greedy_pipeline_is_generate(pipe, tiny) -> None:
     )  # as the processor's postprocess
     for ours, theirs in zip(out.images, pixels, strict=True):
         assert float((torch.from_numpy(np.array(ours)).float() - theirs).abs().max()) <= 1  # they truncate to 8 bits
-
-
-def test_compiled_models_are_unwrapped(tiny) -> None:
-    model, processor = tiny
-    assert wrap(torch.compile(model), processor).model is model
-
-
-def test_lora_layers_inside_the_body_are_used() -> None:
-    """What PEFT does: a linear layer of the body is replaced by a wrapper, and the model has ``get_base_model``."""
-    model, processor = tiny_janus()
-    before = NextTokenSampler(temperature=0.0).sample(wrap(model, processor), PROMPTS, seeds=[0, 1]).codes
-
-    class Lora(torch.nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base, self.extra = base, torch.nn.Linear(base.in_features, base.out_features, bias=False)
-
-        def forward(self, x):
-            return self.base(x) + self.extra(x)
-
-    class Peft:
-        def get_base_model(self):
-            return model
-
-    torch.manual_seed(0)
-    layer = model.model.language_model.layers[0].self_attn
-    layer.v_proj = Lora(layer.v_proj)
-    after = NextTokenSampler(temperature=0.0).sample(wrap(Peft(), processor), PROMPTS, seeds=[0, 1]).codes
-    assert not torch.equal(before, after)
-
-
-def test_a_head_that_is_no_plain_linear_layer_is_called() -> None:
-    """Quantised heads have no rows to slice: the full head runs, with the same logits."""
-    backbone = wrap(load("emu3", "Emu3ForConditionalGeneration"), grid_size=(4, 4))
-    hidden = torch.randn(2, 3, 32)
-    expected = backbone._code_logits(hidden)
-
-    class Quantised(torch.nn.Module):
-        def __init__(self, base):
-            super().__init__()
-            self.base, self.calls = base, 0
-
-        def forward(self, x):
-            self.calls += 1
-            return self.base(x)
-
-    backbone.model.lm_head = Quantised(backbone.model.lm_head)
-    torch.testing.assert_close(backbone._code_logits(hidden), expected, atol=1e-6, rtol=0)
-    assert backbone.model.lm_head.calls == 1
-
-
-@pytest.mark.parametrize("name", ["janus", "emu3"])
-def test_offloaded_weights_give_the_same_codes(name: str, tmp_path) -> None:
-    """device_map with the body's layers on disk: modules are called, never their weights."""
-    class_name = {"janus": "JanusForConditionalGeneration", "emu3": "Emu3ForConditionalGeneration"}[name]
-    body = {"janus": "model.language_model", "emu3": "model.text_model"}[name]
-    parts = {"janus": ["vision_model", "aligner", "vqmodel"], "emu3": ["vqmodel"]}[name]
-    places = {f"model.{part}": "cpu" for part in parts} | {"lm_head": "cpu"}
-    if name == "janus":
-        places |= {f"model.generation_{part}": "cpu" for part in ("embeddings", "aligner", "head")}
-    places |= {f"{body}.{part}": "cpu" for part in ("embed_tokens", "norm", "rotary_emb", "layers.0")}
-    places[f"{body}.layers.1"] = "disk"
-    model = load(name, class_name, device_map=places, offload_folder=str(tmp_path))
-    assert any(weight.device.type == "meta" for weight in model.parameters())
-    c = case(name)
-    backbone = wrap(model, **({"grid_size": (4, 4)} if name == "emu3" else {}))
-    sampler = SpeculativeJacobiSampler(window=4, guidance_scale=2.0, temperature=0.7)
-    out = sampler.sample(backbone, c.prompts, seeds=[0, 1])
-    assert torch.equal(out.codes, sampler.sample(c.backbone, c.prompts, seeds=[0, 1]).codes)
-
-
-def test_another_attention_is_kept_and_restored(tiny) -> None:
-    """An implementation that takes no 4-D mask: masked forwards run under sdpa, the choice stands afterwards."""
-    model, processor = tiny_janus()
-    sampler = NextTokenSampler(temperature=0.0, guidance_scale=3.0)
-    expected = sampler.sample(wrap(model, processor), PROMPTS, seeds=[0, 1]).codes
-    config = model.model.language_model.config
-    config._attn_implementation = "flex_attention"
-    seen = []
-    hook = model.model.language_model.register_forward_pre_hook(lambda *_: seen.append(config._attn_implementation))
-    out = sampler.sample(wrap(model, processor), PROMPTS, seeds=[0, 1])
-    hook.remove()
-    assert torch.equal(out.codes, expected)
-    assert set(seen) == {"sdpa"}
-    assert config._attn_implementation == "flex_attention"
-
-
-def test_static_sessions_give_the_same_codes() -> None:
-    c = case("emu3")
-    static = wrap(c.backbone.model, grid_size=(4, 4), static=True)
-    sampler = SpeculativeJacobiSampler(window=4, guidance_scale=3.0, temperature=0.7)
-    expected = sampler.sample(c.backbone, c.prompts, seeds=[0, 1])
-    assert torch.equal(sampler.sample(static, c.prompts, seeds=[0, 1]).codes, expected.codes)
 
 
 def test_every_window_sampler_fits() -> None:

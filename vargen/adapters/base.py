@@ -138,6 +138,10 @@ class TransformersBackbone(FamilyAdapter):
             session.cache.compact(path.repeat(session.branches, 1))
         session.advance(n)
 
+    def rewind(self, session: PromptSession, n: int | Tensor) -> None:
+        """Take back the last n committed entries, see ``WindowBackbone.rewind``."""
+        session.advance(-n)
+
     def select(self, session: PromptSession, rows: Tensor) -> None:
         """Keep the images ``rows`` [B'] int64, in this order."""
         session.select(rows)

@@ -1,0 +1,90 @@
+"""vargen's samplers inside the library's own ``generate`` call."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tests.adapter_cases import case, read
+from vargen.adapters.generate import generate_with
+from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.next_token import NextTokenSampler
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
+WINDOW = SpeculativeJacobiSampler(window=4)
+EMU35 = {"bos": 1, "eol": 3, "boi": 6, "eoi": 7, "wrapper": 5, "first_code": 40}
+
+
+def emu3_call(loop, scale: float = 3.0, **settings):
+    c = case("emu3")
+    negative = {f"negative_prompt_{key.replace('input_', '')}": value for key, value in c.negative.items()}
+    call = {"max_new_tokens": 23, "guidance_scale": scale} | ({} if scale == 1 else negative) | settings
+    return c.backbone.model.generate(**c.prompts, custom_generate=loop, **call)
+
+
+@pytest.mark.parametrize("scale", [3.0, 1.0])
+def test_greedy_sequences_of_emu3_are_generates(scale: float) -> None:
+    """Stateful guidance and the constraint of every step are still in the call; neither is run."""
+
+    def never(row, sequence):
+        raise AssertionError("the constraint must not be called")
+
+    outputs = []
+    loop = generate_with(WINDOW, grid_size=(4, 4), on_output=outputs.append)
+    found = emu3_call(loop, scale, do_sample=False, prefix_allowed_tokens_fn=never)
+    assert torch.equal(found[:, 11:], case("emu3").streams[scale])
+    assert torch.equal(found[:, :11], case("emu3").prompts["input_ids"])
+    assert outputs[0].stats.num_forwards <= 20
+
+
+def test_sampled_sequences_have_the_law_of_the_call() -> None:
+    """Temperature and top-k of the call hold, and a repeated prompt is one image each."""
+    loop = generate_with(WINDOW, seed=3, grid_size=(4, 4))
+    found = emu3_call(loop, 1.0, do_sample=True, temperature=0.7, top_k=5, num_return_sequences=2)
+    c = case("emu3")
+    prompts = {key: value.repeat_interleave(2, 0) for key, value in c.prompts.items()}
+    sampler = NextTokenSampler(temperature=0.7, top_k=5)
+    expected = sampler.sample(c.backbone, prompts, seeds=[3, 4, 5, 6]).codes
+    assert torch.equal(found[:, 11:], c.backbone.to_stream(expected))
+    assert not torch.equal(found[0], found[1])
+
+
+def test_greedy_sequences_of_glm_image_are_generates() -> None:
+    """The grids come from the processor's image_grid_thw."""
+    c, (io, _) = case("glm_image"), read("glm_image")
+    found = c.backbone.model.generate(
+        **{key: value for key, value in c.prompts.items() if key != "image_grid_thw"},
+        image_grid_thw=io["image_grid_thw"],
+        images_per_sample=io["images_per_sample"],
+        custom_generate=generate_with(WINDOW),
+        do_sample=False,
+        max_new_tokens=17,
+    )
+    assert torch.equal(found[:, 11:27], c.greedy[1.0])
+    assert found[:, 27].tolist() == [65, 65]  # the end token
+
+
+def test_greedy_sequences_of_emu35_are_generates() -> None:
+    c = case("emu3_5")
+    found = c.backbone.model.generate(
+        **c.prompts,
+        negative_prompt_ids=c.negative["input_ids"],
+        guidance_scale=3.0,
+        custom_generate=generate_with(WINDOW, family="emu3.5", grid_size=(4, 4), token_ids=EMU35),
+        do_sample=False,
+        max_new_tokens=20,
+    )
+    assert torch.equal(found[:, 8:], c.backbone.to_stream(c.greedy[3.0]))
+
+
+def test_what_cannot_be_kept_is_refused() -> None:
+    loop = generate_with(grid_size=(4, 4))
+    with pytest.raises(ValueError, match="RepetitionPenaltyLogitsProcessor has no counterpart"):
+        emu3_call(loop, repetition_penalty=1.3)
+    with pytest.raises(ValueError, match="an image takes 23 tokens, max_new_tokens is 22"):
+        emu3_call(loop, max_new_tokens=22)
+    with pytest.raises(ValueError, match="forbids codes of the image"):
+        emu3_call(loop, suppress_tokens=[41])
+    c = case("chameleon")
+    with pytest.raises(ValueError, match=r"works with emu3, emu3.5, glm_image"):
+        c.backbone.model.generate(**c.prompts, custom_generate=generate_with(), max_new_tokens=2000)
