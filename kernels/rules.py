@@ -30,6 +30,9 @@ def within(mass, limit):
     return mass <= limit
 
 
+NOTHING_LEFT = 1e-30  # a residual of this mass is rounding: p <= q in floating point
+
+
 @jit
 def near(p, p_draft, threshold):
     """Grouped acceptance (GSD, arXiv:2508.07747): a token joins the group when its probability is close enough."""

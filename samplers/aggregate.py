@@ -22,7 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vargen.kernels.rules import accept, residual, within
+from vargen.kernels.rules import NOTHING_LEFT, accept, residual, within
 
 RESIDUALS = ("paper", "optimal", "upstream", "upstream-lumina")  # the last zeroes p before q is taken off
 KSEQ_STEPS = 40  # halvings of [1, K]: the root to double precision of what the test can see
@@ -115,7 +115,8 @@ def _ring_removed(
 def normalized(weights: Tensor, fallback: Tensor) -> Tensor:
     """Divide ``weights [b, V]`` by their sum; ``fallback`` where nothing is left (p <= q in floating point)."""
     total = weights.sum(-1, keepdim=True)
-    return torch.where(total > 0, weights / total.where(total > 0, 1.0), fallback)
+    some = total > NOTHING_LEFT
+    return torch.where(some, weights / total.where(some, 1.0), fallback)
 
 
 def k_seq_factor(p: Tensor, q: Tensor, count: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from vargen.samplers.longest_path import walk_greedy, walk_typical
 from vargen.samplers.neighbors import neighbor_table
 from vargen.samplers.tree import NAMED_TREES, Tree, TreeDraft
 from vargen.samplers.tree_run import TreeRun, TreeVerdict, check_draft_model, open_draft_model
-from vargen.samplers.walk import Walk, laws_of, walk_tree
+from vargen.samplers.walk import Walk, walk_logits
 from vargen.samplers.window import WindowSampler, WindowState
 
 RELAXATIONS = ("none", "lantern", "lantern++")
@@ -294,14 +294,16 @@ class LanternSampler(WindowSampler):
             cut = {"epsilon": self.typical_epsilon, "alpha": self.typical_alpha}
             return walk_typical(guided, draft, temperature=self.temperature, limit=limit, forced=forced, **cut)
         uniforms = uniform(state.keys, positions[:, :1], draft.tree.num_nodes, Stream.ACCEPT)[:, 0]
-        return walk_tree(
-            laws_of(logits, **self.warp),
+        return walk_logits(
+            logits,
             draft,
             uniforms,
+            positions=positions,
             limit=limit,
             relaxation=run.relaxation,
             forced=forced,
             k_seq=self.acceptance == "k-seq",
+            **self.warp,
         )
 
 

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.kernels.language import use_triton
+from vargen.kernels.tree import walk_on_chip
 from vargen.kernels.warp import warp_logits
 from vargen.samplers.aggregate import (
     Relaxation,
@@ -58,6 +60,47 @@ def laws_of(logits: Tensor, **warp: Any) -> Law:
         return z[:, 0].softmax(-1)
 
     return law
+
+
+def walk_logits(
+    logits: Tensor,
+    draft: TreeDraft,
+    uniforms: Tensor,
+    *,
+    positions: Tensor,
+    limit: Tensor,
+    relaxation: Relaxation | None = None,
+    forced: Tensor | None = None,
+    k_seq: bool = False,
+    **warp: Any,
+) -> Walk:
+    """``walk_tree`` over the laws of ``logits [G, B, n, V]``: one kernel where kernels run, else plain PyTorch.
+
+    Args:
+        logits, draft, uniforms, limit, relaxation, forced, k_seq: as there.
+        positions: ``[B, D + 1]`` int64 code positions of the slots, named when a row is bad.
+        warp: the settings of ``warp_logits``.
+    """
+    if k_seq or draft.probs is not None or not use_triton(logits):
+        law = laws_of(logits, **warp)
+        return walk_tree(law, draft, uniforms, limit=limit, relaxation=relaxation, forced=forced, k_seq=k_seq)
+    levels = draft.tree.max_depth + 1
+    found = walk_on_chip(
+        logits,
+        draft.tokens,
+        draft.tree.children,
+        uniforms,
+        levels=levels,
+        positions=positions[:, :levels],
+        limit=limit,
+        laws=draft.laws,
+        law_of=draft.law_of,
+        replacement=draft.replacement,
+        relaxation=relaxation,
+        forced=None if forced is None else forced[:, :levels],
+        **warp,
+    )
+    return Walk(*found)
 
 
 def walk_tree(

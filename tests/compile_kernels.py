@@ -14,7 +14,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vargen.kernels import draw, language, launch, nearest, relaxed_kernels, shift, verify_kernels, warp
+from vargen.kernels import draw, language, launch, nearest, relaxed_kernels, shift, tree_kernels, verify_kernels, warp
 
 POINTERS = {
     "*bf16": "logits label",
@@ -22,7 +22,8 @@ POINTERS = {
     "*i8": "kind kind_out",
     "*i16": "neighbors",
     "*i32": "count",
-    "*i64": "tokens row seeds positions iteration num_rows forced y errors committed codes token_out row_out nearest",
+    "*i64": "tokens row seeds positions iteration num_rows forced y errors committed codes token_out row_out nearest "
+    "children law_of limit path num_kept used relaxed",
 }
 FLOATS = ["scale", "inv_t", "top_p", "constant", "factor", "uniform_prob", "prob_threshold", "distance_threshold"]
 NUM_CODES = 16384
@@ -50,6 +51,10 @@ def kernels():
             relaxed_kernels.relaxed_finish_kernel,
             {**finish, "CARRY": 2, "GREEDY": False, "RESIDUAL": residual, "COUNT": 10},
         )
+    tree = {**LAW, **SEARCH, "FORCED": True, "SAMPLED": True, "REPLACEMENT": False, "RELAXED": True}
+    for residual in (0, 1, 2):
+        counts = {"COUNT": 10, "NEIGHBORS": 1024, "NOTHING": 1e-30}
+        yield tree_kernels.walk_kernel, {**tree, **counts, "RESIDUAL": residual}
     yield shift._shift_kernel, {"LEFT": False, "ABOVE": True, "FORCED": True, "WINDOW": 32}
     yield nearest._nearest_kernel, {"ROWS": 64, "CODES": 64, "CHANNELS": 32, "V": NUM_CODES, "C": 256}
 
