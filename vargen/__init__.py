@@ -39,6 +39,7 @@ _names = {
     "LanternSampler": "samplers.lantern",
     "NextScaleSampler": "samplers.next_scale",
     "ContinuousMaskedSampler": "samplers.masked_continuous",
+    "ContinuousSpeculativeSampler": "samplers.continuous_speculative",
     "ZipARSampler": "samplers.zipar",
     "NeighboringSampler": "samplers.neighboring",
     "ParallelGroupSampler": "samplers.parallel_group",

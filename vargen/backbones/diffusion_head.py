@@ -126,19 +126,29 @@ class DiffusionHead(nn.Module):
         depth: blocks.
         width: W.
         num_sampling_steps: steps of a chain unless the sampler says otherwise, see ``spaced_timesteps``.
+        last_timestep: where chains start unless the sampler says otherwise; None = 999, the official start. The first step
+            from there multiplies the error of the network by hundreds, which only long training forgives.
     """
 
     def __init__(
-        self, token_dim: int, condition_dim: int, depth: int, width: int, num_sampling_steps: str | int = "100"
+        self,
+        token_dim: int,
+        condition_dim: int,
+        depth: int,
+        width: int,
+        num_sampling_steps: str | int = "100",
+        last_timestep: int | None = None,
     ) -> None:
         super().__init__()
         spaced_timesteps(num_sampling_steps)  # refuse now what no chain can run
         self.token_dim, self.num_sampling_steps = token_dim, str(num_sampling_steps)
+        self.last_timestep = last_timestep
         self.net = DenoisingMLP(token_dim, condition_dim, depth, width)
 
     def diffusion(self, num_steps: str | int | None = None, last_timestep: int | None = None) -> GaussianDiffusion:
-        """The chain of so many steps; None = the model's own."""
-        return make_diffusion(self.num_sampling_steps if num_steps is None else num_steps, last_timestep)
+        """The chain of so many steps, from so late on; None = the model's own."""
+        last = self.last_timestep if last_timestep is None else last_timestep
+        return make_diffusion(self.num_sampling_steps if num_steps is None else num_steps, last)
 
     def losses(self, target: Tensor, z: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of the noise and the variational term in bits, which trains the variance alone.

@@ -56,6 +56,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         head_depth: blocks of the head.
         head_width: width of the head.
         num_sampling_steps: steps of a chain, see ``spaced_timesteps``.
+        last_timestep: training step at which chains start; None = the last one.
         diffusion_batch_mul: times drawn a token in training.
         mask_ratio_min: least share of tokens masked in training.
         dropout: behind projections, in training.
@@ -89,6 +90,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         head_depth: int = 6,
         head_width: int = 1024,
         num_sampling_steps: str = "100",
+        last_timestep: int | None = None,
         diffusion_batch_mul: int = 4,
         mask_ratio_min: float = 0.7,
         dropout: float = 0.1,
@@ -128,7 +130,9 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         self.decoder_norm = nn.LayerNorm(decoder_dim, eps=1e-6)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, length, decoder_dim))
         self.initialize_weights()
-        self.diffloss = DiffusionHead(token_dim, decoder_dim, head_depth, head_width, num_sampling_steps)
+        self.diffloss = DiffusionHead(
+            token_dim, decoder_dim, head_depth, head_width, num_sampling_steps, last_timestep
+        )
 
     def initialize_weights(self) -> None:
         """Xavier for the transformers, N(0, 0.02) for tables, as in the official training; the head has its own."""
