@@ -8,10 +8,13 @@ random laws are hard to guess. Forwards do not depend on the load of the machine
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from _common import report, table, write_json
 
 from tests.adapter_cases import case
+from vargen.samplers.base import Sampler
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.samplers.zipar import ZipARSampler
@@ -39,19 +42,19 @@ def measure(name: str, grid: tuple[int, int], kind: str) -> dict[str, object]:
         ids = [torch.cat([row[:-3], torch.tensor(backbone.header)]) for row in ids]
     prompts = [ids[i % 2] for i in range(IMAGES)]
     guided = name not in ("glm_image", "emu3_5")  # the latter's template needs a tokenizer
-    settings = {"guidance_scale": c.scale if guided else 1.0, "temperature": TEMPERATURES[kind]}
-    samplers = {"next-token": NextTokenSampler(**settings)}
+    settings: dict[str, Any] = {"guidance_scale": c.scale if guided else 1.0, "temperature": TEMPERATURES[kind]}
+    samplers: dict[str, Sampler] = {"next-token": NextTokenSampler(**settings)}
     samplers |= {f"Jacobi {window}": SpeculativeJacobiSampler(window=window, **settings) for window in WINDOWS}
     for adaptive in (False, True):
         label = "ZipAR adaptive" if adaptive else "ZipAR"
         samplers[label] = ZipARSampler(window=grid[1] // 2, adaptive=adaptive, **settings)
     row: dict[str, object] = {"model": name, "mode": kind, "codes": backbone.num_codes}
-    expected = None
+    drawn: dict[str, torch.Tensor] = {}
     for label, sampler in samplers.items():
         out = sampler.sample(backbone, prompts, seeds=range(IMAGES))
-        row[label] = float(out.stats.forwards_per_image.float().mean())
-        expected = out.codes if expected is None else expected
-        if label.startswith("Jacobi") and not torch.equal(out.codes, expected):
+        row[label] = float(torch.as_tensor(out.stats.forwards_per_image).float().mean())
+        drawn[label] = torch.as_tensor(out.codes)
+        if label.startswith("Jacobi") and not torch.equal(drawn[label], drawn["next-token"]):
             raise RuntimeError(f"{name}: {label} must give the codes of next-token sampling")
     return row
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,7 +19,7 @@ class Checkpoint:
     layers: int
     kv_heads: int
     head_dim: int
-    slots: int  # prompt and stream slots of one image
+    slots: int  # prompt and stream slots of one image, at the default size
     branches: int = 2  # 2 with guidance
 
     def weights_gb(self, bits: int = 16) -> float:
@@ -52,8 +52,9 @@ def arguments(description: str, **defaults: object) -> argparse.Namespace:
     return parser.parse_args()
 
 
-def ready(checkpoint: Checkpoint, model: str | None, images: int = 1) -> str:
-    """Print the estimate; return what to load, or leave with one line if it is not there."""
+def ready(checkpoint: Checkpoint, model: str | None, *, slots: int | None = None, images: int = 1) -> str:
+    """Print the estimate for images of ``slots`` tokens; return what to load, or leave with one line if it is not there."""
+    checkpoint = checkpoint if slots is None else replace(checkpoint, slots=slots)
     print(checkpoint.estimate(images))
     found = model or checkpoint.repo
     try:

@@ -13,12 +13,13 @@ from vargen.adapters.emu3 import QUALITY_SUFFIX
 CHECKPOINT = Checkpoint(
     repo="BAAI/Emu3-Gen-hf", licence="Apache-2.0", parameters=8.8, layers=32, kv_heads=8, head_dim=128, slots=8300
 )
+PROMPT = 110  # slots that text and header take, about
 
 
 def main() -> None:
     """Draw one picture of height x width codes (8 pixels each)."""
     options = arguments(__doc__, height=90, width=90)
-    name = ready(CHECKPOINT, options.model)
+    name = ready(CHECKPOINT, options.model, slots=PROMPT + options.height * (options.width + 1))
     model = Emu3ForConditionalGeneration.from_pretrained(name, dtype="auto", device_map="auto").eval()
     processor = Emu3Processor.from_pretrained(name)
 

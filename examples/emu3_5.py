@@ -17,12 +17,13 @@ from vargen.adapters.emu3_5 import load_emu35
 CHECKPOINT = Checkpoint(
     repo="BAAI/Emu3.5-Image", licence="Apache-2.0", parameters=34.1, layers=64, kv_heads=8, head_dim=128, slots=4300
 )
+PROMPT = 110  # slots that text and header take, about
 
 
 def main() -> None:
     """Draw one picture of height x width codes (16 pixels each)."""
     options = arguments(__doc__, height=55, width=73, vq_decoder="", tokenizer="")
-    name = ready(CHECKPOINT, options.model)
+    name = ready(CHECKPOINT, options.model, slots=PROMPT + options.height * (options.width + 1))
     folder = name if Path(name).is_dir() else snapshot_download(name, local_files_only=True)
     model = load_emu35(folder, dtype=torch.bfloat16, device_map="auto").eval()
     tokenizer = AutoTokenizer.from_pretrained(options.tokenizer or folder, trust_remote_code=True)

@@ -20,16 +20,17 @@ CHECKPOINT = Checkpoint(
     slots=1400,
     branches=1,
 )
+PROMPT, PREVIEW = 110, 256  # slots that the text takes, about, and the preview grid
 
 
 def main() -> None:
     """Draw one picture of height x width pixels, both multiples of 32."""
     options = arguments(__doc__, height=1024, width=1024)
-    name = ready(CHECKPOINT, options.model)
+    grid = (options.height // CELL, options.width // CELL)
+    name = ready(CHECKPOINT, options.model, slots=PROMPT + PREVIEW + grid[0] * grid[1])
     pipe = GlmImagePipeline.from_pretrained(name, dtype=torch.bfloat16)
     pipe.enable_model_cpu_offload()
 
-    grid = (options.height // CELL, options.width // CELL)
     model = pipe.vision_language_encoder.to("cuda" if torch.cuda.is_available() else "cpu")
     prior = vargen.ImagePipeline.from_transformers(model, pipe.processor, grid_size=grid)
     output = prior(options.prompt, seed=options.seed, window=options.window, output_type="codes")

@@ -1,6 +1,7 @@
 """Janus-Pro: text to a 384 x 384 picture with the law of its own sampler, in fewer forwards.
 
-Weights: deepseek-community/Janus-Pro-1B (or -7B), DeepSeek model licence; code MIT.
+Weights: deepseek-community/Janus-Pro-1B (or -7B), DeepSeek model licence; code MIT. In 4 or 8 bits leave the image head out
+of quantisation: BitsAndBytesConfig(..., llm_int8_skip_modules=["lm_head", "generation_head", "generation_aligner"]).
 """
 
 import torch

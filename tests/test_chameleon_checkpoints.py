@@ -96,7 +96,7 @@ def test_metas_weights_compute_what_metas_network_computes(tmp_path) -> None:
     weights = meta_weights()
     torch.save(weights | {"rope.freqs": torch.zeros(4)}, tmp_path / "consolidated.pth")
     torch.save({"state_dict": VQ | DECODER}, tmp_path / "vqgan.ckpt")
-    model = load(tmp_path / "consolidated.pth", tmp_path / "vqgan.ckpt")
+    model = load(tmp_path / "consolidated.pth", tmp_path / "vqgan.ckpt", device_map={"": "cpu"})
     torch.testing.assert_close(logits(model, IDS), meta_forward(weights, IDS), atol=1e-4, rtol=0)
     assert (model.config.num_attention_heads, model.config.num_key_value_heads) == (H, KV)
     assert model.config.image_token_id == CONFIG["image_token_id"]
