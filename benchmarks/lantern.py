@@ -64,7 +64,7 @@ def samplers(settings: dict[str, Any], most_neighbors: int = 1000) -> dict[str, 
             sampler = LanternSampler(relaxation="lantern", delta=delta, k=most_neighbors, **chain)
             found[f"LANTERN δ={delta:g}"] = ("LANTERN", sampler)
         for size in GROUPS[number : number + 1]:
-            grouped = {"group_size": size, "window": DEPTH + 1, "distance_threshold": None}
+            grouped: dict[str, Any] = {"group_size": size, "window": DEPTH + 1, "distance_threshold": None}
             found[f"GSD G={size}"] = ("GSD", GroupedSpeculativeSampler(**grouped, **settings))
     return found
 
@@ -102,7 +102,9 @@ def flat(num_images: int, noise: float) -> list[dict[str, Any]]:
     drafter, neighbors = perturbed(target, noise), nearest_codes(target.embedding, 100)
     labels, rows = torch.zeros(num_images, dtype=torch.int64), []
     for label, (curve, sampler) in samplers({"top_k": 128}, 100).items():
-        options = {"drafter": drafter, "neighbors": neighbors} if isinstance(sampler, LanternSampler) else {}
+        options: dict[str, Any] = (
+            {"drafter": drafter, "neighbors": neighbors} if isinstance(sampler, LanternSampler) else {}
+        )
         out = sampler.sample(target, labels, seeds=list(range(num_images)), **options)
         row = row_of(label, curve, [out.stats], target.num_codes)
         row["nats/code"] = round(nats(Unlimited(target), labels, out.codes, sampler.replace(top_k=0)), 4)
@@ -126,6 +128,7 @@ def quality(pipe: Any, num: int, chunk: int, kept: list[dict[str, Any]], save: A
         watched, start = Watched(pipe), time.process_time()
         with tempfile.TemporaryDirectory() as folder:
             found = evaluate_fid(watched, Path(folder) / "out", num=num, chunk=chunk, network=network, model=MODEL)
+        assert found is not None  # this process measures, it does not only draw
         row = row_of(label, curve, watched.stats, pipe.backbone.num_codes)
         distance = next(result for result in found.results if result["metric"].startswith("FD-"))
         row |= {"FD": round(distance["value"], 3), "floor": round(distance["floor"], 3)}
@@ -143,7 +146,7 @@ class Watched:
     """A pipeline that keeps the statistics of its calls."""
 
     def __init__(self, pipe: Any) -> None:
-        self.pipe, self.stats = pipe, []
+        self.pipe, self.stats = pipe, list[Any]()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.pipe, name)
@@ -196,7 +199,7 @@ def load(folder: str | None) -> Any:
 
 def with_cost(rows: list[dict[str, Any]], of: str) -> list[dict[str, Any]]:
     """Add the change against the exact chain, and how many more codes a forward there are."""
-    exact = next((row for row in rows if row["curve"] == "exact"), None)
+    exact = next((row for row in rows if row["curve"] == "exact"), {})
     for row in rows if exact else []:
         row["cost"] = round(row[of] - exact[of], 3)
         row["gain"] = round(row["codes/forward"] / exact["codes/forward"], 3)

@@ -173,12 +173,13 @@ class LanternSampler(WindowSampler):
         tokenizer: Any = None,
         drafter: Any = None,
         forced_codes: Tensor | None = None,
+        cuda_graph: bool | None = None,
         neighbors: Tensor | None = None,
     ) -> WindowState:
         """Check the arguments, run the condition, commit the first code and draft the first tree.
 
         Args:
-            backbone, condition, seeds, forced_codes: as in ``WindowSampler.start``.
+            backbone, condition, seeds, forced_codes, cuda_graph: as in ``WindowSampler.start``.
             tokenizer: its ``codebook [V, d]`` gives the neighbours.
             drafter: an ``EagleDrafter``, or a small backbone.
             neighbors: ``[V, K]`` integers, nearest first, in place of the tokenizer's; K >= k (k + 1 for "upstream").
@@ -191,9 +192,9 @@ class LanternSampler(WindowSampler):
             )
         check_draft_model(self, backbone, drafter)
         relaxation = self._relaxation(backbone, tokenizer, neighbors)
-        state = super().start(
-            backbone, condition, seeds=seeds, tokenizer=tokenizer, drafter=drafter, forced_codes=forced_codes
-        )
+        options: dict[str, Any] = {"tokenizer": tokenizer, "drafter": drafter, "forced_codes": forced_codes}
+        options |= {} if cuda_graph is None else {"cuda_graph": cuda_graph}
+        state = super().start(backbone, condition, seeds=seeds, **options)
         run: Any = state.drafter
         run.relaxation = relaxation
         return state
