@@ -169,7 +169,9 @@ class ScheduleSampler(Sampler):
         fixed = None if state.forced is None else state.forced[state.rows][:, step.targets]
         if fixed is not None:  # the law of a fixed code is never read
             logits = torch.where((fixed >= 0)[None, :, :, None], 0.0, logits)
-        codes = self.pick(logits, state.keys[state.rows], positions, guidance_scale, state.errors[state.rows])
+        errors = state.errors[state.rows]  # a copy: kernels note bad rows in it
+        codes = self.pick(logits, state.keys[state.rows], positions, guidance_scale, errors)
+        state.errors[state.rows] = errors
         return codes if fixed is None else torch.where(fixed >= 0, fixed, codes)
 
     def pick(self, logits: Tensor, keys: Tensor, positions: Tensor, guidance_scale: float, errors: Tensor) -> Tensor:
