@@ -68,32 +68,33 @@ class ChainDrafter:
         self.sampler, self.model = sampler, model
         self.session, _ = model.open(condition, max_window=sampler.num_rows)
         self.num_forwards = 1
+        self.fed = 0  # codes fed for the last window, all of them in the cache
 
     def commit(self, count: Tensor) -> None:
-        """Keep what the target committed; the last window held just these codes."""
-        self.model.commit(self.session, count)
+        """Keep what the target committed of the last window and take the rest back."""
+        self.model.rewind(self.session, self.fed - count)
+        self.fed = 0
 
     def select(self, rows: Tensor) -> None:
         """Keep these images."""
         self.model.select(self.session, rows)
 
     def propose(self, state: WindowState, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
-        """Draft code after code. Each pass feeds the chain so far: a session forgets what was not committed."""
+        """Draft code after code; each pass feeds one code, which stays until the target has judged the window."""
         draft = Draft.none(len(state.rows), state.width, logits.device)
         slots = state.next_slots()  # a w
         forced = torch.full_like(slots, -1) if state.forced is None else state.forced.gather(1, slots)
-        window = state.last_codes()  # a 1
+        token = state.last_codes()  # a 1
         laws = []
         for j in range(state.width - 1):
             fixed = forced[:, j, None]
-            out = self._forward(window)[:, :, -1:]  # g a 1 v
+            out = self._forward(token)  # g a 1 v
             out = torch.where((fixed >= 0)[..., None], 0.0, out)  # a fixed slot may have no law
             token, draft.prob[:, j, None] = self._draw(state, out, slots[:, j, None])
             token = torch.where(fixed >= 0, fixed, token)
             laws.append(out)
             draft.tokens[:, j], draft.row[:, j] = token[:, 0], j
-            window = torch.cat([window, token], dim=1)
-        self._forward(window)  # the whole window in one piece, to be committed from
+        self._forward(token)  # for the cache: the target may keep the last draft as well
         # no draft for the last slot, whatever the window of the batch: its code is drawn in any case
         offset = torch.arange(state.width, device=slots.device)
         drafted = (offset < state.width - 1) & (state.length[:, None] + offset < state.stream.num_slots - 1)
@@ -101,9 +102,12 @@ class ChainDrafter:
         draft = force(forced, draft)
         return draft.with_logits(torch.cat(laws, dim=2)) if laws else draft
 
-    def _forward(self, window: Tensor) -> Tensor:
+    def _forward(self, token: Tensor) -> Tensor:
+        logits = self.model.step(self.session, token).logits
+        self.model.commit(self.session, 1)
         self.num_forwards += 1
-        return self.model.step(self.session, window).logits
+        self.fed += 1
+        return logits
 
     def _draw(self, state: WindowState, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A draft of one slot and its probability: ``[A, 1]`` each."""

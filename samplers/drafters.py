@@ -80,7 +80,7 @@ class JacobiDrafter:
             num_rows=num_rows,
             num_positions=state.stream.num_slots,
             seeds=state.keys,
-            iteration=torch.full_like(state.keys, state.num_forwards),
+            iteration=state.iteration,
             tail=self.init,
             grid_width=state.stream.stride,
             codes=state.slots[state.rows, : state.stream.num_slots] if self.init == "repeat_above" else None,

@@ -25,6 +25,8 @@ CARRIES = ("independent", "maximal")
 class GroupedSpeculativeSampler(WindowSampler):
     """Speculative Jacobi decoding with grouped acceptance. Relaxed: the law changes with the size of the groups.
 
+    Codes that top-k or top-p removed are never emitted: their drafts are rejected, unlike in the released code.
+
     Args:
         window: W, codes scored in one forward pass.
         group_size: an even number of codes next to the draft in the order of the target's probabilities.
@@ -35,6 +37,7 @@ class GroupedSpeculativeSampler(WindowSampler):
     """
 
     guarantee: ClassVar[Guarantee] = "relaxed"
+    replayable: ClassVar[bool] = True
 
     window: int = 16  # this and the thresholds are those of the released code
     group_size: int = 14

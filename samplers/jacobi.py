@@ -6,7 +6,7 @@ Drafts come from the sampler's own previous iteration; no draft model is used an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from vargen.kernels.window import Carry
 from vargen.samplers.base import check_choice, check_integer
@@ -31,6 +31,8 @@ class SpeculativeJacobiSampler(WindowSampler):
         init: first guess for a slot that enters the window: ``"uniform"``, ``"repeat_left"`` (the last known code) or
             ``"repeat_above"`` (the code in the row above).
     """
+
+    replayable: ClassVar[bool] = True
 
     window: int = 32
     carry: Carry = "gumbel"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from vargen.samplers.window import WindowSampler
 
@@ -19,3 +20,5 @@ class NextTokenSampler(WindowSampler):
         >>> sampler.replace(top_k=0).config["guidance_scale"]
         2.0
     """
+
+    replayable: ClassVar[bool] = True

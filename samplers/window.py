@@ -21,71 +21,22 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.kernels.draw import draw
+from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.verify import verify_window
 from vargen.kernels.window import Carry, Draft, GroupSpec, Verdict, VerifyNoise
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.random import GumbelCache, seed_tensor
 from vargen.samplers.base import Sampler, check_seeds
 from vargen.samplers.drafters import Drafter
+from vargen.samplers.graphs import Replay, obstacle
 from vargen.samplers.stream import Stream, forced_slots
+from vargen.samplers.window_state import WindowState
+
+__all__ = ["WindowSampler", "WindowState"]
 
 POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
 NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
 NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
-
-
-@dataclass
-class WindowState:
-    """Everything that changes while a batch is decoded, and what ``stream`` yields.
-
-    A run goes on from any state with ``sampler.step(state)``, which advances the state in place.
-    """
-
-    backbone: Any
-    session: Any
-    stream: Stream
-    drafter: Any  # a Drafter; None for next-token sampling
-    noise: GumbelCache | None  # on the CPU: rows of position-keyed noise, made once for all iterations
-    seeds: list[int]  # of all B images
-    keys: Tensor  # [A] int64 seeds of the images still decoded
-    rows: Tensor  # [A] int64 their places in the call
-    forced: Tensor | None  # [A, S] int64 code fixed beforehand, -1 where free
-    slots: Tensor  # [B, S + 1] int64 what is permanent, -1 elsewhere; the last column takes what is thrown away
-    trace: Tensor  # [B, S + 1] int64 forward that made a slot permanent, -1 elsewhere
-    length: Tensor  # [A] int64 permanent slots
-    width: int  # w of the next iteration
-    draft: Draft  # proposals for it
-    hidden: Tensor | None = None  # [G, A, w, D] hidden states of the last forward, where the drafter reads them
-    num_forwards: int = 0
-    next_poll: int = 0
-    group: GroupSpec | None = None  # of a relaxed acceptance
-    ahead: Any = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
-    done: bool = False
-
-    @property
-    def codes(self) -> Tensor:
-        """[B, N] int64 codes so far, -1 where none is permanent yet."""
-        return self.stream.only_codes(self.slots)
-
-    @property
-    def commit_trace(self) -> Tensor:
-        """[B, N] int64 forward (0 = prefill) that made each code permanent, -1 where none did yet."""
-        return self.stream.only_codes(self.trace)
-
-    @property
-    def num_committed(self) -> Tensor:
-        """[B] int64 permanent codes of each image."""
-        return (self.commit_trace >= 0).sum(-1)
-
-    def last_codes(self) -> Tensor:
-        """[A, 1] int64 what the last permanent slot holds; the first entry of the next window."""
-        return self.slots[self.rows, self.length - 1][:, None]
-
-    def next_slots(self) -> Tensor:
-        """[A, w] int64 slots of the next window; those past the end repeat the last one."""
-        offset = torch.arange(self.width, device=self.length.device)
-        return (self.length[:, None] + offset).clamp(max=self.stream.num_slots - 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +44,7 @@ class WindowSampler(Sampler):
     """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule."""
 
     required_features: ClassVar[frozenset[str]] = frozenset({"window", "ragged"})
+    replayable: ClassVar[bool] = False  # an iteration has fixed shapes and reads nothing back
 
     @property
     def num_rows(self) -> int:
@@ -140,6 +92,7 @@ class WindowSampler(Sampler):
         tokenizer: Any = None,
         drafter: Any = None,
         forced_codes: Tensor | None = None,
+        cuda_graph: bool | None = None,
     ) -> WindowState:
         """Check the arguments, run the condition and commit the first code.
 
@@ -148,28 +101,42 @@ class WindowSampler(Sampler):
             tokenizer: not read by window samplers.
             forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free. A fixed prefix continues an
                 image; the law of every free code is the backbone's, given all codes before it.
+            cuda_graph: replay iterations as a CUDA graph: None = wherever that is possible, False = never, True =
+                refuse to run without. Complete images then stay in the batch until all are complete.
         """
         self.check_backbone(backbone)
+        reason = "switched off" if cuda_graph is False else obstacle(self, backbone)
+        if cuda_graph and reason is not None:
+            raise ValueError(f"cuda_graph=True is not possible: {reason}; leave it out or take cuda_graph=None")
         prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
         listed = check_seeds(seeds, prepared.batch)
         table, structural = Stream.of(backbone)
         forced = forced_slots(forced_codes, structural, table, len(listed), int(backbone.codebook_size))
         options = {"hidden": True} if self.reads_hidden(drafter) else {}
+        options |= {"static": True} if reason is None else {}
         session, out = backbone.open(prepared, max_window=self.num_rows, **options)
         state = self._first_state(backbone, session, table.to(out.logits.device), listed, out.logits)
         state.forced = None if forced is None else forced.to(out.logits.device)
         state.hidden = out.hidden
+        state.noise = None if reason is None else state.noise  # a replay makes its own
         if self.num_rows > 1:
             state.group = self.make_group(backbone)
             state.drafter = self.make_drafter(state, drafter, condition)
         self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
+        if reason is None and not state.done:
+            state.replay = Replay(state, labels=self.rule != "gumbel" and self.temperature > 0)
+        elif cuda_graph is None and out.logits.is_cuda and reason is not None:
+            state.notes.append(f"iterations are not replayed as a CUDA graph: {reason}")
         return state
 
     def step(self, state: WindowState) -> WindowState:
         """Score the drafts in one forward pass, commit, draft again."""
         if state.done:
             return state
-        if self.num_rows == 1:
+        if state.replay is not None:
+            state.replay.step(self, state)
+            self._look(state)
+        elif self.num_rows == 1:
             codes = state.slots[:, state.num_forwards - 1, None]  # b 1
             self._decide(state, state.backbone.step(state.session, codes).logits)
         else:
@@ -191,6 +158,8 @@ class WindowSampler(Sampler):
             forwards_per_image=trace.amax(-1) + 1,
             commit_trace=trace,
             guarantee=self.guarantee,
+            notes=list(state.notes),
+            extra={} if state.replay is None else {"graph_replays": state.replay.count},
         )
         return SamplerOutput(codes=state.codes.clone(), seeds=state.seeds, stats=stats)
 
@@ -218,6 +187,7 @@ class WindowSampler(Sampler):
             slots=empty,
             trace=empty.clone(),
             length=torch.zeros(len(seeds), dtype=torch.int64, device=device),
+            errors=new_errors(len(seeds), device) if device.type == "cuda" else None,
             width=min(self.reach, stream.num_slots),
             draft=Draft.none(len(seeds), min(self.reach, stream.num_slots), device),
         )
@@ -227,6 +197,30 @@ class WindowSampler(Sampler):
         if self.num_rows == 1:
             self._commit_one(state, logits)
             return
+        verdict, slots, num_rows = self._accept(state, logits)
+        keep = self._look(state)
+        if keep is not None:
+            logits, slots, num_rows = logits[:, keep], slots[keep], num_rows[keep]
+            verdict = type(verdict)(*(value[keep] for value in vars(verdict).values()))
+        if not state.done:
+            self._propose(state, logits, verdict, slots, num_rows)
+
+    def iterate(self, state: WindowState) -> None:
+        """One iteration of a replayable sampler on a static session: tensors in, tensors of the same shapes out."""
+        if self.num_rows == 1:
+            logits = state.backbone.step(state.session, state.last_codes()).logits
+            self._commit_next(state, logits)
+            return
+        logits = self._score(state)
+        verdict, slots, num_rows = self._accept(state, logits)
+        self._propose(state, logits, verdict, slots, num_rows)
+
+    def _propose(self, state: WindowState, logits: Tensor, verdict: Any, slots: Tensor, num_rows: Tensor) -> None:
+        draft = state.drafter.propose(state, logits, verdict, slots, num_rows)
+        state.draft = narrow(draft, state.width) if isinstance(draft, Draft) else draft
+
+    def _accept(self, state: WindowState, logits: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Run the rule and commit; return the verdict, the slots of its rows ``[A, w]`` and how many counted ``[A]``."""
         prefill = state.num_forwards == 0
         slots = state.length[:, None] + torch.arange(state.width, device=logits.device)  # a w
         num_rows = (state.stream.num_slots - state.length).clamp(max=1 if prefill else state.width)  # a
@@ -234,18 +228,12 @@ class WindowSampler(Sampler):
         committed = slots < (state.length + verdict.num_committed)[:, None]
         place = torch.where(committed, slots, state.stream.num_slots)
         state.slots[state.rows[:, None], place] = verdict.tokens
-        state.trace[state.rows[:, None], place] = state.num_forwards
+        state.trace[state.rows[:, None], place] = state.iteration[:, None]
         state.length = state.length + verdict.num_committed
         if not prefill:  # which feeds no code
             self._keep(state, verdict)
-        state.num_forwards += 1
-        keep = self._look(state)
-        if keep is not None:
-            logits, slots, num_rows = logits[:, keep], slots[keep], num_rows[keep]
-            verdict = type(verdict)(*(value[keep] for value in vars(verdict).values()))
-        if not state.done:
-            draft = state.drafter.propose(state, logits, verdict, slots, num_rows)
-            state.draft = narrow(draft, state.width) if isinstance(draft, Draft) else draft
+        state.count()
+        return verdict, slots, num_rows
 
     def _keep(self, state: WindowState, verdict: Verdict) -> None:
         """Make the committed entries permanent in the caches."""
@@ -265,19 +253,26 @@ class WindowSampler(Sampler):
             carry=self.rule,
             seeds=state.keys,
             positions=positions,
-            iteration=torch.full_like(state.keys, state.num_forwards),
+            iteration=state.iteration,
             num_rows=num_rows,
             forced=None if state.forced is None else state.forced.gather(1, slots),
             group=state.group,
             noise=noise,
+            errors=state.errors,
             **self.warp,
         )
 
     def _look(self, state: WindowState) -> Tensor | None:
         """Learn the progress, drop complete images and set the next width; return the images kept if some left.
 
-        On a GPU this waits for the device, hence only every few iterations, and the window keeps its shape.
+        On a GPU this waits for the device, hence only every few iterations, and the window keeps its shape. Where
+        iterations are replayed no image is dropped.
         """
+        if self.num_rows == 1:
+            state.done = state.num_forwards == state.stream.num_slots
+            if state.done and state.errors is not None:
+                raise_errors(state.errors)
+            return None
         free = looking_is_free(state.length.device)
         if not free and state.num_forwards < state.next_poll:
             return None
@@ -287,12 +282,16 @@ class WindowSampler(Sampler):
         if free:
             state.width = min(self.reach, most)
         state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
-        if state.done or bool((left > 0).all()):
+        if state.errors is not None:
+            raise_errors(state.errors)
+        if state.done or state.replay is not None or bool((left > 0).all()):
             return None
         keep = (left > 0).nonzero().flatten()
         state.backbone.select(state.session, keep)
         state.rows, state.keys, state.length = state.rows[keep], state.keys[keep], state.length[keep]
         state.forced = None if state.forced is None else state.forced[keep]
+        state.errors = None if state.errors is None else state.errors[keep]
+        state.counter = None if state.counter is None else state.counter[keep]
         if state.noise is not None:
             state.noise.select(keep)
         state.drafter.select(keep)
@@ -300,8 +299,7 @@ class WindowSampler(Sampler):
 
     def _commit_one(self, state: WindowState, logits: Tensor) -> None:
         """Next-token sampling: every image commits one code, so nothing is verified, gathered or polled."""
-        now, last = state.num_forwards, state.stream.num_slots - 1
-        noise = None
+        now, noise = state.num_forwards, None
         if state.noise is not None:
             block = state.noise.capacity
             if now % block == 0:  # many positions at once: small calls would cost as much as a small model
@@ -312,7 +310,9 @@ class WindowSampler(Sampler):
         fixed = None if state.forced is None else state.forced[:, now]  # b
         if fixed is not None:  # the law of a fixed slot is never read
             logits = torch.where((fixed >= 0)[:, None, None], 0.0, logits)
-        tokens = draw(logits, seeds=state.keys, positions=position, noise=noise, **self.warp)[:, 0]
+        tokens = draw(logits, seeds=state.keys, positions=position, noise=noise, errors=state.errors, **self.warp)[
+            :, 0
+        ]
         if fixed is not None:
             tokens = torch.where(fixed >= 0, fixed, tokens)
         state.slots[:, now] = tokens
@@ -320,8 +320,24 @@ class WindowSampler(Sampler):
         state.length += 1
         if now > 0:
             state.backbone.commit(state.session, 1)
-        state.num_forwards += 1
-        state.done = now == last
+        state.count()
+        self._look(state)
+
+    def _commit_next(self, state: WindowState, logits: Tensor) -> None:
+        """The same as a function of tensors."""
+        slots = state.length[:, None]  # b 1
+        fixed = None if state.forced is None else state.forced.gather(1, slots)
+        if fixed is not None:
+            logits = torch.where((fixed >= 0)[..., None], 0.0, logits)
+        positions = state.stream.code_index[slots]
+        tokens = draw(logits, seeds=state.keys, positions=positions, errors=state.errors, **self.warp)
+        if fixed is not None:
+            tokens = torch.where(fixed >= 0, fixed, tokens)
+        state.slots.scatter_(1, slots, tokens)
+        state.trace.scatter_(1, slots, state.iteration[:, None])
+        state.length = state.length + 1
+        state.backbone.commit(state.session, 1)
+        state.count()
 
 
 def looking_is_free(device: torch.device) -> bool:

@@ -304,3 +304,18 @@ def test_all_visible_skips_the_mask():
     plan = cache.plan(torch.arange(4), tau=torch.zeros(4, dtype=torch.int64), all_visible=True)
     visible = torch.ones(4, 4, dtype=torch.bool)
     close(cache.attend(0, plan, query, key, value), reference_attention(query, key, value, visible))
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_what_is_rewound_is_fed_anew(static):
+    """A draft model runs ahead code by code; the target takes a different number of codes back in every row."""
+    model, condition, codes = tiny(), condition_of("class"), random_codes()
+    expected = teacher_forced(model, condition, codes)[:1]
+    session, _ = model.open(model.prepare(condition), max_window=4, static=static)
+    for column in range(4):
+        model.step(session, (codes if column == 0 else (codes + 1) % V)[:, column, None])
+        model.commit(session, 1)
+    model.rewind(session, torch.tensor([3, 1, 2]))
+    model.rewind(session, torch.tensor([0, 2, 1]))
+    out = model.step(session, codes[:, 1:4])
+    close(out.logits, expected[:, :, 2:5])

@@ -90,6 +90,10 @@ class ToyBackbone:
         session.length = session.length + n
         session.fed = 0
 
+    def rewind(self, session: ToySession, n: int | Tensor) -> None:
+        session.length = session.length - n
+        assert bool((session.length >= 0).all()), "more taken back than committed"
+
     def select(self, session: ToySession, rows: Tensor) -> None:
         session.cache, session.length, session.labels = session.cache[rows], session.length[rows], session.labels[rows]
 

@@ -79,7 +79,9 @@ class Backbone(Protocol):
     codebook_size: int  # V
     hidden_size: int  # D
     grid_size: tuple[int, int]
-    features: frozenset[str]  # of "window", "ragged", "tree_mask", "any_slot" (step_at), "free_order", "hidden"
+    features: frozenset[
+        str
+    ]  # of "window", "ragged", "tree_mask", "any_slot" (step_at), "free_order", "hidden", "static"
 
     @property
     def device(self) -> torch.device:
@@ -129,6 +131,10 @@ class Backbone(Protocol):
 
         For tree windows ``path [B, K]`` lists the indices of the accepted entries in order, ``n[b]`` of them valid.
         """
+        ...
+
+    def rewind(self, session: Any, n: int | Tensor) -> None:
+        """Take back the last ``n`` committed entries, one int or ``[B]`` int64: a draft model that went too far."""
         ...
 
     def select(self, session: Any, rows: Tensor) -> None:

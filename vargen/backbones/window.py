@@ -114,7 +114,7 @@ class WindowBackbone(ItemTransformer):
     ``rope_table`` (rows: T condition positions, N codes, NULL) and ``grid_size``.
     """
 
-    features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden"})
+    features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden", "static"})
     cls_embedding: Any
     tok_embeddings: nn.Embedding
     norm: nn.Module
@@ -283,6 +283,11 @@ class WindowBackbone(ItemTransformer):
         if path is not None:
             session.cache.compact(path.repeat(session.branches, 1))
         session.advance(n)
+
+    @torch.no_grad()
+    def rewind(self, session: WindowSession, n: int | Tensor) -> None:
+        """Take back the last n committed entries, one number for all images or [B] int64; they may be fed anew."""
+        session.advance(-n)
 
     @torch.no_grad()
     def select(self, session: WindowSession, rows: Tensor) -> None:
