@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from _common import interleaved_medians, pin_to_core, report, table, write_json
 
@@ -112,7 +113,7 @@ def conditions(backbone: Any, batch: int, device: str) -> torch.Tensor:
     if backbone.config.condition_type == "attributes":
         from vargen.data.heroes import HeroesDataset
 
-        return HeroesDataset(1, split="test").examples(range(batch))["attributes"].to(device)
+        return HeroesDataset(1, split="test").examples(np.arange(batch))["attributes"].to(device)
     return torch.arange(batch, device=device)
 
 
@@ -131,7 +132,7 @@ def measure(models: dict[str, tuple[Any, Any]], batch: int, repeats: int, device
 
         return run
 
-    clock = time.process_time if device == "cpu" else time.perf_counter
+    clock = time.process_time if device == "cpu" else time.perf_counter  # one thread: other processes do not count
     seconds = interleaved_medians({name: runner(name) for name in models}, repeats, clock)
     first = next(iter(models))
     return [

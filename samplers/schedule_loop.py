@@ -8,6 +8,7 @@ Letters: B images, N codes, V codes of the codebook, G guidance branches, g targ
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.draw import draw, new_errors, raise_errors
+from vargen.kernels.warp import combine
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.protocols import Step
 from vargen.random import seed_tensor
@@ -178,16 +180,15 @@ class ScheduleSampler(Sampler):
         """Draw ``[A, g]`` codes from ``[G, A, g, V]`` logits."""
         if guidance_scale == 1.0:
             logits = logits[:1]
-        return draw(
-            logits,
-            seeds=keys,
-            positions=positions,
-            guidance_scale=guidance_scale,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            errors=errors,
-        )
+        warp: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+        if self.temperature > 0 and self.top_p < 1 and logits.device.type == "cpu":
+            return _draw_unsure(logits, keys, positions, warp)
+        return draw(logits, seeds=keys, positions=positions, errors=errors, **warp)
 
     def finish(self, state: ScheduleState) -> SamplerOutput:
         """Collect codes and statistics."""
@@ -205,6 +206,21 @@ class ScheduleSampler(Sampler):
     def departures(self, state: ScheduleState) -> list[str]:
         """One line for each way in which this run left the sampler's guarantee."""
         return []
+
+
+def _draw_unsure(logits: Tensor, keys: Tensor, positions: Tensor, warp: dict[str, Any]) -> Tensor:
+    """Draw where top-p leaves a choice; a code that holds the whole mass alone needs no noise (CPU: noise is dear)."""
+    z = combine(logits, warp["guidance_scale"], warp["temperature"])
+    mass = z.logsumexp(-1)
+    if not bool(mass.isfinite().all()):
+        return draw(logits, seeds=keys, positions=positions, **warp)  # which names the bad row
+    best, codes = z.max(-1)
+    images, columns = (best - mass < math.log(warp["top_p"])).nonzero(as_tuple=True)
+    if len(images):
+        rows = logits[:, images, columns][:, :, None]  # G n 1 V
+        where = positions[images, columns][:, None]
+        codes[images, columns] = draw(rows, seeds=keys[images], positions=where, **warp)[:, 0]
+    return codes
 
 
 def check_forced(

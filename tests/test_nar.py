@@ -12,6 +12,7 @@ from tests.enumeration import chi_square_p
 from tests.tiny import CODEBOOK_SIZE, tiny_pipeline, tiny_tokenizer
 from vargen.backbones.nar import NARTransformer
 from vargen.checkpoints import CheckpointError
+from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.manifests import verify_checkpoint
 from vargen.samplers.neighboring import NeighboringSampler
@@ -243,6 +244,16 @@ def test_an_image_depends_on_its_seed_only():
         assert torch.equal(sampler.sample(model, labels[i : i + 1], seeds=[seed]).codes[0], together.codes[i])
 
 
+@pytest.mark.parametrize("settings", [{"top_p": 0.9}, {"top_p": 0.6, "top_k": 5}, {"top_p": 0.5, "temperature": 0.3}])
+def test_skipping_the_noise_of_sure_codes_changes_nothing(settings):
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 8, 64) * torch.tensor([0.1, 1, 2, 4, 8, 16, 32, 64])[:, None]
+    keys, positions = torch.tensor([1, 2, 3]), torch.arange(8).expand(3, -1)
+    expected = draw(logits, seeds=keys, positions=positions, guidance_scale=1.5, **settings)
+    sampler = NeighboringSampler(**settings)
+    assert torch.equal(sampler.pick(logits, keys, positions, 1.5, None), expected)
+
+
 def test_fixed_codes_stay_and_the_rest_follows_them():
     model, sampler, labels = tiny(), NeighboringSampler(), torch.tensor([1, 2])
     free = sampler.sample(model, labels, seeds=[5, 6]).codes
@@ -287,8 +298,9 @@ def test_what_does_not_fit_is_refused_in_one_line():
 def test_bad_logits_are_named():
     model = tiny()
     model.medusa_output.weight.data[0, 0] = float("nan")
-    with pytest.raises(ValueError, match="logits of image 0 at position 0 are NaN"):
-        NeighboringSampler().sample(model, torch.tensor([1]), seeds=[0])
+    for sampler in (NeighboringSampler(), NeighboringSampler(top_p=0.9)):
+        with pytest.raises(ValueError, match="logits of image 0 at position 0 are NaN"):
+            sampler.sample(model, torch.tensor([1]), seeds=[0])
 
 
 def test_a_guidance_ramp_reaches_the_scale_at_the_end():

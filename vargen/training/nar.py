@@ -120,7 +120,7 @@ def _copy_tables(model: NARTransformer, source: LlamaGenTransformer, codes: Tens
         for _, output in model.heads:
             getattr(model, output).weight.copy_(tables[1])
         return
-    scales = [table.square().mean().sqrt() for table in tables]
+    scales = [table.square().mean().sqrt().clamp(min=1e-12) for table in tables]  # an untrained head is zero
     both = torch.cat([table / scale for table, scale in zip(tables, scales, strict=True)], dim=1)  # V 2D
     often = torch.bincount(codes.flatten(), minlength=len(both)).to(both.dtype) + 1.0
     directions = torch.linalg.svd(both * often.sqrt()[:, None], full_matrices=False).Vh[:rank]  # r 2D
