@@ -36,7 +36,9 @@ def acceptance_map(image: Any, commit_trace: Any, grid: tuple[int, int]) -> Figu
     trace = torch.as_tensor(commit_trace)
     trace = trace[None] if trace.ndim == 1 else trace
     if trace.ndim != 2 or trace.shape[1] != grid[0] * grid[1]:
-        raise ValueError(f"commit_trace must be [B, {grid[0] * grid[1]}] for a grid of {grid}, got {list(trace.shape)}")
+        raise ValueError(
+            f"commit_trace must be [B, {grid[0] * grid[1]}] for a grid of {grid}, got {list(trace.shape)}"
+        )
     if len(images) != len(trace):
         raise ValueError(f"there are {len(images)} images and {len(trace)} traces; give one trace an image")
     if bool((trace < 0).any()):
@@ -52,6 +54,40 @@ def acceptance_map(image: Any, commit_trace: Any, grid: tuple[int, int]) -> Figu
         for axis in (left, right):
             axis.set_xticks([])
             axis.set_yticks([])
+    return figure
+
+
+def diagonal_front(images: Any, codes: Any, commit_trace: Any, grid: tuple[int, int]) -> Figure:
+    """Draw an image as it grows: the picture after some passes, and below each what is drawn and what the last pass drew.
+
+    Args:
+        images: k pictures ``[3, H, W]`` around [-1, 1], for example ``pipe.decode_codes`` inside a callback.
+        codes: ``[k, N]`` integers, the codes at these moments, -1 where not drawn.
+        commit_trace: ``[N]`` integers, ``stats.commit_trace`` of the finished image.
+        grid: (h, w) with h * w = N.
+
+    Returns:
+        A matplotlib figure of two rows and k columns.
+
+    Raises:
+        ValueError: the codes do not fit the grid or the images.
+    """
+    drawn, trace = torch.as_tensor(codes) >= 0, torch.as_tensor(commit_trace)
+    if drawn.ndim != 2 or drawn.shape[1] != grid[0] * grid[1] or len(drawn) != len(images):
+        raise ValueError(
+            f"codes must be [{len(images)}, {grid[0] * grid[1]}], one row an image, got {list(drawn.shape)}"
+        )
+    figure = Figure(figsize=(1.25 * len(images), 2.7), layout="constrained")
+    axes = figure.subplots(2, len(images), squeeze=False)
+    for column, (picture, here) in enumerate(zip(images, drawn, strict=True)):
+        pixels = ((torch.as_tensor(picture).float().cpu().clamp(-1, 1) + 1) / 2).permute(1, 2, 0)
+        last = int(trace[here].max()) if bool(here.any()) else -1
+        state = here.float() + (here & (trace == last)).float()  # 0 open, 1 drawn, 2 the front
+        axes[0, column].imshow(pixels.numpy(), interpolation="nearest")
+        axes[1, column].imshow(state.view(grid).numpy(), cmap="cividis", vmin=0, vmax=2, interpolation="nearest")
+        axes[0, column].set_title(f"{last + 1} forwards", fontsize=8)
+        for axis in axes[:, column]:
+            axis.set_axis_off()
     return figure
 
 
