@@ -76,7 +76,7 @@ class DecodeSchedule(ScheduleBuilders):
             if id(step) not in moved:
                 tensors = {f.name: getattr(step, f.name) for f in fields(step)}
                 places = {name: t.to(device) for name, t in tensors.items() if isinstance(t, Tensor)}
-                moved[id(step)] = replace(step, **places)
+                moved[id(step)] = replace(step, **places)  # type: ignore[arg-type]
         return replace(self, steps=tuple(moved[id(step)] for step in self.steps))
 
     def validate(self) -> None:

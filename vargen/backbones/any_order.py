@@ -10,7 +10,7 @@ Letters: B images, N codes, T condition positions, V codes of the codebook, D wi
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,11 +25,11 @@ from vargen.hub import check_family, load_original, load_strict
 class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
     """Codes of a grid in any order, any number of them in a pass; the arguments are those of ``LlamaGenTransformer``."""
 
-    features: ClassVar[frozenset[str]] = frozenset({"groups"})
-    schedules: ClassVar[tuple[str, ...]] = ("randar",)
-    sampler_hint: ClassVar[str] = "ParallelGroupSampler"
+    features = frozenset({"groups"})
+    schedules = ("randar",)
+    sampler_hint = "ParallelGroupSampler"
 
-    @wraps(LlamaGenTransformer.__init__)
+    @wraps(LlamaGenTransformer.__init__)  # type: ignore[misc]  # its signature is what the configuration reads
     def __init__(self, *args: Any, **config: Any) -> None:
         super().__init__(*args, **config)
         self.pos_instruct_embeddings = nn.Parameter(torch.randn(1, self.config.dim) * 0.02)

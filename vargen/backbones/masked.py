@@ -8,7 +8,7 @@ Letters: B images, N codes, T condition positions, V codes of the codebook, D wi
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +20,11 @@ from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 class MaskedTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
     """Masked codes from all others; the arguments are those of ``LlamaGenTransformer``."""
 
-    features: ClassVar[frozenset[str]] = frozenset({"masked"})
-    schedules: ClassVar[tuple[str, ...]] = ("maskgit",)
-    sampler_hint: ClassVar[str] = "MaskedSampler"
+    features = frozenset({"masked"})
+    schedules = ("maskgit",)
+    sampler_hint = "MaskedSampler"
 
-    @wraps(LlamaGenTransformer.__init__)
+    @wraps(LlamaGenTransformer.__init__)  # type: ignore[misc]  # its signature is what the configuration reads
     def __init__(self, *args: Any, **config: Any) -> None:
         super().__init__(*args, **config)
         self.mask_embedding = nn.Parameter(torch.randn(1, self.config.dim) * 0.02)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import inspect
 import math
 from functools import reduce
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -50,8 +50,8 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
             class_dropout_prob, attribute_dropout_prob: as in ``LlamaGenTransformer``.
     """
 
-    features: ClassVar[frozenset[str]] = frozenset({"neighbors"})
-    sampler_hint: ClassVar[str] = "NeighboringSampler"
+    features = frozenset({"neighbors"})
+    sampler_hint = "NeighboringSampler"
     heads: tuple[tuple[str, str], ...] = IMAGE_HEADS[:1]  # while the base class builds its own
     ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
 
@@ -91,6 +91,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         self.register_to_config(grid_size=tuple(grid_size))
         self.grid_size = tuple(int(side) for side in grid_size)  # type: ignore[assignment]
         self.is_video = len(grid_size) == 3
+        self.schedules = ("nar3d",) if self.is_video else ("nar2d",)
         if code_rank is not None:
             self.tok_embeddings = CodeTable(codebook_size, code_rank, dim)  # type: ignore[assignment]
         del self.norm, self.output
@@ -143,7 +144,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         return model.eval()
 
     @property
-    def num_codes(self) -> int:
+    def num_codes(self) -> int:  # type: ignore[override]
         """N."""
         return math.prod(self.grid_size)
 
@@ -151,11 +152,6 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
     def codebook_size(self) -> int:
         """V."""
         return int(self.config.codebook_size)
-
-    @property
-    def schedules(self) -> tuple[str, ...]:  # type: ignore[override]
-        """The one schedule that the weights were trained for."""
-        return ("nar3d",) if self.is_video else ("nar2d",)
 
     @property
     def taps(self) -> tuple[int, ...]:

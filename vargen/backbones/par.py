@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from diffusers.configuration_utils import register_to_config
@@ -36,9 +36,9 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
             ``LlamaGenTransformer``.
     """
 
-    features: ClassVar[frozenset[str]] = frozenset({"groups"})
-    schedules: ClassVar[tuple[str, ...]] = ("par",)
-    sampler_hint: ClassVar[str] = "ParallelGroupSampler"
+    features = frozenset({"groups"})
+    schedules = ("par",)
+    sampler_hint = "ParallelGroupSampler"
     ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
 
     @register_to_config

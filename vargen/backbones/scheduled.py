@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ class ItemSession:
 class ScheduledBackbone(ItemTransformer):
     """Mixin of backbones that decode by schedules. The module also is a ``LlamaGenTransformer`` or brings its parts."""
 
-    schedules: ClassVar[tuple[str, ...]] = ()  # kinds of schedules that the weights were trained for
-    sampler_hint: ClassVar[str] = "a schedule sampler"
+    schedules: tuple[str, ...] = ()  # kinds of schedules that the weights were trained for
+    sampler_hint: str = "a schedule sampler"
     grid_size: tuple[int, ...]
     num_codes: int
     num_condition_tokens: int

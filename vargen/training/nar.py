@@ -126,6 +126,6 @@ def _copy_tables(model: NARTransformer, source: LlamaGenTransformer, codes: Tens
     directions = torch.linalg.svd(both * often.sqrt()[:, None], full_matrices=False).Vh[:rank]  # r 2D
     model.tok_embeddings.weight.copy_(both @ directions.T)
     inward, outward = directions.chunk(2, dim=1)  # r D each
-    model.tok_embeddings.projection.weight.copy_(inward.T * scales[0])  # type: ignore[union-attr]
+    model.tok_embeddings.projection.weight.copy_(inward.T * scales[0])  # type: ignore[union-attr,operator]
     for _, output in model.heads:
         getattr(model, output).weight.copy_(outward * scales[1])
