@@ -1,8 +1,9 @@
 """Decode schedules beside next-token decoding: forward passes and seconds of one batch of 16x16 codes, in turns, in one run.
 
-Three parts. `shipped`: heroes32-nar and heroes32-llamagen with their stored samplers. `equal`: models of equal blocks and
-width (the shipped ones' sizes, random weights), next-token, PAR, any-order, masked and NAR. `published`: LlamaGen-B and
-NAR-B, random weights. Codes only: the pixel decoder is the same for all.
+Three parts. `shipped`: heroes32-nar and heroes32-llamagen with their stored samplers. `equal`: models of one width with
+random weights, next-token, PAR, any-order, masked and NAR; NAR once with as many blocks as the others and once with about
+as many parameters (its second head is a table of its own). `published`: LlamaGen-B and NAR-B, random weights. Codes only:
+the pixel decoder is the same for all.
 
     python benchmarks/schedules.py                       # shipped and equal, about four minutes on one core
     python benchmarks/schedules.py --parts published     # about five minutes
@@ -71,7 +72,7 @@ def pair_of_size(size: str, device: str) -> dict[str, tuple[Any, Any]]:
 
 
 def equal_models(device: str) -> dict[str, tuple[Any, Any]]:
-    """Models of the same blocks, one for each schedule; NAR's last block is its second head's own."""
+    """Models of one width, one for each schedule; NAR's last block is its second head's own."""
     g = GUIDANCE
     return {
         "next-token": (
@@ -90,8 +91,12 @@ def equal_models(device: str) -> dict[str, tuple[Any, Any]]:
             randomized(MaskedTransformer(**SMALL, num_layers=NUM_BLOCKS), device),
             MaskedSampler(guidance_scale=g, num_steps=12),
         ),
-        "neighboring": (
+        "neighboring, equal blocks": (
             randomized(NARTransformer(**SMALL, num_layers=NUM_BLOCKS - 1), device),
+            NeighboringSampler(guidance_scale=g),
+        ),
+        "neighboring, equal parameters": (
+            randomized(NARTransformer(**SMALL, num_layers=NUM_BLOCKS - 3), device),
             NeighboringSampler(guidance_scale=g),
         ),
     }
