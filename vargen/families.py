@@ -47,7 +47,7 @@ _families: list[Family] = [
     Family("mvar", "M-VAR transformer", _NO, ("pos_1LC", "blocks.*.mamba.*")),
     Family("var", "VAR transformer", "VARTransformer", ("pos_1LC", "lvl_embed.weight")),
     Family("mar", "MAR transformer", "MARTransformer", ("diffloss.net.*", "z_proj.weight")),
-    Family("xar", "xAR transformer", _NO, ("encoder_blocks.*", "decoder_blocks.*", "pred.weight")),
+    Family("xar", "xAR transformer", "XARTransformer", ("encoder_blocks.*", "decoder_blocks.*", "pred.weight")),
     Family("nbp", "NBP video transformer", "NBPTransformer", ("transformer.tok_emb.weight",)),
     Family("rar", "RAR transformer", _NO, ("target_aware_pos_embed",)),
     Family("arpg", "ARPG transformer", _NO, ("layers.cross_dec.*", "layers.self_dec.*")),

@@ -195,6 +195,12 @@ def _mar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     return mar_manifest(state_dict)
 
 
+def _xar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    from vargen.mar_manifests import xar_manifest
+
+    return xar_manifest(state_dict)
+
+
 _builders: dict[str, Builder] = {
     "llamagen-c2i": _llamagen_manifest,
     "llamagen-t2i": _llamagen_manifest,
@@ -208,6 +214,7 @@ _builders: dict[str, Builder] = {
     "randar": _schedule_manifest("randar_manifest"),
     "kl-autoencoder": _kl_manifest,
     "mar": _mar_manifest,
+    "xar": _xar_manifest,
 }
 
 

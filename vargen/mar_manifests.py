@@ -11,6 +11,7 @@ from vargen.manifests import Manifest
 
 KL16_NAME, KL16_PARAMETERS = "kl16", 66_456_019
 KL16_WIDTHS = [128, 128, 256, 256, 512]
+XAR_PARAMETERS = {"xar_B": 172_638_224, "xar_L": 608_397_968, "xar_H": 1_186_024_096}
 MAR_PARAMETERS = {"base": 207_924_768, "large": 478_326_304, "huge": 942_403_104}
 
 
@@ -43,3 +44,16 @@ def mar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     published = size is not None and config["num_classes"] == 1000 and config["buffer_size"] == 64
     name, count = (f"mar_{size}", MAR_PARAMETERS[str(size)]) if published else (None, None)
     return Manifest(shapes, name, count)
+
+
+def xar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    """Keys and shapes of an xAR transformer of the file's width and depth."""
+    from vargen.backbones.xar import RECOMPUTED, SIZES, XARTransformer, infer_xar_config
+
+    config = infer_xar_config(state_dict, {"num_heads": 1})
+    with torch.device("meta"):
+        model = XARTransformer(**config)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    found = (config["dim"], config["encoder_depth"])
+    size = next((f"xar_{name}" for name, (dim, depth, _) in SIZES.items() if (dim, depth) == found), None)
+    return Manifest(shapes, size, XAR_PARAMETERS.get(size or ""), optional=RECOMPUTED)
