@@ -138,7 +138,7 @@ def parameter_groups(
         if not p.requires_grad:
             continue
         if optimizer == "muon" and _is_hidden(name, p):
-            if name.endswith(("wqkv.weight", "mat_qkv.weight")) and p.shape[0] == 3 * p.shape[1]:
+            if name.endswith("qkv.weight") and p.shape[0] == 3 * p.shape[1]:
                 p.num_blocks = 3  # type: ignore[attr-defined]
             groups["muon"].append(p)
         else:

@@ -24,6 +24,9 @@ TASKS = {  # name -> (module, class); imported when asked for
     "var": ("vargen.training.var", "VARTask"),
     "nar": ("vargen.training.nar", "NARTask"),
     "kl": ("vargen.training.kl", "KLTask"),
+    "mar": ("vargen.training.mar", "MARTask"),
+    "causal-mar": ("vargen.training.mar", "CausalMARTask"),
+    "mar-draft": ("vargen.training.mar_draft", "MARDraftTask"),
 }
 _EVAL_STREAM = 1  # added to the recipe's seed: evaluation heroes are another stream, of the test split
 
