@@ -303,6 +303,17 @@ def test_bad_logits_are_named():
             sampler.sample(model, torch.tensor([1]), seeds=[0])
 
 
+@pytest.mark.parametrize("settings", [{}, {"top_p": 0.9}])
+def test_bad_logits_are_named_by_the_kernels_too(settings, monkeypatch):
+    """Kernels note bad rows in a record that is read at the end of the decode."""
+    pytest.importorskip("triton")
+    monkeypatch.setenv("VARGEN_KERNELS", "triton")
+    model = tiny(grid_size=(2, 2))
+    model.cls_embedding.embedding_table.weight.data[2] = float("nan")
+    with pytest.raises(ValueError, match="logits of image 1 at position 0 are NaN"):
+        NeighboringSampler(**settings).sample(model, torch.tensor([1, 2]), seeds=[0, 1])
+
+
 def test_a_guidance_ramp_reaches_the_scale_at_the_end():
     sampler, schedule = NeighboringSampler(guidance_scale=3.0, guidance_ramp="linear"), DecodeSchedule.nar2d((4, 4))
     assert sampler.guidance_at(schedule.steps[0], 16, 0) == 1.0
