@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 from tests.toys import SpatialBackbone
-from vargen.plot import BANDS, acceptance_map
+from vargen.plot import BANDS, acceptance_map, diagonal_front
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 
 
@@ -39,3 +39,14 @@ def test_a_map_shows_the_run_it_was_made_from():
 def test_what_does_not_fit_is_one_clear_line(trace, message):
     with pytest.raises(ValueError, match=message):
         acceptance_map(Image.new("RGB", (8, 6)), trace, (3, 4))
+
+
+def test_the_front_of_a_decode_is_what_the_last_pass_drew():
+    trace = torch.tensor([0, 1, 2, 1, 2, 3])
+    codes = torch.where(trace <= torch.tensor([[1], [3]]), 5, -1)
+    figure = diagonal_front([torch.zeros(3, 4, 6)] * 2, codes, trace, (2, 3))
+    assert [axis.get_title() for axis in figure.axes[:2]] == ["2 forwards", "4 forwards"]
+    maps = [axis.images[0].get_array().tolist() for axis in figure.axes[2:]]
+    assert maps == [[[1, 2, 0], [2, 0, 0]], [[1, 1, 1], [1, 1, 2]]]
+    with pytest.raises(ValueError, match=r"codes must be \[1, 6\], one row an image, got \[2, 6\]"):
+        diagonal_front([torch.zeros(3, 4, 6)], codes, trace, (2, 3))
