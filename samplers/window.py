@@ -265,26 +265,26 @@ class WindowSampler(Sampler):
     def _look(self, state: WindowState) -> Tensor | None:
         """Learn the progress, drop complete images and set the next width; return the images kept if some left.
 
-        On a GPU this waits for the device, hence only every few iterations, and the window keeps its shape. Where
-        iterations are replayed no image is dropped.
+        On a GPU this waits for the device, hence only every few iterations, and the window keeps its shape. On a static
+        session the batch keeps its shape as well.
         """
         if self.num_rows == 1:
             state.done = state.num_forwards == state.stream.num_slots
             if state.done and state.errors is not None:
                 raise_errors(state.errors)
             return None
-        free = looking_is_free(state.length.device)
+        free, static = looking_is_free(state.length.device), getattr(state.session, "static", False)
         if not free and state.num_forwards < state.next_poll:
             return None
         left = state.stream.num_slots - state.length
         most = int(left.max())
         state.done = most == 0
-        if free:
+        if free and not static:
             state.width = min(self.reach, most)
         state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
         if state.errors is not None:
             raise_errors(state.errors)
-        if state.done or state.replay is not None or bool((left > 0).all()):
+        if state.done or static or bool((left > 0).all()):
             return None
         keep = (left > 0).nonzero().flatten()
         state.backbone.select(state.session, keep)

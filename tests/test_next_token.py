@@ -6,9 +6,11 @@ import pytest
 import torch
 
 from tests.enumeration import chi_square_p, shared_noise_law, table_law, total_variation
+from tests.tiny import tiny_backbone
 from tests.toys import SpatialBackbone, TabularBackbone
 from vargen.kernels.warp import warp_logits
 from vargen.samplers import window
+from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
 
 SETTINGS = [
@@ -135,3 +137,23 @@ def test_bad_logits_name_the_image_and_the_position():
     backbone.table[1, :, 1:4] = float("nan")  # every law of position 1 of class 1
     with pytest.raises(ValueError, match="image 1 at position 1 are NaN"):
         NextTokenSampler().sample(backbone, torch.tensor([0, 1]), seeds=[1, 2])
+
+
+@pytest.mark.parametrize(
+    "sampler", [NextTokenSampler(guidance_scale=2.0), SpeculativeJacobiSampler(window=3)], ids=str
+)
+def test_compiled_blocks_are_one_graph_and_give_the_same_codes(sampler):
+    """diffusers' regional compilation: all blocks and all steps share a graph, the prefill runs uncompiled."""
+    labels, graphs = torch.tensor([1, 2]), []
+    expected = sampler.sample(tiny_backbone(num_layers=3), labels, seeds=[5, 6]).codes
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    backbone = tiny_backbone(num_layers=3)
+    backbone.compile_repeated_blocks(backend=count, fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(sampler.sample(backbone, labels, seeds=[5, 6]).codes, expected)
+    assert len(graphs) == 1

@@ -41,11 +41,15 @@ def tiny_tokenizer(codebook_size: int = CODEBOOK_SIZE) -> VQTokenizer:
 def tiny_backbone(**config: Any) -> LlamaGenTransformer:
     torch.manual_seed(1)
     defaults: dict[str, Any] = {
+        "dim": 32,
+        "num_layers": 2,
+        "num_heads": 2,
+        "grid_size": GRID,
         "num_classes": NUM_CLASSES,
         "condition_rope": "identity",
         "codebook_size": CODEBOOK_SIZE,
     }
-    backbone = LlamaGenTransformer(dim=32, num_layers=2, num_heads=2, grid_size=GRID, **{**defaults, **config})
+    backbone = LlamaGenTransformer(**{**defaults, **config})
     torch.nn.init.normal_(backbone.output.weight, std=0.5)  # it starts at zero: every law would be flat
     return backbone.eval()
 

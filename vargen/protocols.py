@@ -79,9 +79,8 @@ class Backbone(Protocol):
     codebook_size: int  # V
     hidden_size: int  # D
     grid_size: tuple[int, int]
-    features: frozenset[
-        str
-    ]  # of "window", "ragged", "tree_mask", "any_slot" (step_at), "free_order", "hidden", "static"
+    # of "window", "ragged", "tree_mask", "any_slot" (step_at), "free_order", "hidden", "static" (fixed shapes)
+    features: frozenset[str]
 
     @property
     def device(self) -> torch.device:

@@ -59,6 +59,25 @@ class Plan:
     is_causal: bool = False  # extent = w and plain causal order
 
 
+def write(keys: Tensor, values: Tensor, plan: Plan, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Write one layer's items into its buffers ``[R, H, S + 1, d]``; return the part that is read."""
+    if plan.span is not None:
+        keys[:, :, slice(*plan.span)] = key
+        values[:, :, slice(*plan.span)] = value
+    else:
+        index = plan.slots.to(key.device)[:, None, :, None].expand_as(key)
+        keys.scatter_(2, index, key.to(keys.dtype))
+        values.scatter_(2, index, value.to(values.dtype))
+    return keys[:, :, : plan.extent], values[:, :, : plan.extent]
+
+
+def attend_over(keys: Tensor, values: Tensor, plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Write one layer's items into its buffers and attend over them: ``[R, H_q, w, d]``."""
+    keys, values = write(keys, values, plan, key, value)
+    mask = None if plan.mask is None else plan.mask.to(query.device)
+    return attention(query, keys.to(query.dtype), values.to(query.dtype), mask, plan.is_causal)
+
+
 class KVCache:
     """Static key-value buffers of a transformer, for any decoding order.
 
@@ -182,32 +201,33 @@ class KVCache:
 
     def update(self, layer: int, key: Tensor, value: Tensor, plan: Plan) -> tuple[Tensor, Tensor]:
         """Write ``[R, H, w, d]`` keys and values; return ``[R, H, extent, d]`` views of the buffers."""
+        self._allocate(layer, key, value)
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None
+        assert values is not None
+        return write(keys, values, plan, key, value)
+
+    def _allocate(self, layer: int, key: Tensor, value: Tensor) -> None:
         if self.keys[layer] is None:
             shape = (*key.shape[:2], self.capacity + 1, key.shape[3])
             # zeros: a masked slot must be finite, for 0 * inf is NaN
             self.keys[layer] = torch.zeros(shape, dtype=self.dtype or key.dtype, device=key.device)
             self.values[layer] = torch.zeros(shape, dtype=self.dtype or value.dtype, device=value.device)
-        keys, values = self.keys[layer], self.values[layer]
-        assert keys is not None
-        assert values is not None
-        if plan.span is not None:
-            keys[:, :, slice(*plan.span)] = key
-            values[:, :, slice(*plan.span)] = value
-        else:
-            index = plan.slots.to(key.device)[:, None, :, None].expand_as(key)
-            keys.scatter_(2, index, key.to(keys.dtype))
-            values.scatter_(2, index, value.to(values.dtype))
-        return keys[:, :, : plan.extent], values[:, :, : plan.extent]
 
     def attend(self, layer: int, plan: Plan, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """Write keys and values of one layer and attend over the cache: ``[R, H_q, w, d]``."""
-        keys, values = self.update(layer, key, value, plan)
-        mask = None if plan.mask is None else plan.mask.to(query.device)
-        return attention(query, keys.to(query.dtype), values.to(query.dtype), mask, plan.is_causal)
+        self._allocate(layer, key, value)
+        keys, values = self.keys[layer], self.values[layer]
+        assert keys is not None
+        assert values is not None
+        return attend_over(keys, values, plan, query, key, value)
 
     def layer(self, layer: int, plan: Plan) -> Attend:
-        """The ``attend(query, key, value)`` function of one layer."""
-        return partial(self.attend, layer, plan)
+        """The ``attend(query, key, value)`` function of one layer; once allocated the same for all, but for buffers."""
+        keys, values = self.keys[layer], self.values[layer]
+        if keys is None or values is None:
+            return partial(self.attend, layer, plan)
+        return partial(attend_over, keys, values, plan)
 
     def erase(self, slots: Tensor) -> None:
         """Hide ``[w]`` or ``[R, w]`` slots (items whose keys must not survive their pass) until written again."""

@@ -60,6 +60,7 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     _no_split_modules = ("TransformerBlock",)
+    _repeated_blocks = ("TransformerBlock",)  # what ``compile_repeated_blocks`` compiles, once for all of them
 
     @register_to_config
     def __init__(

@@ -8,6 +8,7 @@ Letters: B images, G guidance branches, R = G * B rows, T condition positions, N
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -190,7 +191,7 @@ class WindowBackbone(ItemTransformer):
         layout: Layout | None = None,
         dtype: torch.dtype | None = None,
         hidden: bool = False,
-        static: bool = False,
+        static: bool | None = None,
         reuse: WindowSession | None = None,
     ) -> tuple[WindowSession, StepOut]:
         """Run the condition and return a session with the logits of slot 0.
@@ -201,7 +202,8 @@ class WindowBackbone(ItemTransformer):
             layout: accepted for the protocol; this model has one.
             dtype: dtype of cached keys and values (None = the model's).
             hidden: return hidden states, here of all T condition positions: [G, B, T, D].
-            static: fixed shapes at every step, see ``WindowSession``.
+            static: fixed shapes at every step, see ``WindowSession``; None = where the blocks are compiled
+                (``compile_repeated_blocks``), which would compile anew for every length.
             reuse: a finished session of the same batch, window and dtype: its buffers serve again at their addresses.
         """
         if self.training:
@@ -223,9 +225,12 @@ class WindowBackbone(ItemTransformer):
             plan = cache.plan(index, tau=torch.where(condition.mask, index, UNWRITTEN), nu=index, extent=length)
         else:
             plan = cache.plan_span(0, length)
-        h = self.forward_items(x, cache=cache, plan=plan, positions=index)
+        compiled = any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self.layers)
+        # a prefill runs once, with a shape of its own: compiling it would cost more than it saves
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            h = self.forward_items(x, cache=cache, plan=plan, positions=index)
         cache.lengths.fill_(length)
-        session = WindowSession(cache, condition.branches, length, padded, static)
+        session = WindowSession(cache, condition.branches, length, padded, compiled if static is None else static)
         return session, self._score(h if hidden else h[:, -1:], condition.branches, hidden, last=True)
 
     @torch.no_grad()
