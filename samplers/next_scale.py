@@ -20,7 +20,7 @@ from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel, seed_tensor
-from vargen.samplers.base import Sampler, check_choice, check_integer, check_seeds
+from vargen.samplers.base import Sampler, check_choice, check_integer, check_number, check_seeds
 from vargen.samplers.scale_editing import check_forced_codes
 from vargen.samplers.scale_state import NextScaleState, Noise
 
@@ -38,6 +38,9 @@ class NextScaleSampler(Sampler):
     Args:
         guidance_scale, temperature, top_k, top_p: as in ``Sampler``; the guidance is that of the last scale.
         guidance_ramp: ``"linear"`` from none at the first scale to all at the last (official), or ``"constant"``.
+        final_temperature: temperature of the last scale, reached linearly from ``temperature`` at the first; ``None`` =
+            the same for all. Codes of one scale are drawn without knowledge of each other: coarse scales can afford
+            variety, in the finest it is noise.
         guidance_stop_scale: from this scale on only the conditional branch runs, unguided; ``None`` = never.
         stop_scale: draw only so many scales and decode what is there; ``None`` = all.
         smooth: mix code vectors by a sharpened soft draw ("more_smooth" of the official code); the codes returned are
@@ -54,6 +57,7 @@ class NextScaleSampler(Sampler):
     required_features: ClassVar[frozenset[str]] = frozenset({"scales"})
 
     guidance_ramp: str = "linear"
+    final_temperature: float | None = None
     guidance_stop_scale: int | None = None
     stop_scale: int | None = None
     smooth: bool = False
@@ -63,6 +67,8 @@ class NextScaleSampler(Sampler):
         """Raise ``ValueError`` for a setting out of range."""
         super().check()
         check_choice("guidance_ramp", self.guidance_ramp, RAMPS)
+        if self.final_temperature is not None:
+            check_number("final_temperature", self.final_temperature, low=0.0, hint="0 is greedy, None is temperature")
         for name, low in (("guidance_stop_scale", 0), ("stop_scale", 1), ("refine_scale", 0)):
             if getattr(self, name) is not None:
                 check_integer(name, getattr(self, name), low=low, hint="None is off")
@@ -77,6 +83,11 @@ class NextScaleSampler(Sampler):
             return 1.0
         ramp = self.ratio(k, num_scales) if self.guidance_ramp == "linear" else 1.0
         return 1.0 + (self.guidance_scale - 1.0) * ramp
+
+    def temperature_at(self, k: int, num_scales: int) -> float:
+        """The temperature of scale k of K."""
+        last = self.temperature if self.final_temperature is None else self.final_temperature
+        return self.temperature + (last - self.temperature) * self.ratio(k, num_scales)
 
     def start(
         self,
@@ -161,7 +172,7 @@ class NextScaleSampler(Sampler):
         positions = torch.arange(start, start + state.sizes[k], device=logits.device).expand(len(state.seeds), -1)
         warp: dict[str, Any] = {
             "guidance_scale": self.guidance_at(k, len(state.sizes)),
-            "temperature": self.temperature,
+            "temperature": self.temperature_at(k, len(state.sizes)),
             "top_k": self.top_k,
             "top_p": self.top_p,
         }

@@ -206,6 +206,22 @@ def test_guidance_ramps():
     assert [stopped.guidance_at(k, 4) for k in range(4)] == [1.0, 1.5, 1.0, 1.0]
 
 
+def test_temperature_falls_to_the_last_scale(backbone, tokenizer):
+    sampler = NextScaleSampler(final_temperature=0.0)
+    assert [sampler.temperature_at(k, 3) for k in range(3)] == [1.0, 0.5, 0.0]
+    assert NextScaleSampler(temperature=0.7).temperature_at(2, 3) == 0.7
+    labels, arguments = torch.tensor([1, 2]), {"seeds": [0, 1], "tokenizer": tokenizer}
+    found = sampler.sample(backbone, labels, **arguments)
+    warm = NextScaleSampler(temperature=0.5).sample(
+        backbone, labels, **arguments, forced_codes=[found.codes[0], *[torch.full((2, n), -1) for n in SIZES[1:]]]
+    )
+    assert torch.equal(found.codes[1], warm.codes[1])
+    greedy = NextScaleSampler(temperature=0.0).sample(
+        backbone, labels, **arguments, forced_codes=[*found.codes[:2], torch.full((2, 16), -1)]
+    )
+    assert equal(found.codes, greedy.codes)
+
+
 def test_scales_behind_the_stop_of_guidance_run_one_branch(backbone, tokenizer):
     labels = torch.tensor([1, 2])
     sampler = NextScaleSampler(guidance_scale=3.0, guidance_ramp="constant", guidance_stop_scale=1)
@@ -357,6 +373,7 @@ class TestTwoModels:
     ("call", "message"),
     [
         (lambda b, t: NextScaleSampler(guidance_ramp="lineer"), "did you mean 'linear'"),
+        (lambda b, t: NextScaleSampler(final_temperature=-1.0), "final_temperature must be"),
         (lambda b, t: NextScaleSampler(stop_scale=0), "stop_scale must be an integer at least 1"),
         (lambda b, t: NextScaleSampler(more_smooth=True), "did you mean 'smooth'"),
         (lambda b, t: NextScaleSampler().sample(b, torch.tensor([1]), seeds=[0]), "pass tokenizer="),
