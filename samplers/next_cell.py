@@ -127,7 +127,7 @@ class NextCellSampler(ContinuousSampler):
         return state
 
     def finish(self, state: NextCellState) -> SamplerOutput:
-        """Return scaled latents ``[B, C, H, W]`` and statistics."""
+        """Return tokens ``[B, K M, C]`` in cell order and statistics."""
         passes = torch.full((len(state.seeds),), state.num_forwards)
         trace = torch.arange(state.cells.shape[1]).repeat_interleave(state.cells.shape[2])
         stats = DecodeStats(
@@ -136,7 +136,7 @@ class NextCellSampler(ContinuousSampler):
             commit_trace=((trace + 1) * self.num_steps - 1).expand(len(state.seeds), -1),
             guarantee=self.guarantee,
         )
-        return SamplerOutput(None, state.seeds, stats, latents=state.backbone.to_latents(state.cells).float())
+        return SamplerOutput(None, state.seeds, stats, latents=state.cells.flatten(1, 2).float())
 
     def _noise(self, state: NextCellState, cell: int) -> tuple[Tensor, Tensor]:
         size, channels = state.cells.shape[2:]

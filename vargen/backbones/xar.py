@@ -161,14 +161,19 @@ class XARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Tokens of an image, K M."""
         return self.grid_size[0] * self.grid_size[1]
 
+    @property
+    def token_dim(self) -> int:
+        """C."""
+        return int(self.config.latent_channels)
+
     def to_cells(self, latents: Tensor) -> Tensor:
         """Scaled latents ``[B, C, H, W]`` to ``[B, K, M, C]``, cells and their tokens row by row."""
         parts = latents.unflatten(-1, (-1, self.cell_size[1])).unflatten(-3, (-1, self.cell_size[0]))  # B C a h b w
         return parts.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
 
-    def to_latents(self, cells: Tensor) -> Tensor:
-        """Undo ``to_cells``."""
-        parts = cells.unflatten(2, self.cell_size).unflatten(1, tuple(self.config.cells))  # B a b h w C
+    def to_latents(self, tokens: Tensor) -> Tensor:
+        """Tokens in cell order ``[B, K M, C]`` to scaled latents ``[B, C, H, W]``."""
+        parts = tokens.unflatten(1, (*self.config.cells, *self.cell_size))  # B a b h w C
         return parts.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
 
     def forward(self, x: Tensor, t: Tensor, labels: Any, *, drop: Tensor | None = None) -> Tensor:

@@ -26,6 +26,7 @@ from vargen.pipelines.components import (
     read_index,
     register_library,
 )
+from vargen.pipelines.continuous import check_autoencoder, decode_tokens, is_continuous, undrawn_tokens
 from vargen.pipelines.editing import forced_codes, read_edit
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
@@ -177,7 +178,7 @@ class ImagePipeline(DiffusionPipeline):
             sampler_overrides: other settings of the sampler for this call, such as ``window=16``.
 
         Returns:
-            Images, codes ([B, N] int64, a list over scales for next-scale models), the seed of every image and the statistics of the decode.
+            Images, codes ([B, N] int64, a list over scales for next-scale models, tokens [B, N, D] for continuous ones), the seed of every image and the statistics of the decode.
 
         Raises:
             ValueError: an argument out of range, before any work; see each one.
@@ -214,7 +215,8 @@ class ImagePipeline(DiffusionPipeline):
             watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
             drawn = self._draw(sampler, (condition, kept), seeds, batch_size or len(seeds), watch)
             images = None if output_type == "codes" else self._to_images(drawn, output_type, batch_size)
-        codes = split_codes(cast(Tensor, drawn.codes), self.backbone)
+        tokens = drawn.latents if is_continuous(self.backbone) else drawn.codes
+        codes = split_codes(cast(Tensor, tokens), self.backbone)
         output = ImagePipelineOutput(images=images, codes=codes, seeds=seeds, stats=drawn.stats)
         return output if return_dict else (images, codes, seeds, drawn.stats)
 
@@ -243,6 +245,8 @@ class ImagePipeline(DiffusionPipeline):
 
         Useful inside a callback to watch an image grow. Codes of next-scale models give the picture of the scales drawn.
         """
+        if is_continuous(self.backbone):
+            return decode_tokens(self.tokenizer, self.backbone, codes, UNDRAWN)
         if hasattr(self.tokenizer, "decode_partial"):
             return decode_scales(self.tokenizer, codes, UNDRAWN)
         grid = codes.unflatten(1, tuple(self.backbone.grid_size))
@@ -263,9 +267,8 @@ class ImagePipeline(DiffusionPipeline):
                 parts.append(self._draw_rows(sampler, inputs.take_condition(given, rows), seeds[rows], watch))
         finally:
             watch.close()
-        codes = torch.cat(
-            [flatten_codes(part.codes, self.backbone.num_codes) for part in parts if part.codes is not None]
-        )
+        whole = [flatten_codes(part.codes, self.backbone.num_codes) for part in parts if part.codes is not None]
+        codes = torch.cat(whole) if whole else None
         drawn = [part.latents for part in parts if part.latents is not None]
         latents = torch.cat(drawn) if len(drawn) == len(parts) else None
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]), latents)
@@ -287,7 +290,7 @@ class ImagePipeline(DiffusionPipeline):
         except DecodeInterrupted as stop:
             note = f"interrupted after {stop.state.num_forwards} forward passes"
             stats = DecodeStats(num_forwards=stop.state.num_forwards, guarantee=sampler.guarantee, notes=[note])
-            return SamplerOutput(stop.state.codes.clone(), seeds, stats)
+            return self._part(stop.state.codes.clone(), seeds, stats)
         except torch.OutOfMemoryError:
             raise torch.OutOfMemoryError(
                 f"out of GPU memory while drawing {len(seeds)} images at a time; lower batch_size below {len(seeds)}, "
@@ -295,13 +298,23 @@ class ImagePipeline(DiffusionPipeline):
             ) from None
 
     def _undrawn(self, seeds: list[int]) -> SamplerOutput:
-        codes = torch.full((len(seeds), self.backbone.num_codes), -1, device=self.backbone.device)
-        return SamplerOutput(codes, seeds, DecodeStats(notes=["interrupted before some images were begun"]))
+        stats = DecodeStats(notes=["interrupted before some images were begun"])
+        if is_continuous(self.backbone):
+            return self._part(undrawn_tokens(self.backbone, len(seeds)), seeds, stats)
+        return self._part(
+            torch.full((len(seeds), self.backbone.num_codes), -1, device=self.backbone.device), seeds, stats
+        )
+
+    def _part(self, tokens: Tensor, seeds: list[int], stats: DecodeStats) -> SamplerOutput:
+        if is_continuous(self.backbone):
+            return SamplerOutput(None, seeds, stats, tokens)
+        return SamplerOutput(tokens, seeds, stats)
 
     def _to_images(self, drawn: SamplerOutput, output_type: str, batch_size: int | None) -> Any:
         decode, rows = self.decode_codes, drawn.codes
         if drawn.latents is not None:  # what was summed or drawn itself: codes need not tell all of it
-            decode, rows = self.tokenizer.decode_latents, drawn.latents
+            decode = decode if is_continuous(self.backbone) else self.tokenizer.decode_latents
+            rows = drawn.latents
         assert isinstance(rows, Tensor)
         images = torch.cat([decode(part) for part in rows.split(batch_size or len(rows))])
         if output_type == "pil":
@@ -321,4 +334,5 @@ class ImagePipeline(DiffusionPipeline):
                     f"{name} and backbone must have the same codebook size, got {sizes[name]} and {sizes['backbone']}; "
                     "take both from one model"
                 )
+        check_autoencoder(self.tokenizer, self.backbone)
         inputs.check_dtype({name: value for name, value in self.components.items() if isinstance(value, nn.Module)})

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
 from vargen.backbones.eagle import EagleDrafter
@@ -15,12 +16,15 @@ from vargen.conditioners.attributes import AttributeConditioner
 from vargen.files import atomic_dir, atomic_write
 from vargen.pipelines.components import index_entry, read_index
 from vargen.pipelines.image import ImagePipeline
+from vargen.samplers.continuous_speculative import ContinuousSpeculativeSampler
+from vargen.samplers.masked_continuous import ContinuousMaskedSampler
 from vargen.samplers.neighboring import NeighboringSampler
 from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 from vargen.tokenizers.vq import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_state
+from vargen.training.kl import load_autoencoder
 from vargen.training.sources import load_tokenizer, read_run, stored_recipe
 from vargen.training.tasks import make_task
 
@@ -29,6 +33,9 @@ COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer
     "llamagen": (VQTokenizer, NextTokenSampler),
     "var": (MultiScaleVQTokenizer, NextScaleSampler),
     "nar": (VQTokenizer, NeighboringSampler),
+    "mar": (AutoencoderKL, ContinuousMaskedSampler),
+    "causal-mar": (AutoencoderKL, ContinuousSpeculativeSampler),
+    "mar-draft": (AutoencoderKL, ContinuousSpeculativeSampler),
 }
 
 
@@ -44,10 +51,11 @@ def export_pipeline(
     """Write a transformer's run and its tokenizer as a pipeline folder, weights as float16 safetensors.
 
     Args:
-        run: folder of a finished (or running) "llamagen", "var" or "nar" run; the averaged weights of its newest checkpoint are taken.
+        run: folder of a finished (or running) "llamagen", "var", "nar", "mar" or "causal-mar" run; the averaged weights of its
+            newest checkpoint are taken.
         folder: pipeline folder to write; ``ImagePipeline.from_pretrained`` reads it.
         tokenizer: run or model folder; default: the one named in the run's recipe.
-        drafter: run of a smaller "llamagen" model over the same tokenizer.
+        drafter: run of a smaller "llamagen" model over the same tokenizer, or a "mar-draft" run for a "causal-mar" one.
         overwrite: allow replacing an existing folder.
         sampler_settings: of the stored sampler, for example ``guidance_scale=2.0``.
 
@@ -61,7 +69,9 @@ def export_pipeline(
     source = tokenizer if tokenizer is not None else stored_recipe(Path(run)).options["tokenizer"]
     tokenizer_kind, sampler_kind = COMPANIONS[stored_recipe(Path(run)).task]
     pipe = ImagePipeline(
-        tokenizer=load_tokenizer(source, tokenizer_kind),
+        tokenizer=load_autoencoder(source)
+        if tokenizer_kind is AutoencoderKL
+        else load_tokenizer(source, tokenizer_kind),
         backbone=backbone,
         sampler=sampler_kind(**sampler_settings),
         conditioner=AttributeConditioner("heroes"),
