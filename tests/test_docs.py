@@ -1,0 +1,67 @@
+"""The documentation: its examples run, its reference is complete, its links lead somewhere."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import vargen
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+
+
+@pytest.mark.slow
+def test_the_examples_of_extend_run_in_one_session():
+    names = {"__name__": "docs"}
+    found = re.findall(r"```python\n(.*?)```", (DOCS / "extend.md").read_text(), flags=re.DOTALL)
+    assert len(found) == 4
+    sys.modules["docs"] = sys.modules[__name__]  # dataclasses look their module up
+    try:
+        for block in found:
+            exec(compile(block, "docs/extend.md", "exec"), names)
+    finally:
+        del sys.modules["docs"]
+    assert names["images"].shape == (3, 3, 4, 4)
+    guidance = names["CopySampler"].from_config(names["pipe"].sampler.config).guidance_scale
+    assert guidance == names["pipe"].sampler.guidance_scale
+    other = names["sampler"].sample(
+        names["pipe"].backbone, names["condition"], seeds=[4], drafter=torch.zeros_like(names["exact"].codes)
+    )
+    expected = names["pipe"].sampler.sample(names["pipe"].backbone, names["condition"], seeds=[4])
+    assert torch.equal(other.codes, expected.codes)  # a bad draft costs passes, not the law
+
+
+def test_the_reference_names_what_the_package_offers():
+    listed = re.findall(r"^::: vargen\.([\w.]+)\.(\w+)$", (DOCS / "reference.md").read_text(), flags=re.MULTILINE)
+    assert {name: module for module, name in listed} == vargen._names
+
+
+def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
+    pages = {path.name for path in DOCS.glob("*.md")}
+    assert set(re.findall(r": (\w+\.md)$", (ROOT / "mkdocs.yml").read_text(), flags=re.MULTILINE)) == pages
+    for page in [*DOCS.glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            if not link.startswith("http"):
+                assert (page.parent / link).exists(), f"{page.name}: {link}"
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_warnings(tmp_path):
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
+    assert built.returncode == 0, built.stderr[-3000:]
+    page = (tmp_path / "site" / "reference.html").read_text()
+    for name in vargen._names:
+        assert f"{name}</code>" in page or f">{name}<" in page, name
+
+
+def _environment():
+    import os
+
+    return {**os.environ, "PYTHONPATH": str(ROOT)}
