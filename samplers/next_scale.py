@@ -51,6 +51,17 @@ class NextScaleSampler(Sampler):
     Example:
         >>> NextScaleSampler(guidance_scale=2.5, top_k=900, top_p=0.96).guidance_at(9, 10)
         2.5
+
+        In a pipeline: a preview after every scale, a hole filled in, an edit, two models (CoDe).
+
+        >>> pipe = ImagePipeline.from_pretrained("heroes32-var")  # doctest: +SKIP
+        >>> def watch(pipe, step, num_forwards, tensors):
+        ...     previews.append(pipe.decode_codes(tensors["codes"]))
+        >>> pipe("minotaur", callback_on_step_end=watch)  # doctest: +SKIP
+        >>> pipe(image=picture, mask_image=mask)  # doctest: +SKIP
+        >>> pipe("a great sword", image=picture, mask_image=mask)  # doctest: +SKIP
+        >>> pipe.drafter = larger_model  # doctest: +SKIP
+        >>> pipe("minotaur", refine_scale=3)  # doctest: +SKIP
     """
 
     guarantee: ClassVar[Guarantee] = "exact"
