@@ -12,73 +12,22 @@ G guidance branches, W = gamma + 1 window.
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
-from vargen.random import Stream, seed_tensor, uniform
+from vargen.random import Stream, seed_tensor
 from vargen.samplers.base import check_choice, check_integer, check_number, check_seeds
 from vargen.samplers.continuous import ContinuousSampler, path_noise, work_dtype
 from vargen.samplers.continuous_official import OFFICIAL_WARNING, OfficialState, official_start, official_step
-from vargen.samplers.continuous_rules import accept, couple_step, draw_residual, log_ratio, survive
+from vargen.samplers.continuous_verify import ContinuousState, Drafts, judge_paths, judge_steps
 
 MODES = ("exact", "stepwise", "official")
-
-
-@dataclass
-class ContinuousState:
-    """Everything that changes while a batch is decoded, and what ``stream`` yields."""
-
-    backbone: Any
-    session: Any
-    drafter: Any
-    draft_session: Any
-    chain: Any  # of the target
-    draft_chain: Any
-    seeds: list[int]
-    keys: Tensor  # [B] int64
-    latents: Tensor  # [B, N, D], zero where not drawn
-    length: Tensor  # [B] int64 tokens drawn
-    rows: Tensor  # [A] int64 images still decoded
-    trace: Tensor  # [B, N] int64
-    forwards_per_image: Tensor  # [B] int64
-    num_forwards: int = 0
-    num_drafter_forwards: int = 0
-    num_head_rows: int = 0
-    counts: dict[str, int] = field(default_factory=dict)
-    log_ratios: Tensor | None = None  # [A, gamma] of the last round
-    done: bool = False
-
-    @property
-    def codes(self) -> Tensor:
-        """[B, N, D] tokens, NaN where not drawn."""
-        drawn = torch.arange(self.latents.shape[1], device=self.length.device) < self.length[:, None]
-        return self.latents.masked_fill(~drawn[..., None], math.nan)
-
-    @property
-    def num_committed(self) -> Tensor:
-        """[B] int64 tokens drawn."""
-        return self.length
-
-    def count(self, **numbers: int) -> None:
-        """Add to the counters of the statistics."""
-        for name, value in numbers.items():
-            self.counts[name] = self.counts.get(name, 0) + value
-
-
-@dataclass
-class _Drafts:
-    z: Tensor  # [G, A, gamma, Z] of the drafter
-    tokens: Tensor  # [A, gamma, D]
-    states: Tensor  # [A, gamma, S + 1, D]
-    means: Tensor  # [A, gamma, S, D]
-    stds: Tensor
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,7 +124,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
             forwards_per_image=torch.zeros_like(keys),
             num_drafter_forwards=int(self.gamma > 0),
         )
-        first = self._chain(state, out.logits[:, :, -1], torch.zeros_like(keys))
+        first = self.draw_chain(state, out.logits[:, :, -1], torch.zeros_like(keys))
         return self._emit(state, first[:, None], torch.ones_like(keys))
 
     @torch.no_grad()
@@ -190,12 +139,12 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         z = state.backbone.step(state.session, window).logits  # G A W Z
         room = state.latents.shape[1] - places
         if drafts is None:
-            token = self._chain(state, z[:, :, 0], places)
+            token = self.draw_chain(state, z[:, :, 0], places)
             return self._emit(state, token[:, None], torch.ones_like(places))
         if self.mode == "exact":
-            extra, count = self._judge_paths(state, z, drafts, places, room)
+            extra, count = judge_paths(self, state, z, drafts, places, room)
         else:
-            extra, count = self._judge_steps(state, z, drafts, places, room)
+            extra, count = judge_steps(self, state, z, drafts, places, room)
         tokens = torch.cat([drafts.tokens, torch.zeros_like(last)], dim=1)
         tokens[torch.arange(len(places), device=places.device), count] = extra
         state.count(
@@ -229,7 +178,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         )
         return SamplerOutput(None, state.seeds, stats, latents=state.latents)
 
-    def _draft(self, state: ContinuousState, last: Tensor, places: Tensor) -> _Drafts | None:
+    def _draft(self, state: ContinuousState, last: Tensor, places: Tensor) -> Drafts | None:
         """Draft token after token. Each pass feeds the chain so far: a session forgets what was not committed."""
         if self.gamma == 0:
             return None
@@ -237,7 +186,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         for j in range(self.gamma):
             z = state.drafter.step(state.draft_session, window).logits[:, :, -1]
             path = state.drafter.head.sample(
-                z, self._noise(state, places + j), state.draft_chain, **self._settings(state, places + j)
+                z, self.path_noise_at(state, places + j), state.draft_chain, **self.chain_settings(state, places + j)
             )
             state.count(num_draft_head_rows=z.shape[0] * z.shape[1] * state.draft_chain.num_steps)
             states.append(z)
@@ -246,91 +195,12 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         state.drafter.step(state.draft_session, window)  # the whole window in one piece, to be committed from
         state.num_drafter_forwards += self.gamma + 1
         fields = (torch.stack(parts, dim=1) for parts in zip(*paths, strict=True))
-        return _Drafts(torch.stack(states, dim=2), window[:, 1:], *fields)
+        return Drafts(torch.stack(states, dim=2), window[:, 1:], *fields)
 
-    def _judge_paths(
-        self, state: ContinuousState, z: Tensor, drafts: _Drafts, places: Tensor, room: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Accept whole chains: the extra token ``[A, D]`` and how many drafts pass ``[A]``."""
-        gamma, device = self.gamma, places.device
-        offset = places[:, None] + torch.arange(gamma, device=device)  # A gamma
-        settings = self._settings(state, offset.flatten())
-        settings.pop("final_noise")
-        flat = z[:, :, :gamma].flatten(1, 2)
-        mean, std = state.backbone.head.path_params(drafts.states.flatten(0, 1), flat, state.chain, **settings)
-        state.num_head_rows += flat.shape[0] * flat.shape[1] * state.chain.num_steps
-        draft_laws = drafts.means.flatten(0, 1), drafts.stds.flatten(0, 1)
-        ratios = log_ratio(drafts.states.flatten(0, 1)[:, 1:], (mean, std), draft_laws).view(-1, gamma)
-        state.log_ratios = ratios
-        u = uniform(state.keys[state.rows], self._inside(state, offset), 1, Stream.ACCEPT)[..., 0]
-        count = torch.minimum(accept(ratios, u).long().cumprod(1).sum(1), room)
-        # what was refused is drawn from the residual of its own context; where nothing was, the target draws freely
-        which = torch.arange(len(places), device=device)
-        context = z[:, which, count]
-        draft_z = drafts.z[:, which, count.clamp(max=gamma - 1)]
-
-        def propose(rows: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor]:
-            where = (places + count)[rows]
-            noise = self._noise(state, where, rows, Stream.RESIDUAL, numbers)
-            bonus = (count == gamma)[rows]
-            if bool(bonus.any()):
-                noise[bonus] = self._noise(state, where[bonus], rows[bonus])
-            options = self._settings(state, where)
-            path = state.backbone.head.sample(context[:, rows], noise, state.chain, **options)
-            options.pop("final_noise")
-            laws = state.drafter.head.path_params(path.states, draft_z[:, rows], state.draft_chain, **options)
-            state.num_head_rows += context.shape[0] * len(rows) * state.chain.num_steps
-            state.count(num_draft_head_rows=context.shape[0] * len(rows) * state.chain.num_steps)
-            ratio = log_ratio(path.states[:, 1:], (path.means, path.stds), laws)
-            v = uniform(state.keys[state.rows[rows]], self._inside(state, where[:, None]), 1, Stream.FRESH, numbers)
-            return path.states[:, -1], survive(ratio, v[:, 0, 0])
-
-        free = (count == gamma) | (count == room)
-        extra, chains, capped = draw_residual(len(places), propose, free, device)
-        state.count(num_target_chains=chains, num_capped=capped)
-        return extra.to(state.latents.dtype), count
-
-    def _judge_steps(
-        self, state: ContinuousState, z: Tensor, drafts: _Drafts, places: Tensor, room: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Run the target's chains along the drafts': the extra token ``[A, D]`` and how many drafts pass ``[A]``."""
-        gamma, device = self.gamma, places.device
-        where = (places[:, None] + torch.arange(gamma, device=device)).flatten()
-        images = state.rows.repeat_interleave(gamma)
-        flat = z[:, :, :gamma].flatten(1, 2)
-        settings = self._settings(state, where)
-        states, means, stds = (t.flatten(0, 1) for t in (drafts.states, drafts.means, drafts.stds))
-        keys, inside = state.keys[images], self._inside(state, where[:, None])
-        num_steps = state.chain.num_steps
-        u = uniform(keys, inside, num_steps, Stream.ACCEPT)[:, 0]
-        x, capped, size = states[:, 0], 0, (states.shape[-1], states.dtype)
-        for k in range(num_steps):
-            index = torch.tensor(num_steps - 1 - k, device=device)
-            mean, std = state.backbone.head.step_params(x, index, flat, state.chain, settings["guidance_scale"])
-
-            def draw(rows: Tensor, numbers: Tensor, k: int = k) -> tuple[Tensor, Tensor]:
-                number = numbers * num_steps + k
-                noise = path_noise(keys[rows], inside[rows, 0], 0, *size, Stream.RESIDUAL, number)
-                return noise[:, 0], uniform(keys[rows], inside[rows], 1, Stream.FRESH, number)[:, 0, 0]
-
-            laws = (mean, std * self.temperature), (means[:, k], stds[:, k])
-            x, _, met = couple_step(states[:, k + 1], *laws, u[:, k], draw)
-            capped += met
-        state.num_head_rows += flat.shape[0] * flat.shape[1] * num_steps
-        same = (x == states[:, -1]).all(-1).view(-1, gamma)
-        count = torch.minimum(same.long().cumprod(1).sum(1), room)
-        which = torch.arange(len(places), device=device)
-        extra = x.view(len(places), gamma, -1)[which, count.clamp(max=gamma - 1)]
-        bonus = (count == gamma).nonzero().flatten()
-        if len(bonus):
-            extra[bonus] = self._chain(state, z[:, bonus, gamma], places[bonus] + gamma, bonus)
-        state.count(num_capped=capped)
-        return extra.to(state.latents.dtype), count
-
-    def _chain(self, state: ContinuousState, z: Tensor, places: Tensor, rows: Tensor | None = None) -> Tensor:
+    def draw_chain(self, state: ContinuousState, z: Tensor, places: Tensor, rows: Tensor | None = None) -> Tensor:
         """Draw tokens ``[n, D]`` freely with the target's head."""
         path = state.backbone.head.sample(
-            z, self._noise(state, places, rows), state.chain, **self._settings(state, places)
+            z, self.path_noise_at(state, places, rows), state.chain, **self.chain_settings(state, places)
         )
         state.num_head_rows += z.shape[0] * z.shape[1] * state.chain.num_steps
         return path.states[:, -1].to(state.latents.dtype)
@@ -359,7 +229,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
                     state.drafter.select(state.draft_session, keep)
         return state
 
-    def _noise(
+    def path_noise_at(
         self,
         state: ContinuousState,
         places: Tensor,
@@ -370,14 +240,15 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         """Noise of chains ``[n, S + 1, D]`` at ``places [n]`` of active images (``rows [n]`` of them)."""
         keys = state.keys[state.rows if rows is None else state.rows[rows]]
         size = state.latents.shape[2], state.latents.dtype
-        return path_noise(keys, self._inside(state, places), state.chain.num_steps, *size, stream, iteration)
+        return path_noise(keys, self.inside(state, places), state.chain.num_steps, *size, stream, iteration)
 
     @staticmethod
-    def _inside(state: ContinuousState, places: Tensor) -> Tensor:
+    def inside(state: ContinuousState, places: Tensor) -> Tensor:
         """Windows of one width overshoot the end; what is drawn there is thrown away."""
         return places.clamp(max=state.latents.shape[1] - 1)
 
-    def _settings(self, state: ContinuousState, places: Tensor) -> dict[str, Any]:
+    def chain_settings(self, state: ContinuousState, places: Tensor) -> dict[str, Any]:
+        """Guidance (by place), temperature and noise of the last step, as the head's ``sample`` takes them."""
         scale = self.guidance_at(places + 1, state.latents.shape[1])
         if isinstance(scale, Tensor):
             scale = scale.to(state.latents.dtype)[:, None]

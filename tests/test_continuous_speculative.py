@@ -115,9 +115,9 @@ def test_a_capped_residual_is_drawn_and_counted(monkeypatch: pytest.MonkeyPatch)
     assert capped == 1
     assert chains == 3 + 2 * 4 + 8
     monkeypatch.setattr(continuous_rules, "survive", lambda ratio, u: torch.zeros_like(u, dtype=torch.bool))
-    monkeypatch.setattr("vargen.samplers.continuous_speculative.survive", continuous_rules.survive)
+    monkeypatch.setattr("vargen.samplers.continuous_verify.survive", continuous_rules.survive)
     monkeypatch.setattr(
-        "vargen.samplers.continuous_speculative.accept", lambda ratio, u: torch.zeros_like(ratio, dtype=torch.bool)
+        "vargen.samplers.continuous_verify.accept", lambda ratio, u: torch.zeros_like(ratio, dtype=torch.bool)
     )
     output = run(linear_gaussian(), linear_gaussian(), 2, mode="exact", gamma=2)
     assert output.stats.guarantee == "relaxed"

@@ -45,7 +45,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """``[...]`` times to ``[..., W]``."""
-        dtype = self.mlp[0].weight.dtype
+        dtype = cast(Tensor, self.mlp[0].weight).dtype
         steps = torch.arange(NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
         frequencies = torch.exp(-math.log(LONGEST_PERIOD) * steps / NUM_FREQUENCIES)
         angles = t[..., None].float() * frequencies

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
@@ -47,8 +48,8 @@ class KLTask(Task):
 
     def compile(self, model: nn.Module) -> None:
         """Compile encoder and decoder."""
-        model.encoder.compile()  # type: ignore[operator]
-        model.decoder.compile()  # type: ignore[operator]
+        for part in (model.encoder, model.decoder):
+            cast(nn.Module, part).compile()
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted L1 and squared error of a posterior draw, and the divergence of the posterior from N(0, 1)."""
