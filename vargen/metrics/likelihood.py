@@ -32,7 +32,7 @@ def evaluate_likelihood(
     """Score ``num`` fresh test heroes and as many of held-out pairs, teacher-forced, without guidance.
 
     Args:
-        pipe: an ``ImagePipeline`` with a causal backbone (``backbone(codes, condition)``) or a next-scale one
+        pipe: an ``ImagePipeline`` with a causal or neighboring backbone (``backbone(codes, condition)``) or a next-scale one
             (``backbone(tokenizer.scale_inputs(codes), condition)``).
         out: folder for the report; None writes nothing.
         num: heroes of each kind.
@@ -76,12 +76,12 @@ def token_nats(pipe: Any, images: Tensor, captions: list[str]) -> Tensor:
     if isinstance(codes, list):
         targets = torch.cat([c.flatten(1) for c in codes], 1)
         logits = pipe.backbone(pipe.tokenizer.scale_inputs(codes), condition)
-    elif "window" in getattr(pipe.backbone, "features", ()):
+    elif {"window", "neighbors"} & set(getattr(pipe.backbone, "features", ())):
         targets = codes.flatten(1)
         logits = pipe.backbone(targets, condition)
     else:
         raise ValueError(
-            f"nats per token need a causal or next-scale backbone, got {type(pipe.backbone).__name__}; "
+            f"nats per token need a causal, neighboring or next-scale backbone, got {type(pipe.backbone).__name__}; "
             "evaluate it with vargen eval fid"
         )
     return F.cross_entropy(logits.double().transpose(1, 2), targets, reduction="none").cpu()
