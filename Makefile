@@ -8,7 +8,7 @@ PROMPT := deep elf with a red cloak, wizard hat and great sword
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint gpu bench clean
+.PHONY: help demo test test-fast lint docs gpu bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -38,6 +38,9 @@ test-fast: $(VENV)/.installed-dev  ## the tests without the slow ones (under two
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+docs: $(VENV)/.installed-dev  ## the documentation, into build/site
+	$(BIN)/python -m mkdocs build --strict
 
 gpu: $(VENV)/.installed-dev  ## kernel tests and timings on a CUDA device
 	$(BIN)/python benchmarks/gpu.py

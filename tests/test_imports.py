@@ -26,7 +26,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "backbones": ("kernels", *FILES),
     "conditioners": ("data", *FILES),
     "data": FILES,
-    "metrics": ("images", "data", "tokenizers", "pipelines", *FILES),
+    "metrics": ("images", "data", "tokenizers", "pipelines", "registry", *FILES),
 }
 # room -> libraries that it may not import, although vargen depends on them
 FORBIDDEN_LIBRARIES: dict[str, tuple[str, ...]] = {

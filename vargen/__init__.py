@@ -54,6 +54,7 @@ _names = {
     "verify_checkpoint": "hub",
     "convert_checkpoint": "hub",
     "wrap": "adapters.wrap",
+    "generate_with": "adapters.generate",
     "ImagePipelineOutput": "outputs",
     "SamplerOutput": "outputs",
     "DecodeStats": "outputs",
