@@ -5,6 +5,10 @@ forward come from trained models (`benchmarks/speculative.py`). The limit is the
 embedding tables and the mean filled cache once, at the bandwidth of a device copy measured in the same run.
 
     python benchmarks/decode_gpu.py
+
+Every sampler runs iteration by iteration, as CUDA graphs of whole iterations, and so with the blocks through
+torch.compile. The times of an image include what the graph costs: two plain iterations and one capture. Untested on a
+GPU so far.
 """
 
 from __future__ import annotations
@@ -13,23 +17,26 @@ import argparse
 import statistics
 import sys
 import time
+from itertools import product
 from typing import Any
 
 import torch
 from _common import report, table, write_json
-from acceptance_kernel import copy_bandwidth
+from acceptance_kernel import copy_bandwidth, graph_seconds
+from next_token import compiled_copy
 
 from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.samplers.base import Sampler
+from vargen.outputs import DecodeStats
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window import WindowSampler
 
 GRID = (16, 16)
 REPEATS = 3
 SETTINGS = {"guidance_scale": 2.0, "top_k": 2000}
 
 
-def samplers() -> dict[str, Sampler]:
+def samplers() -> dict[str, WindowSampler]:
     """What is timed."""
     return {
         "next token": NextTokenSampler(**SETTINGS),
@@ -38,18 +45,28 @@ def samplers() -> dict[str, Sampler]:
     }
 
 
-def seconds_of(sampler: Sampler, model: LlamaGenTransformer, batch: int) -> tuple[float, float]:
-    """Median seconds of a batch of images, and forward passes of the slowest image."""
-    labels, times, forwards = torch.full((batch,), 207, device="cuda"), [], 0.0
+def seconds_of(
+    sampler: WindowSampler, model: LlamaGenTransformer, batch: int, graph: bool
+) -> tuple[float, DecodeStats]:
+    """Median seconds of a batch of images, and the statistics of the last run."""
+    labels, times = torch.full((batch,), 207, device="cuda"), []
     for index in range(REPEATS + 1):  # the first one compiles kernels
         torch.cuda.synchronize()
         start = time.perf_counter()
-        out = sampler.sample(model, labels, seeds=list(range(batch)))
+        out = sampler.sample(model, labels, seeds=list(range(batch)), cuda_graph=None if graph else False)
         torch.cuda.synchronize()
         if index:
             times.append(time.perf_counter() - start)
-        forwards = float(out.stats.num_forwards)
-    return statistics.median(times), forwards
+    return statistics.median(times), out.stats
+
+
+def bare_seconds(model: LlamaGenTransformer, batch: int, window: int) -> float:
+    """Seconds of a forward pass alone, captured in a CUDA graph: what an iteration is compared with."""
+    prepared = model.prepare(torch.full((batch,), 207, device="cuda"), guidance_scale=SETTINGS["guidance_scale"])
+    session, _ = model.open(prepared, max_window=window, static=True)
+    codes = torch.zeros(batch, window, dtype=torch.int64, device="cuda")
+    with torch.no_grad():
+        return graph_seconds([lambda: model.step(session, codes)])
 
 
 def step_limit(model: LlamaGenTransformer, batch: int, bandwidth: float) -> float:
@@ -77,21 +94,26 @@ def main() -> int:
         model = LlamaGenTransformer.from_size(size, grid_size=GRID).eval().requires_grad_(False)
         torch.nn.init.normal_(model.output.weight, std=0.02)
         model = model.to("cuda", torch.bfloat16)
+        ways = {"eager": model, "CUDA graph": model, "CUDA graph, compiled blocks": compiled_copy(model)}
         for batch in arguments.batches:
-            for name, sampler in samplers().items():
+            for (name, sampler), (way, run) in product(samplers().items(), ways.items()):
                 if time.monotonic() - started > arguments.limit:
-                    skipped.append([size, batch, name])
+                    skipped.append([size, batch, name, way])
                     continue
-                seconds, forwards = seconds_of(sampler, model, batch)
-                step = seconds / forwards
+                seconds, stats = seconds_of(sampler, run, batch, graph=way != "eager")
+                step = seconds / stats.num_forwards
                 rows.append(
                     {
                         "model": f"LlamaGen-{size}",
                         "batch": batch,
                         "sampler": name,
+                        "way": way,
                         "images/s": batch / seconds,
                         "ms/forward": 1e3 * step,
+                        "over the bare forward": step / bare_seconds(run, batch, sampler.num_rows),
                         "of the limit": step_limit(model, batch, bandwidth) / step,
+                        "replays": stats.extra.get("graph_replays", 0),
+                        "notes": "; ".join(stats.notes),
                     }
                 )
                 sys.stdout.write(table(rows[-1:]) + "\n")

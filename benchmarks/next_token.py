@@ -6,7 +6,8 @@ noise included. The limit is the time to read every weight and the filled part o
 measured in the same run. Times are CPU times of the one thread, so that other processes on the machine count less.
 
     python benchmarks/next_token.py                # LlamaGen-B, about two minutes
-    python benchmarks/next_token.py --sizes B L
+    python benchmarks/next_token.py --compile      # and with the blocks through torch.compile
+    python benchmarks/next_token.py --sizes L --batches 1 --depths 112     # a larger model on few steps
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -63,6 +63,14 @@ class PlainLoop:
         null = torch.full((batch,), config.num_classes)
         self.condition = model.cls_embedding(torch.cat([labels, null]) if guided else labels)[:, 0]
         self.position, self.codes = 0, torch.zeros(batch, dtype=torch.int64)
+
+    def start(self) -> None:
+        """Feed the condition and draw the first code."""
+        self.draw(self.forward(self.condition))
+
+    def move_to(self, depth: int) -> None:
+        """Pretend that ``depth`` codes are drawn."""
+        self.position = depth
 
     def forward(self, x: Tensor) -> Tensor:
         """One item of every row, ``[R, D]``, at the current position: logits ``[R, V]``."""
@@ -126,12 +134,6 @@ class VargenLoop:
         self.state = self.sampler.step(self.state)
 
 
-@dataclass
-class Timing:
-    vargen: float  # seconds a step
-    plain: float
-
-
 def check_same_logits(model: LlamaGenTransformer, batch: int, guided: bool) -> float:
     """Largest difference between the two loops' logits after the condition and two codes."""
     plain = PlainLoop(model, batch, guided)
@@ -149,28 +151,30 @@ def check_same_logits(model: LlamaGenTransformer, batch: int, guided: bool) -> f
     return worst
 
 
-def time_pair(model: LlamaGenTransformer, batch: int, guided: bool) -> dict[int, Timing]:
-    """Seconds a step of both loops at every depth, medians over repeats that take turns."""
-    plain, ours = PlainLoop(model, batch, guided), VargenLoop(model, batch, guided)
-    plain.draw(plain.forward(plain.condition))
-    found: dict[int, Timing] = {}
-    for depth in DEPTHS:
-        seconds: dict[str, list[float]] = {"vargen": [], "plain": []}
-        for repeat in range(REPEATS + 1):  # the first one warms up
-            for name in ("vargen", "plain"):
-                if name == "vargen":
-                    ours.move_to(depth)
-                else:
-                    plain.position = depth
-                loop: Any = ours if name == "vargen" else plain
-                steps = SEGMENT if repeat else 2
+def compiled_copy(model: LlamaGenTransformer) -> LlamaGenTransformer:
+    """The same weights, not copied, with compiled blocks."""
+    with torch.device("meta"):
+        copy = LlamaGenTransformer.from_config(model.config)
+    copy.load_state_dict(model.state_dict(), assign=True)
+    copy.eval().requires_grad_(False).compile_repeated_blocks(fullgraph=True)
+    return copy
+
+
+def time_loops(loops: dict[str, Any], depth: int, repeats: int) -> dict[str, float]:
+    """Seconds a step of every loop at one depth: they take turns step by step, in changing order; medians of segments."""
+    seconds: dict[str, list[float]] = {name: [] for name in loops}
+    for repeat in range(repeats + 1):  # the first one warms up
+        for loop in loops.values():
+            loop.move_to(depth)
+        spent = dict.fromkeys(loops, 0.0)
+        for step in range(SEGMENT):
+            for name in list(loops)[:: 1 if step % 2 else -1]:
                 start = time.process_time()
-                for _ in range(steps):
-                    loop.step()
-                if repeat:
-                    seconds[name].append((time.process_time() - start) / steps)
-        found[depth] = Timing(statistics.median(seconds["vargen"]), statistics.median(seconds["plain"]))
-    return found
+                loops[name].step()
+                spent[name] += time.process_time() - start
+        for name in loops if repeat else ():
+            seconds[name].append(spent[name] / SEGMENT)
+    return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def limit(model: LlamaGenTransformer, rows: int, depth: int, bandwidth: float) -> float:
@@ -181,51 +185,61 @@ def limit(model: LlamaGenTransformer, rows: int, depth: int, bandwidth: float) -
     return 4 * (weights + cache) / bandwidth
 
 
-def measure(sizes: list[str], batches: list[int]) -> dict[str, Any]:
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Time every configuration."""
     bandwidth = read_bandwidth()
     rows: list[dict[str, Any]] = []
-    for size in sizes:
+    for size in arguments.sizes:
         torch.manual_seed(0)
         model = LlamaGenTransformer.from_size(size, grid_size=GRID).eval().requires_grad_(False)
         torch.nn.init.normal_(model.output.weight, std=0.02)
-        for batch in batches:
+        compiled = compiled_copy(model) if arguments.compile else None
+        for batch in arguments.batches:
             for guided in (False, True):
                 difference = check_same_logits(model, batch, guided)
-                for depth, timing in time_pair(model, batch, guided).items():
+                loops: dict[str, Any] = {"vargen": VargenLoop(model, batch, guided)}
+                loops["plain"] = PlainLoop(model, batch, guided)
+                if compiled is not None:
+                    loops["compiled"] = VargenLoop(compiled, batch, guided)
+                loops["plain"].start()
+                for depth in arguments.depths:
+                    seconds = time_loops(loops, depth, arguments.repeats)
                     floor = limit(model, batch * (2 if guided else 1), depth, bandwidth)
-                    rows.append(
-                        {
-                            "model": f"LlamaGen-{size}",
-                            "batch": batch,
-                            "guidance": guided,
-                            "depth": depth,
-                            "vargen_ms": round(timing.vargen * 1e3, 2),
-                            "plain_ms": round(timing.plain * 1e3, 2),
-                            "plain_over_vargen": round(timing.plain / timing.vargen, 3),
-                            "codes_per_second": round(batch / timing.vargen, 1),
-                            "floor_ms": round(floor * 1e3, 2),
-                            "share_of_floor": round(floor / timing.vargen, 3),
-                            "logits_difference": difference,
-                        }
-                    )
-                print(table(rows[-len(DEPTHS) :]), flush=True)
+                    shape = {"model": f"LlamaGen-{size}", "batch": batch, "guidance": guided, "depth": depth}
+                    rows.append(shape | summary(seconds, batch, floor) | {"logits_difference": difference})
+                print(table(rows[-len(arguments.depths) :]), flush=True)
     notes = (
-        f"one core, CPU time, float32, {SEGMENT} steps a segment, median of {REPEATS}; a step is one forward pass and one draw"
+        f"one core, CPU time, float32, loops take turns step by step, {SEGMENT} steps a segment, median of "
+        f"{arguments.repeats}; a step is one forward pass and one draw; compiled = blocks through torch.compile"
     )
     return report(benchmark="next_token", notes=notes, read_bandwidth_gb_s=round(bandwidth / 1e9, 2), rows=rows)
+
+
+def summary(seconds: dict[str, float], batch: int, floor: float) -> dict[str, float]:
+    """One row of the table, times in milliseconds a step."""
+    row = {f"{name}_ms": round(time * 1e3, 2) for name, time in seconds.items()}
+    row["plain_over_vargen"] = round(seconds["plain"] / seconds["vargen"], 3)
+    if "compiled" in seconds:
+        row["plain_over_compiled"] = round(seconds["plain"] / seconds["compiled"], 3)
+    row["codes_per_second"] = round(batch / seconds["vargen"], 1)
+    return row | {"floor_ms": round(floor * 1e3, 2), "share_of_floor": round(floor / seconds["vargen"], 3)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", nargs="+", default=["B"], help="LlamaGen sizes")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--depths", nargs="+", type=int, default=list(DEPTHS), help="codes already drawn, at most 239")
+    parser.add_argument("--repeats", type=int, default=REPEATS, help="timed segments of a configuration")
+    parser.add_argument(
+        "--compile", action="store_true", help="also time torch.compile of the blocks (compiles first)"
+    )
     parser.add_argument("--core", type=int, default=1, help="core to stay on")
     parser.add_argument("--name", default="next_token_cpu", help="file in benchmarks/results/")
     arguments = parser.parse_args()
     pin_to_core(arguments.core)
     with torch.inference_mode():
-        results = measure(arguments.sizes, arguments.batches)
+        results = measure(arguments)
     print(write_json(arguments.name, results))
 
 
