@@ -17,7 +17,9 @@ from dataclasses import dataclass
 import torch
 from _common import ROOT, report, table, write_json
 
-KERNEL_TESTS = ("random", "warp", "draw", "verify", "verify_kernel", "verify_law", "shift", "nearest", "relaxed")
+KERNEL_TESTS = (
+    "random", "warp", "draw", "verify", "verify_kernel", "verify_edges", "verify_law", "shift", "nearest", "relaxed", "graphs"
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
