@@ -214,9 +214,10 @@ def plot(panels: dict[str, tuple[list[dict[str, Any]], str]]) -> Figure:
         for curve, marker in (("LANTERN", "o"), ("LANTERN++", "s"), ("GSD", "^")):
             points = sorted((row for row in rows if row["curve"] == curve), key=lambda row: strength(row["setting"]))
             axis.plot(*([row[name] for row in points] for name in COLUMNS), marker=marker, label=curve)
-            for row in points:
-                place = [row[name] for name in COLUMNS]
-                axis.annotate(row["setting"].split()[-1], place, (3, 4), textcoords="offset points", fontsize=7)
+            for number, row in enumerate(points):
+                place, offset = [row[name] for name in COLUMNS], (3, -11 if number % 2 else 4)
+                axis.annotate(row["setting"].split()[-1], place, offset, textcoords="offset points", fontsize=7)
+        axis.margins(0.12)
         exact = next(row for row in rows if row["curve"] == "exact")
         axis.plot(*(exact[name] for name in COLUMNS), "k*", markersize=11, label=f"exact, {DEPTH} drafts")
         axis.axhline(0.0, color="black", linewidth=0.6)
