@@ -6,7 +6,7 @@ import math
 import multiprocessing
 import os
 import random
-import resource
+import re
 import signal
 import subprocess
 import sys
@@ -335,18 +335,27 @@ class Pool(nn.Module):
 
 
 def peak_memory(folder, num, queue):
-    network = feature_network(Pool())
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    """Put by how many KiB the process grew, pages of mapped files left out: the system takes those back at any time."""
+    network, seen = feature_network(Pool()), []
+    threading.Thread(
+        target=lambda: [seen.append(own_memory()) or time.sleep(0.005) for _ in iter(int, 1)], daemon=True
+    ).start()
+    before = own_memory()
     arguments = {
         "reference": folder.parent / "moments.npz",
         "network": network,
         "conditions": class_conditions(10, num),
     }
     report = evaluate_fid(Noise(side=16), folder, num=num, infinity=True, interval=True, **arguments)
-    queue.put((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before, report.results[0]["value"]))
+    queue.put((max(seen) - before, report.results[0]["value"]))
+
+
+def own_memory():
+    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
 def test_memory_does_not_grow_with_the_number_of_images(processes, tmp_path):
     features = torch.randn(500, 48, generator=torch.Generator().manual_seed(0))
     GaussianStatistics.from_features(features).save(tmp_path / "moments.npz")
@@ -358,8 +367,8 @@ def test_memory_does_not_grow_with_the_number_of_images(processes, tmp_path):
         grown[num], value = queue.get(timeout=900)
         child.join(60)
         assert math.isfinite(value)
-    # pixels alone would be 37 MiB, features 9 MiB, in float64 18 MiB
-    assert grown[50_000] - grown[1000] < 16 * 1024, grown
+    # pixels alone would be 37 MiB, features 9 MiB, in float64 18 MiB; records and labels of 50,000 images are 4 MiB
+    assert grown[50_000] - grown[1000] < 8 * 1024, grown
 
 
 # --- numbers
