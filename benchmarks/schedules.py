@@ -180,7 +180,8 @@ def main() -> None:
         ]
         print(f"{part}\n{table(results[part])}\n")
     if not options.dry:
-        print(write_json(f"schedules_{options.device}", report(guidance_scale=GUIDANCE, **results)))
+        name = "schedules" if options.parts == ["shipped", "equal"] else "schedules_" + "_".join(options.parts)
+        print(write_json(f"{name}_{options.device}", report(guidance_scale=GUIDANCE, **results)))
 
 
 if __name__ == "__main__":

@@ -125,7 +125,13 @@ def generate(
         raise ValueError(f"chunk and the number of images must be at least 1, got {chunk} and {len(conditions)}")
     num, measures = len(conditions), measures or {}
     chunk = min(chunk, num)
-    manifest = {"num": num, "seed": seed, "chunk": chunk, "rounding": rounding, "conditions": conditions.digest()}
+    manifest: dict[str, Any] = {
+        "num": num,
+        "seed": seed,
+        "chunk": chunk,
+        "rounding": rounding,
+        "conditions": conditions.digest(),
+    }
     manifest |= {"settings": settings or {}, **(record or {}), **({} if keep_images else {"keep_images": False})}
     run = RunFolder(Path(folder), manifest, num=num, chunk=chunk, keep_images=keep_images)
     artist = _Artist(pipe, conditions, [(seed + i) % 2**64 for i in range(num)], rounding, settings or {})
