@@ -2,4 +2,5 @@
 
 from vargen.cli.main import app
 
-app(prog_name="vargen")
+if __name__ == "__main__":
+    app(prog_name="vargen")

@@ -48,6 +48,12 @@ class Claims:
             beat.join()
             path.unlink(missing_ok=True)
 
+    def sweep(self) -> None:
+        """Remove claims that nobody holds: of processes that died between finishing a piece and letting go of it."""
+        for path in self.folder.glob("[!.]*"):
+            if self._is_free(path):
+                self._bury(path)
+
     def holder(self, name: str) -> str:
         """Say who holds a piece."""
         owner = _read(self.folder / name)

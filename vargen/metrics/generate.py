@@ -198,6 +198,7 @@ def _finish(
         if left:
             time.sleep(_POLL)
         pending = left
+    claims.sweep()
 
 
 def _make(run: RunFolder, artist: _Artist, start: int, measures: Mapping[str, Measure]) -> int:
