@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -139,3 +140,10 @@ def test_wheel_would_hold_every_module_and_data_file(tmp_path: Path) -> None:
 def test_tracked_tree_is_small() -> None:
     size = sum((ROOT / name).stat().st_size for name in tracked(".") if (ROOT / name).is_file())
     assert size < 40 * 2**20, f"tracked files hold {size / 2**20:.1f} MiB; the ceiling is 40 MiB"
+
+
+def test_shipped_models_name_no_folder_of_the_machine_they_were_made_on() -> None:
+    files = [*(ROOT / "vargen" / "assets").rglob("*.json"), *(ROOT / "vargen" / "assets").rglob("*.md")]
+    assert files
+    for file in files:
+        assert not re.search(r'"_name_or_path"|[" (]/(?:work|home|root|tmp|Users)/', file.read_text()), file

@@ -82,6 +82,8 @@ def export_pipeline(
         pipe.save_pretrained(beside)
         for file in beside.rglob("*.safetensors"):
             halve_weights(file)
+        for file in beside.rglob("config.json"):
+            forget_origin(file)
         text = json.dumps({name: fact for name, fact in facts.items() if fact}, indent=1)
         (beside / TRAINING_FILE).write_text(text + "\n", encoding="utf-8")
     return Path(folder)
@@ -110,6 +112,7 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
         drafter.save_pretrained(beside)
         for file in beside.glob("*.safetensors"):
             halve_weights(file)
+        forget_origin(beside / "config.json")
     index["eagle"] = list(index_entry(drafter))
     record = folder / TRAINING_FILE
     facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
@@ -119,6 +122,13 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
         with atomic_write(file, overwrite=True) as beside:
             beside.write_text(text + "\n", encoding="utf-8")
     return folder / "eagle"
+
+
+def forget_origin(file: Path) -> None:
+    """Take out of a configuration where the model was loaded from: diffusers stores the path on this machine."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    if config.pop("_name_or_path", None) is not None:
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def load_drafter(run: str | Path) -> EagleDrafter:
