@@ -103,6 +103,8 @@ def test_an_exported_run_draws_in_31_forwards(run, tmp_path):
     folder = export_pipeline(run, tmp_path / "model", guidance_scale=1.5)
     stored = load_file(folder / "backbone" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in stored.values()} == {torch.float16}
+    for config in folder.rglob("config.json"):  # the tokenizer was loaded from a folder of this machine
+        assert "_name_or_path" not in json.loads(config.read_text())
     pipe = vargen.ImagePipeline.from_pretrained(folder)
     pipe.set_progress_bar_config(disable=True)
     assert pipe.sampler == NeighboringSampler(guidance_scale=1.5)
