@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
 
 from vargen.files import atomic_write
 from vargen.metrics.conditions import Conditions, hero_conditions
@@ -246,6 +247,12 @@ def trade_off(report: BenchReport) -> Figure:
     left.set_ylabel(report.rows[0].metric if measured else f"seconds an image, batch {smallest}")
     right.set(xscale="log", yscale="log", xlabel="batch size", ylabel="seconds an image")
     right.set_xticks(sorted(report.rows[0].seconds), [str(b) for b in sorted(report.rows[0].seconds)])
+    left.xaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5)))
+    for axis in (left.xaxis, right.xaxis):
+        axis.set_minor_locator(NullLocator())
+    left.xaxis.set_major_formatter("{x:g}")  # plain numbers, not powers of ten
+    right.yaxis.set_major_formatter("{x:g}")
+    right.yaxis.set_minor_formatter("{x:g}")
     left.legend(fontsize=7, frameon=False)
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
