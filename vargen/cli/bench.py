@@ -69,7 +69,7 @@ def bench(
         chosen = (
             given.prompt_file(prompts, count) if prompts is not None else given.class_conditions(classes or 0, count)
         )
-    features = _features(network, None, None, device)
+    features = _features(network, None, None, device) if num else network  # times alone need no network
     pipe = _pipeline(model, None, device, dtype)
     with _progress() as progress:
         report = run(
