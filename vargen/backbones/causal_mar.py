@@ -45,6 +45,7 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, ModelMixin, Confi
         head_width: width of the head.
         num_sampling_steps: steps of a chain, see ``spaced_timesteps``.
         last_timestep: training step at which chains start; None = the last one.
+        prediction_type: ``"epsilon"`` (published) or ``"v_prediction"``, see ``DiffusionHead``.
         diffusion_batch_mul: times drawn a token in training.
         input_noise: spread of the noise added to the tokens read in training, so that the model forgives its own errors.
         dropout: behind projections, in training.
@@ -74,6 +75,7 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, ModelMixin, Confi
         head_width: int = 1024,
         num_sampling_steps: str = "100",
         last_timestep: int | None = None,
+        prediction_type: str = "epsilon",
         diffusion_batch_mul: int = 4,
         input_noise: float = 0.0,
         dropout: float = 0.1,
@@ -99,7 +101,9 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, ModelMixin, Confi
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
-        self.diffloss = DiffusionHead(token_dim, dim, head_depth, head_width, num_sampling_steps, last_timestep)
+        self.diffloss = DiffusionHead(
+            token_dim, dim, head_depth, head_width, num_sampling_steps, last_timestep, prediction_type
+        )
         self._rope: dict[torch.device, Tensor] = {}  # not buffers: they stay float32 when the weights are halved
 
     @property

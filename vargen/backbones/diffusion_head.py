@@ -25,6 +25,7 @@ from vargen.backbones.gaussian_diffusion import (
 
 NUM_FREQUENCIES = 128
 LONGEST_PERIOD = 10000.0
+PREDICTION_TYPES = ("epsilon", "v_prediction")
 _LOG_2PI = math.log(2 * math.pi)
 
 
@@ -127,7 +128,9 @@ class DiffusionHead(nn.Module):
         width: W.
         num_sampling_steps: steps of a chain unless the sampler says otherwise, see ``spaced_timesteps``.
         last_timestep: where chains start unless the sampler says otherwise; None = 999, the official start. The first step
-            from there multiplies the error of the network by hundreds, which only long training forgives.
+            from there multiplies the error of a guessed noise by hundreds, which only long training forgives.
+        prediction_type: what the network guesses: ``"epsilon"``, the noise (official), or ``"v_prediction"``, the noise and
+            the token mixed so that no step magnifies the error (Salimans and Ho, 2022, arXiv:2202.00512).
     """
 
     def __init__(
@@ -138,9 +141,13 @@ class DiffusionHead(nn.Module):
         width: int,
         num_sampling_steps: str | int = "100",
         last_timestep: int | None = None,
+        prediction_type: str = "epsilon",
     ) -> None:
         super().__init__()
         spaced_timesteps(num_sampling_steps)  # refuse now what no chain can run
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(f"prediction_type must be one of {', '.join(PREDICTION_TYPES)}, got {prediction_type!r}")
+        self.prediction_type = prediction_type
         self.token_dim, self.num_sampling_steps = token_dim, str(num_sampling_steps)
         self.last_timestep = last_timestep
         self.net = DenoisingMLP(token_dim, condition_dim, depth, width)
@@ -151,7 +158,7 @@ class DiffusionHead(nn.Module):
         return make_diffusion(self.num_sampling_steps if num_steps is None else num_steps, last)
 
     def losses(self, target: Tensor, z: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Squared error of the noise and the variational term in bits, which trains the variance alone.
+        """Squared error of the guess and the variational term in bits, which trains the variance alone.
 
         Args:
             target: ``[n, D]`` clean tokens.
@@ -164,10 +171,11 @@ class DiffusionHead(nn.Module):
         """
         chain, target = training_diffusion(), target.float()
         x = chain.add_noise(target, timesteps, noise)
-        eps, values = self.net(x.to(z.dtype), timesteps, z).float().chunk(2, dim=-1)
-        mean = chain.mean(x, timesteps, eps.detach())
+        guess, values = self.net(x.to(z.dtype), timesteps, z).float().chunk(2, dim=-1)
+        mean = chain.mean(x, timesteps, self._noise(chain, x, timesteps, guess.detach()))
         bits = chain.variational_bits(target, x, timesteps, mean, chain.log_variance(timesteps, values))
-        return (noise - eps).square().mean(-1), bits
+        wanted = noise if self.prediction_type == "epsilon" else chain.velocity(target, timesteps, noise)
+        return (wanted - guess).square().mean(-1), bits
 
     def loss(
         self,
@@ -217,8 +225,12 @@ class DiffusionHead(nn.Module):
         work = torch.promote_types(x.dtype, torch.float32)
         eps, values = out.to(work).chunk(2, dim=-1)
         guess = eps[0] if len(z) == 1 else eps[1] + guidance_scale * (eps[0] - eps[1])
-        mean = chain.mean(x.to(work), index, guess)
+        mean = chain.mean(x.to(work), index, self._noise(chain, x.to(work), index, guess))
         return mean, torch.exp(0.5 * chain.log_variance(index, values[0]))
+
+    def _noise(self, chain: GaussianDiffusion, x: Tensor, index: Tensor, guess: Tensor) -> Tensor:
+        """The noise that the network's guess means."""
+        return guess if self.prediction_type == "epsilon" else chain.noise_from_velocity(x, index, guess)
 
     @torch.no_grad()
     def sample(

@@ -136,10 +136,18 @@ class GaussianDiffusion:
 
     def add_noise(self, x_0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
         """Draw x_index from x_0 ``[n, D]`` with the noise given."""
-        scale, spread = (
-            self.table(name, index, x_0.dtype) for name in ("sqrt_alphas_cumprod", "sqrt_one_minus_alphas_cumprod")
-        )
+        scale, spread = self._scales(index, x_0.dtype)
         return scale * x_0 + spread * noise
+
+    def velocity(self, x_0: Tensor, index: Tensor, noise: Tensor) -> Tensor:
+        """Noise and clean token mixed, ``sqrt(abar) noise - sqrt(1 - abar) x_0`` (Salimans and Ho, 2022)."""
+        scale, spread = self._scales(index, x_0.dtype)
+        return scale * noise - spread * x_0
+
+    def noise_from_velocity(self, x: Tensor, index: Tensor, velocity: Tensor) -> Tensor:
+        """The noise in x ``[..., D]`` that a velocity means."""
+        scale, spread = self._scales(index, x.dtype)
+        return scale * velocity + spread * x
 
     def predict_x0(self, x: Tensor, index: Tensor, eps: Tensor) -> Tensor:
         """The clean token that x ``[..., D]`` and a guess of its noise imply; not clipped."""
@@ -154,6 +162,12 @@ class GaussianDiffusion:
         """Mean of the next state given both ends."""
         first = self.table("posterior_mean_coef1", index, x.dtype)
         return first * x_0 + self.table("posterior_mean_coef2", index, x.dtype) * x
+
+    def _scales(self, index: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Shares of token and noise in x_index."""
+        return self.table("sqrt_alphas_cumprod", index, dtype), self.table(
+            "sqrt_one_minus_alphas_cumprod", index, dtype
+        )
 
     def log_variance(self, index: Tensor, values: Tensor) -> Tensor:
         """Learned variance ``[..., D]``: values of about -1..1 move it between its two bounds, not clamped."""

@@ -57,6 +57,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         head_width: width of the head.
         num_sampling_steps: steps of a chain, see ``spaced_timesteps``.
         last_timestep: training step at which chains start; None = the last one.
+        prediction_type: ``"epsilon"`` (published) or ``"v_prediction"``, see ``DiffusionHead``.
         diffusion_batch_mul: times drawn a token in training.
         mask_ratio_min: least share of tokens masked in training.
         dropout: behind projections, in training.
@@ -91,6 +92,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         head_width: int = 1024,
         num_sampling_steps: str = "100",
         last_timestep: int | None = None,
+        prediction_type: str = "epsilon",
         diffusion_batch_mul: int = 4,
         mask_ratio_min: float = 0.7,
         dropout: float = 0.1,
@@ -131,7 +133,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         self.diffusion_pos_embed_learned = nn.Parameter(torch.empty(1, length, decoder_dim))
         self.initialize_weights()
         self.diffloss = DiffusionHead(
-            token_dim, decoder_dim, head_depth, head_width, num_sampling_steps, last_timestep
+            token_dim, decoder_dim, head_depth, head_width, num_sampling_steps, last_timestep, prediction_type
         )
 
     def initialize_weights(self) -> None:

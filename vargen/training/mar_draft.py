@@ -43,7 +43,15 @@ class MARDraftTask(CausalMARTask):
     def build(self, initialize: bool) -> CausalMARTransformer:
         """Make a drafter over the target's tokens, with its head."""
         c = self.backbone.config
-        shared = ("grid_size", "patch_size", "head_depth", "head_width", "num_sampling_steps", "last_timestep")
+        shared = (
+            "grid_size",
+            "patch_size",
+            "head_depth",
+            "head_width",
+            "num_sampling_steps",
+            "last_timestep",
+            "prediction_type",
+        )
         fixed = {**self.fixed(), **{name: getattr(c, name) for name in shared}}
         model: CausalMARTransformer = _make_drafter(self.recipe.model, c, fixed)
         if initialize:
