@@ -21,6 +21,7 @@ _names = {
     "ImagePipeline": "pipelines.image",
     "VQTokenizer": "tokenizers.vq",
     "MultiScaleVQTokenizer": "tokenizers.multiscale_vq",
+    "VideoFSQTokenizer": "tokenizers.video_fsq",
     "load_kl16": "tokenizers.kl",
     "LlamaGenTransformer": "backbones.llamagen",
     "VARTransformer": "backbones.var",

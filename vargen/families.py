@@ -49,6 +49,12 @@ _families: list[Family] = [
     Family("mar", "MAR transformer", "MARTransformer", ("diffloss.net.*", "z_proj.weight")),
     Family("xar", "xAR transformer", "XARTransformer", ("encoder_blocks.*", "decoder_blocks.*", "pred.weight")),
     Family("nbp", "NBP video transformer", "NBPTransformer", ("transformer.tok_emb.weight",)),
+    Family(
+        "nbp-tokenizer",
+        "NBP video tokenizer",
+        "VideoFSQTokenizer",
+        ("encoder_layers.*.fn.1.beta", "decoder_layers.*.fn.1.beta"),
+    ),
     Family("rar", "RAR transformer", _NO, ("target_aware_pos_embed",)),
     Family("arpg", "ARPG transformer", _NO, ("layers.cross_dec.*", "layers.self_dec.*")),
     Family("lpd", "LPD transformer", _NO, ("token_emb.weight", "mask_token", "fake_latent")),

@@ -1,0 +1,203 @@
+"""Causal 3-D convolutions of MAGVIT-v2 (arXiv:2310.05737) as NBP writes them: no frame sees a later one.
+
+Modules take ``(x, state)``. ``state`` is None for a whole clip, or a ``StreamState`` that carries the last frames of every
+convolution from one piece of a clip to the next; the pieces then give the same numbers as the whole.
+
+Letters: B clips, C channels, T frames, H W sides, k kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class StreamState:
+    """What a stream of pieces leaves behind: the frames that convolutions still need, by module."""
+
+    def __init__(self) -> None:
+        self.frames: dict[int, Tensor] = {}  # id of a convolution -> [B, C, k - stride.., H, W]
+        self.started: set[int] = set()  # ids of expansions that have dropped their first frames
+
+
+class CausalConv3d(nn.Module):
+    """Convolution that sees this frame and earlier ones; borders are replicated, in time on the left only.
+
+    Kernels that are flat in time or space run as plain 2-D convolutions or matrix products: several times faster on a CPU.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel: tuple[int, int, int] = (3, 3, 3),
+        stride: tuple[int, int, int] = (1, 1, 1),
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv3d(in_channels, out_channels, kernel, stride)
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """``[B, C, T, H, W]`` to ``[B, C', T', H', W']``; odd T with stride 2 gives (T + 1) / 2."""
+        (k, kh, kw), stride = self.conv.kernel_size, self.conv.stride
+        if k > 1:
+            x = self._past(x, state, k, stride[0])
+        if (k, stride[0]) == (1, 1) and (kh, kw) != (1, 1):
+            return self._flat(x)
+        if (kh, kw) == (1, 1) and stride == (1, 1, 1):
+            return self._line(x, k)
+        if kh > 1 or kw > 1:
+            x = F.pad(x, (kw // 2, kw // 2, kh // 2, kh // 2, 0, 0), mode="replicate")
+        return self.conv(x)
+
+    def _past(self, x: Tensor, state: StreamState | None, k: int, stride: int) -> Tensor:
+        """Put the frames before this piece in front of it."""
+        past = None if state is None else state.frames.get(id(self))
+        if past is None:
+            past = x[:, :, :1].expand(-1, -1, k - 1, -1, -1)
+        x = torch.cat([past, x], dim=2)
+        if state is not None:
+            state.frames[id(self)] = x[:, :, ((x.shape[2] - k) // stride + 1) * stride :].clone()
+        return x
+
+    def _flat(self, x: Tensor) -> Tensor:
+        """Frame by frame."""
+        b, kernel = x.shape[0], self.conv.kernel_size
+        frames = x.transpose(1, 2).flatten(0, 1)  # B * T, C, H, W: a view of channels-last clips
+        frames = F.pad(frames, (kernel[2] // 2, kernel[2] // 2, kernel[1] // 2, kernel[1] // 2), mode="replicate")
+        y = F.conv2d(frames, self.conv.weight[:, :, 0], self.conv.bias, self.conv.stride[1:])
+        return y.view(b, -1, *y.shape[1:]).transpose(1, 2) if b else y
+
+    def _line(self, x: Tensor, k: int) -> Tensor:
+        """Pixel by pixel."""
+        rows = x.permute(0, 2, 3, 4, 1)  # B T H W C
+        length = rows.shape[1] - k + 1
+        near = torch.cat([rows[:, i : i + length] for i in range(k)], dim=-1) if k > 1 else rows
+        weight = self.conv.weight.flatten(2).transpose(1, 2).flatten(1)  # C' (k C)
+        return F.linear(near, weight, self.conv.bias).permute(0, 4, 1, 2, 3)
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group normalisation of each frame on its own."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Tensor:  # type: ignore[override]
+        """Normalise ``[B, C, T, H, W]``."""
+        y = super().forward(x.transpose(1, 2).flatten(0, 1))
+        return y.view(x.shape[0], -1, *y.shape[1:]).transpose(1, 2)
+
+
+class Unnormed(nn.Module):
+    """Stands where a norm would."""
+
+    def forward(self, x: Tensor, state: Any = None) -> Tensor:
+        """Return ``x``."""
+        return x
+
+
+class Swish(nn.Module):
+    """``x * sigmoid(beta x)`` with a learned slope a channel."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.beta = nn.Parameter(torch.ones(1, channels, 1, 1, 1))
+
+    def forward(self, x: Tensor, state: Any = None) -> Tensor:
+        """Map ``[B, C, T, H, W]``."""
+        return x * torch.sigmoid(self.beta * x)
+
+
+class Pointwise(nn.Conv3d):
+    """A 1x1x1 convolution under its own name in the state dict."""
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, state: Any = None) -> Tensor:  # type: ignore[override]
+        """Map ``[B, C, T, H, W]`` pixel by pixel."""
+        y = F.linear(x.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
+        return y.permute(0, 4, 1, 2, 3)
+
+
+class ResidualUnit(nn.Module):
+    """Norm, swish, convolution, twice, and a bypass.
+
+    Args:
+        in_channels: of the input.
+        out_channels: of the output; a 1x1x1 convolution on the bypass where it differs.
+        groups: of the norms; 0 = no norm.
+        factorized: one convolution in space, one in time, instead of two in both.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, factorized: bool = False) -> None:
+        super().__init__()
+        kernels = [(1, 3, 3), (3, 1, 1)] if factorized else [(3, 3, 3), (3, 3, 3)]
+        self.fn = nn.ModuleList(
+            [
+                make_norm(in_channels, groups),
+                Swish(in_channels),
+                CausalConv3d(in_channels, out_channels, kernels[0]),
+                make_norm(out_channels, groups),
+                Swish(out_channels),
+                CausalConv3d(out_channels, out_channels, kernels[1]),
+            ]
+        )
+        self.residual_fn = nn.ModuleList()
+        if in_channels != out_channels:
+            self.residual_fn.append(CausalConv3d(in_channels, out_channels, (1, 1, 1)))
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """``[B, C, T, H, W]`` to ``[B, C', T, H, W]``."""
+        y = x
+        for layer in self.fn:
+            y = layer(y, state)
+        for layer in self.residual_fn:
+            x = layer(x, state)
+        return x + y
+
+
+class DepthToSpace(nn.Module):
+    """Spread channels over a (time, height, width) block; the first frame of a clip stays one frame.
+
+    Channel index = ((it * bh + ih) * bw + iw) * C + c.
+    """
+
+    def __init__(self, block: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """``[B, bt * bh * bw * C, T, H, W]`` to ``[B, C, 1 + (T - 1) * bt, H * bh, W * bw]``; all T * bt later on."""
+        (bt, bh, bw), (b, _, t, h, w) = self.block, x.shape
+        y = x.permute(0, 2, 3, 4, 1).reshape(b, t, h, w, bt, bh, bw, -1)
+        y = y.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t * bt, h * bh, w * bw, -1)
+        if state is None or id(self) not in state.started:
+            y = y[:, bt - 1 :]
+        if state is not None:
+            state.started.add(id(self))
+        return y.permute(0, 4, 1, 2, 3)
+
+
+class SpaceToDepth(nn.Module):
+    """Undo ``DepthToSpace``: the first frame of a clip is repeated to fill its block."""
+
+    def __init__(self, block: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.block = block
+
+    def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
+        """``[B, C, 1 + k * bt, H, W]`` to ``[B, bt * bh * bw * C, 1 + k, H / bh, W / bw]``."""
+        bt, bh, bw = self.block
+        if state is None or id(self) not in state.started:
+            x = torch.cat([x[:, :, :1].expand(-1, -1, bt - 1, -1, -1), x], dim=2) if bt > 1 else x
+        if state is not None:
+            state.started.add(id(self))
+        b, c, t, h, w = x.shape
+        y = x.reshape(b, c, t // bt, bt, h // bh, bh, w // bw, bw).permute(0, 2, 4, 6, 3, 5, 7, 1)
+        return y.reshape(b, t // bt, h // bh, w // bw, -1).permute(0, 4, 1, 2, 3)
+
+
+def make_norm(channels: int, groups: int) -> nn.Module:
+    """Per-frame norm in min(groups, channels) groups, none for 0."""
+    return FrameNorm(min(groups, channels), channels, eps=1e-5) if groups else Unnormed()
