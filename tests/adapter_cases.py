@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_files import load_file, unpacked
 from vargen.adapters.wrap import wrap
 
 HF = Path(__file__).parent / "golden" / "hf"
@@ -44,6 +44,8 @@ def read(name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def load(name: str, class_name: str, **options: Any) -> Any:
+    """The stored model; networks of pixels are not stored, so those of the library are drawn here."""
+    torch.manual_seed(0)
     return getattr(transformers, class_name).from_pretrained(HF / name, **options).eval()
 
 
@@ -52,6 +54,8 @@ def janus(**options: Any) -> Case:
     model = load("janus", "JanusForConditionalGeneration", **options)
     backbone = wrap(model)
     scales = meta["guidance_scales"]
+    with torch.no_grad():
+        images = {s: model.decode_image_tokens(io[f"greedy.cfg{s:g}.tokens"]) for s in scales}
 
     def generate(prompts: dict[str, Tensor], scale: float) -> Tensor:
         inputs = {"inputs": prompts["input_ids"], "attention_mask": prompts["attention_mask"]}
@@ -65,7 +69,7 @@ def janus(**options: Any) -> Case:
         forced=io["forced.tokens"],
         forced_logits=pair(io, "forced", "logits"),
         generate=generate,
-        pixels={s: io[f"greedy.cfg{s:g}.pixels"].permute(0, 3, 1, 2) for s in scales},
+        pixels={s: image.permute(0, 3, 1, 2) for s, image in images.items()},
     )
 
 
@@ -77,6 +81,11 @@ def emu3(**options: Any) -> Case:
     ids = meta["tokens"]
     negative = {"input_ids": io["negative_ids"], "attention_mask": io["negative_attention_mask"]}
     visual = torch.arange(ids["visual_start"], ids["visual_start"] + backbone.codebook_size)
+
+    def decoded(tokens: Tensor) -> Tensor:
+        with torch.no_grad():
+            return model.model.decode_image_tokens(tokens, h, w)
+
     tail = {h * (w + 1): ids["eof"], h * (w + 1) + 1: ids["eoi"], h * (w + 1) + 2: ids["eos"]}
 
     def generate(prompts: dict[str, Tensor], scale: float) -> Tensor:
@@ -114,7 +123,7 @@ def emu3(**options: Any) -> Case:
         forced_logits=pair(io, "forced", "logits")[:, :, free_of(backbone)][..., visual],
         generate=generate,
         negative=negative,
-        pixels={s: io[f"greedy.cfg{s:g}.pixels"] for s in (3.0, 1.0)},
+        pixels={s: decoded(io[f"greedy.cfg{s:g}.tokens"]) for s in (3.0, 1.0)},
         streams={s: io[f"greedy.cfg{s:g}.tokens"] for s in (3.0, 1.0)},
     )
 
@@ -122,7 +131,9 @@ def emu3(**options: Any) -> Case:
 def chameleon(form: str, **options: Any) -> Case:
     io, meta = read("chameleon")
     model = load("chameleon", "ChameleonForConditionalGeneration", **options)
-    backbone = wrap(model, layout=form, grid_size=(4, 4), vq_decoder=HF / "chameleon" / "vq_decoder.safetensors")
+    backbone = wrap(
+        model, layout=form, grid_size=(4, 4), vq_decoder=unpacked(HF / "chameleon" / "vq_decoder.safetensors")
+    )
     first, count = meta["tokens"]["image_start"], meta["tokens"]["n_image"]
     visual = torch.arange(first, first + count)
 

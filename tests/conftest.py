@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture
 def golden():
     """Read ``tests/golden/<name>.safetensors``, or one prefix of it."""
-    from safetensors.torch import load_file
+    from tests.golden_files import load_file
 
     def read(name, prefix=""):
         tensors = load_file(GOLDEN / f"{name}.safetensors")

@@ -8,6 +8,7 @@ from transformers import AttentionInterface
 from transformers.cache_utils import CacheLayerMixin
 
 from tests.adapter_cases import BUILDERS, HF, case, load
+from tests.golden_files import unpacked
 from vargen import ImagePipeline, wrap
 from vargen.adapters.base import compile_body
 from vargen.adapters.tiny import tiny_janus
@@ -25,7 +26,11 @@ CLASSES = {
 OPTIONS = {
     "janus": {},
     "emu3": {"grid_size": (4, 4)},
-    "chameleon": {"layout": "fixed", "grid_size": (4, 4), "vq_decoder": HF / "chameleon" / "vq_decoder.safetensors"},
+    "chameleon": {
+        "layout": "fixed",
+        "grid_size": (4, 4),
+        "vq_decoder": unpacked(HF / "chameleon" / "vq_decoder.safetensors"),
+    },
     "glm_image": {"grid_size": (4, 3), "preview_size": (2, 2)},
 }
 

@@ -104,7 +104,7 @@ def test_examples_say_what_to_download(script: str) -> None:
 
 
 def test_glm_prior_tokens_are_the_references() -> None:
-    from safetensors.torch import load_file
+    from tests.golden_files import load_file
 
     io, c = load_file(HF / "glm_image" / "io.safetensors"), case("glm_image")
     assert torch.equal(c.backbone.prior_token_ids(c.greedy[1.0]), io["prior_token_ids"])

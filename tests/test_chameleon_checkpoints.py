@@ -7,9 +7,10 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 
-from tests.adapter_cases import HF
+from tests.adapter_cases import HF, load
+from tests.golden_files import load_file
 from vargen.adapters.chameleon_checkpoints import load_lumina, load_meta_chameleon
 from vargen.checkpoints import CheckpointError
 
@@ -17,7 +18,7 @@ D, H, KV, HEAD, HIDDEN, V = 32, 4, 2, 8, 64, 76
 CONFIG = json.loads((HF / "chameleon" / "config.json").read_text())
 VQ = {
     key.removeprefix("model.vqmodel."): value
-    for key, value in load_file(HF / "chameleon" / "model.safetensors").items()
+    for key, value in load("chameleon", "ChameleonForConditionalGeneration").state_dict().items()
     if "vqmodel" in key
 }
 DECODER = load_file(HF / "chameleon" / "vq_decoder.safetensors")

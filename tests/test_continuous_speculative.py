@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy import stats
 from torch import Tensor
 
 from tests.continuous_toys import DTYPE, ToyCausal, compare, linear_gaussian, mixture, normality, whiten
+from tests.golden_files import load_file
 from vargen.backbones.causal_mar import CausalMARTransformer
 from vargen.backbones.mar import MARTransformer
 from vargen.samplers import continuous_rules

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_files import load_file
 from vargen.backbones.diffusion_head import DiffusionHead, path_log_prob
 from vargen.backbones.gaussian_diffusion import TABLES, gaussian_kl, make_diffusion, spaced_timesteps
 

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.golden_files import load_file
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import convert_checkpoint, verify_checkpoint
 from vargen.tokenizers.kl import KL16_SCALE, infer_kl_config, kl_latents, load_kl16, to_latent_diffusion

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.golden_files import load_file, unpacked
 from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.backbones.sizes import SIZES
 from vargen.kernels.warp import warp_logits
@@ -36,7 +36,7 @@ def close(actual, expected):
 @cache
 def load_golden(kind):
     io = load_file(GOLDEN / f"gpt_{kind}_io.safetensors")
-    path = GOLDEN / f"gpt_{kind}.safetensors"
+    path = unpacked(GOLDEN / f"gpt_{kind}.safetensors")
     model = LlamaGenTransformer.from_original(path, num_heads=CONFIG[kind]["n_head"], grid_size=(4, 4))
     condition = io["class_ids"] if kind == "c2i" else (io["caption_features"], io["caption_mask"])
     return model, io, condition
@@ -153,7 +153,7 @@ def test_sampling_law(temperature, top_k, top_p):
 
 def test_zero_and_identity_condition_rows_differ():
     io = load_file(GOLDEN / "gpt_c2i_io.safetensors")
-    path = GOLDEN / "gpt_c2i.safetensors"
+    path = unpacked(GOLDEN / "gpt_c2i.safetensors")
     model = LlamaGenTransformer.from_original(path, num_heads=4, grid_size=(4, 4), condition_rope="identity")
     with torch.no_grad():
         logits = model(io["tokens"], io["class_ids"])

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.golden_files import load_file, unpacked
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import LLAMAGEN_SIZES, convert_checkpoint, llamagen_shapes, verify_checkpoint
 from vargen.tokenizers.vq import VQTokenizer
@@ -51,7 +52,7 @@ def test_verification_reports_every_difference() -> None:
 
 
 def test_verification_of_own_sizes_and_of_taming() -> None:
-    report = verify_checkpoint(GOLDEN / "vq_model.safetensors")
+    report = verify_checkpoint(unpacked(GOLDEN / "vq_model.safetensors"))
     assert report.ok
     assert report.size is None
     assert report.dtypes == {"float32": 158}
@@ -74,16 +75,16 @@ def test_verification_finds_nan_and_strangers() -> None:
 
 def test_conversion_gives_a_folder_for_from_pretrained(tmp_path: Path) -> None:
     io = load_file(GOLDEN / "vq_io.safetensors")
-    folder = convert_checkpoint(GOLDEN / "vq_model.safetensors", tmp_path / "vq")
+    folder = convert_checkpoint(unpacked(GOLDEN / "vq_model.safetensors"), tmp_path / "vq")
     with torch.no_grad():
         assert torch.equal(VQTokenizer.from_pretrained(folder).encode(io["image"]).codes, io["codes"])
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
     with pytest.raises(ValueError, match="exists"):
-        convert_checkpoint(GOLDEN / "vq_model.safetensors", folder)
+        convert_checkpoint(unpacked(GOLDEN / "vq_model.safetensors"), folder)
     with pytest.raises(CheckpointError, match="no checkpoint file"):
         convert_checkpoint(tmp_path / "absent.pt", folder, overwrite=True)
     assert {p.name: p.read_bytes() for p in folder.iterdir()} == before
-    convert_checkpoint(GOLDEN / "vq_model.safetensors", folder, overwrite=True, commit_loss_beta=0.5)
+    convert_checkpoint(unpacked(GOLDEN / "vq_model.safetensors"), folder, overwrite=True, commit_loss_beta=0.5)
     assert VQTokenizer.from_pretrained(folder).config.commit_loss_beta == 0.5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["vq"]
 

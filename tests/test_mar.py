@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_files import load_file, unpacked
 from vargen.backbones.mar import MARTransformer
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import verify_checkpoint
@@ -32,7 +32,7 @@ def io() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def mar() -> MARTransformer:
-    return MARTransformer.from_original(GOLDEN / "mar.safetensors", **READ)
+    return MARTransformer.from_original(unpacked(GOLDEN / "mar.safetensors"), **READ)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
@@ -79,7 +79,9 @@ def test_official_generations(io: dict[str, Tensor], mar: MARTransformer, tag: s
     assert close(mar.to_latents(output.latents), io[f"gen.{tag}.latents"], 1e-5)
     assert output.stats.num_forwards == 4
     if tag == "uncond":
-        decoded = load_kl16(GOLDEN / "vae.safetensors").decode(mar.to_latents(output.latents) / KL16_SCALE).sample
+        decoded = (
+            load_kl16(unpacked(GOLDEN / "vae.safetensors")).decode(mar.to_latents(output.latents) / KL16_SCALE).sample
+        )
         assert close(decoded.detach(), io["gen.uncond.decoded_image"], 2e-5)
 
 
@@ -128,7 +130,7 @@ def test_published_sizes() -> None:
 
 
 def test_training_loss_has_gradients_everywhere(io: dict[str, Tensor]) -> None:
-    model = MARTransformer.from_original(GOLDEN / "mar.safetensors", **READ).train()
+    model = MARTransformer.from_original(unpacked(GOLDEN / "mar.safetensors"), **READ).train()
     loss = model.loss(io["mar.tokens"], io["mar.labels"], generator=torch.Generator().manual_seed(1))
     loss.backward()
     assert torch.isfinite(loss)

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
+from tests.golden_files import load_file
 from vargen.backbones.masked import MaskedTransformer
 from vargen.samplers.base import Sampler
 from vargen.samplers.masked import MaskedSampler

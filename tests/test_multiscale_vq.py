@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_files import load_file
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import verify_checkpoint
 from vargen.tokenizers.multiscale_checkpoints import to_native, to_official

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
 from tests.enumeration import chi_square_p
+from tests.golden_files import load_file, unpacked
 from tests.tiny import CODEBOOK_SIZE, tiny_pipeline, tiny_tokenizer
 from vargen.backbones.nar import NARTransformer
 from vargen.checkpoints import CheckpointError
@@ -32,7 +32,7 @@ class Golden:
         self.io = load_file(GOLDEN / name / "io.safetensors")
         grid = self.config.get("latent_shape") or [self.config["grid"]] * 2
         heads = self.config["model_args"]["n_head"]
-        self.path = GOLDEN / name / "model.safetensors"
+        self.path = unpacked(GOLDEN / name / "model.safetensors")
         self.model = NARTransformer.from_original(self.path, grid_size=grid, num_heads=heads)
         features = ("cond/caption_embs", "cond/emb_masks")
         self.condition = tuple(self.io[key] for key in features) if name == "t2i" else self.io["cond/class_ids"]
@@ -180,9 +180,7 @@ def test_damaged_checkpoints_are_refused():
     with pytest.raises(ValueError, match="of the file's 24 codes, got"):
         NARTransformer.from_original(video, grid_size=(2, 3, 5), num_heads=4)
     with pytest.raises(CheckpointError, match="looks like a LlamaGen"):
-        NARTransformer.from_original(
-            Path(__file__).parent / "golden" / "llamagen" / "gpt_c2i.safetensors", grid_size=(4, 4)
-        )
+        NARTransformer.from_original(unpacked(GOLDEN.parent / "llamagen" / "gpt_c2i.safetensors"), grid_size=(4, 4))
 
 
 @pytest.mark.parametrize("config", [{}, {"code_rank": 8}, {"grid_size": (2, 3, 4)}])

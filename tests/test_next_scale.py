@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from scipy.stats import chisquare
 from torch import Tensor
 
+from tests.golden_files import load_file
 from vargen.backbones.var import VARTransformer
 from vargen.kernels.warp import warp_logits
 from vargen.pipelines.image import ImagePipeline

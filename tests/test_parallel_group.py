@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
+from tests.golden_files import load_file, unpacked
 from vargen.backbones.any_order import AnyOrderTransformer
 from vargen.backbones.par import PARTransformer
 from vargen.checkpoints import CheckpointError
@@ -25,7 +25,7 @@ SEEN = []  # guided logits, step by step
 @pytest.fixture(scope="module")
 def golden():
     config, io = json.loads((GOLDEN / "config.json").read_text()), load_file(GOLDEN / "io.safetensors")
-    model = PARTransformer.from_original(GOLDEN / "model.safetensors", grid_size=(6, 6), num_heads=4)
+    model = PARTransformer.from_original(unpacked(GOLDEN / "model.safetensors"), grid_size=(6, 6), num_heads=4)
     assert (model.config.group_size, model.config.num_classes) == (4, 10)
     return config, io, model
 
@@ -125,7 +125,7 @@ def test_published_sizes_have_their_exact_counts():
 
 def test_checkpoints_of_other_families_are_refused(golden):
     with pytest.raises(CheckpointError, match=r"looks like a PAR transformer \(PARTransformer\)"):
-        AnyOrderTransformer.from_original(GOLDEN / "model.safetensors", grid_size=(6, 6), num_heads=4)
+        AnyOrderTransformer.from_original(unpacked(GOLDEN / "model.safetensors"), grid_size=(6, 6), num_heads=4)
     weights = dict(any_order().state_dict())
     loaded = AnyOrderTransformer.from_original(weights, grid_size=(4, 4), num_heads=2)
     assert loaded.config.num_classes == 10

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_files import load_file
 from vargen.backbones.var import VARTransformer
 from vargen.backbones.var_sizes import SCALES_512
 from vargen.checkpoints import CheckpointError

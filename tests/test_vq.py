@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_files import load_file, unpacked
 from vargen.tokenizers.vq import VQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "llamagen"
@@ -43,7 +43,7 @@ def weights() -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def tokenizer() -> VQTokenizer:
     ratio = json.loads((GOLDEN / "config.json").read_text())["vq"]["entropy_loss_ratio"]
-    return VQTokenizer.from_original(GOLDEN / "vq_model.safetensors", entropy_loss_ratio=ratio)
+    return VQTokenizer.from_original(unpacked(GOLDEN / "vq_model.safetensors"), entropy_loss_ratio=ratio)
 
 
 def small(**config: Any) -> VQTokenizer:

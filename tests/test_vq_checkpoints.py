@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from tests.golden_files import load_file, unpacked
 from vargen.checkpoints import CheckpointError
 from vargen.tokenizers.vq import VQTokenizer
 from vargen.tokenizers.vq_checkpoints import llamagen_to_taming, taming_to_llamagen
@@ -31,7 +32,7 @@ def weights() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def tokenizer() -> VQTokenizer:
-    return VQTokenizer.from_original(GOLDEN / "vq_model.safetensors")
+    return VQTokenizer.from_original(unpacked(GOLDEN / "vq_model.safetensors"))
 
 
 def small(**config: Any) -> VQTokenizer:

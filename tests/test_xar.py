@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
+from tests.golden_files import load_file, unpacked
 from vargen.backbones.xar import XARTransformer
 from vargen.manifests import verify_checkpoint
 from vargen.samplers.next_cell import NextCellSampler
@@ -24,7 +24,7 @@ def io() -> dict[str, Tensor]:
 
 @pytest.fixture(scope="module")
 def xar() -> XARTransformer:
-    return XARTransformer.from_original(GOLDEN / "xar.safetensors", num_heads=2)
+    return XARTransformer.from_original(unpacked(GOLDEN / "xar.safetensors"), num_heads=2)
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
@@ -106,7 +106,7 @@ def test_training_and_refusals(io: dict[str, Tensor], xar: XARTransformer) -> No
     loss = xar.loss(io["latents"], io["labels"], generator=torch.Generator().manual_seed(0))
     assert torch.isfinite(loss)
     with pytest.raises(ValueError, match="num_heads cannot be read"):
-        XARTransformer.from_original(GOLDEN / "xar.safetensors")
+        XARTransformer.from_original(unpacked(GOLDEN / "xar.safetensors"))
     with pytest.raises(ValueError, match="class label must be in"):
         xar.open(torch.tensor([1001]))
     with pytest.raises(ValueError, match="set num_steps"):
