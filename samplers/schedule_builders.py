@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vargen.protocols import Item, Step, neighbors
+from vargen.samplers.schedule_blocks import block_order, merged
 from vargen.samplers.schedule_orders import diagonal_order, grid_distance, region_order
 
 QUERY_STYLES = ("randar", "arpg", "lpd")
@@ -41,7 +42,14 @@ class ScheduleBuilders:
         return cls.next_block(grid_size, grid_size[-1], num_condition, prefix)
 
     @classmethod
-    def next_block(cls, grid_size: tuple[int, ...], block: int, num_condition: int = 1, prefix: int = 0) -> Self:
+    def next_block(
+        cls,
+        grid_size: tuple[int, ...],
+        block: int | tuple[int, ...],
+        num_condition: int = 1,
+        prefix: int = 0,
+        hybrid: bool = False,
+    ) -> Self:
         """NBP: code j of a block guesses code j of the next block.
 
         Without a prefix the first block is drawn code by code, then one pass reads its last code beside M - 1 learned
@@ -50,23 +58,33 @@ class ScheduleBuilders:
 
         Args:
             grid_size: (h, w) or (t, h, w).
-            block: M, divides N; one row or one frame in the published models.
+            block: M consecutive codes, divides N; one row or one frame in the published models. Or the sides of a block,
+                which divide those of the grid.
             num_condition: T.
             prefix: codes given beforehand (whole blocks: the first frames of a video); then there is no code-by-code
                 start and (N - prefix) / M passes.
+            hybrid: lay the given codes out as the code-by-code start would have left them, learned tokens included: for
+                models that were trained with that start.
         """
         num_codes = math.prod(grid_size)
+        order = torch.arange(num_codes) if isinstance(block, int) else block_order(grid_size, block)
+        block = block if isinstance(block, int) else math.prod(block)
         if not 1 <= block <= num_codes or num_codes % block:
             raise ValueError(f"block must divide the {num_codes} codes of the grid {tuple(grid_size)}, got {block}")
         if prefix % block or not 0 <= prefix < num_codes:
             raise ValueError(f"prefix must be whole blocks of {block} codes and leave one to draw, got {prefix}")
-        order = torch.arange(num_codes)
+        if prefix and set(order[:prefix].tolist()) != set(range(prefix)):
+            raise ValueError(
+                f"the first blocks must hold the first {prefix} codes, which the prefix gives; use whole frames"
+            )
         stamps = [0] * (num_condition - 1) + [min(num_condition - 1, 1)] if num_condition else []
-        if prefix == 0:
+        if prefix == 0 or hybrid:
             steps = _grouped_steps(order, block, stamps)
+            known = prefix // block + block - 1 if prefix else 0  # passes whose codes are given
+            steps = [merged(steps[: known + 1]), *steps[known + 1 :]]
             slots = num_condition + num_codes + block - 1
         else:
-            steps = _prefixed_steps(num_codes, block, prefix, stamps)
+            steps = _prefixed_steps(order, block, prefix, stamps)
             slots = num_condition + num_codes
         return cls._make("next_block", grid_size, num_condition, slots, steps, group_size=block, prefix=prefix)
 
@@ -219,24 +237,19 @@ def _grouped_steps(order: Tensor, size: int, stamps: list[int], restart: bool = 
     return steps
 
 
-def _prefixed_steps(num_codes: int, size: int, prefix: int, stamps: list[int]) -> list[Step]:
+def _prefixed_steps(order: Tensor, size: int, prefix: int, stamps: list[int]) -> list[Step]:
     """Known blocks in one pass, then block by block."""
-    offset, base = len(stamps), (stamps[-1] + 1 if stamps else 0)
+    positions, offset, base = order.tolist(), len(stamps), (stamps[-1] + 1 if stamps else 0)
 
     def codes(start: int, stop: int) -> list[tuple[Item, int, int, int]]:
-        return [(Item.CODE, p, offset + p, base + p // size) for p in range(start, stop)]
+        return [(Item.CODE, positions[k], offset + k, base + k // size) for k in range(start, stop)]
 
     items = [(Item.CONDITION, i, i, stamp) for i, stamp in enumerate(stamps)] + codes(0, prefix)
-    steps = [_step(items, range_tensor(prefix, size), _identity(size, len(items) - size))]
-    for start in range(prefix + size, num_codes, size):
+    steps = [_step(items, order[prefix : prefix + size], _identity(size, len(items) - size))]
+    for start in range(prefix + size, len(positions), size):
         counted = start - prefix
-        steps.append(_step(codes(start - size, start), range_tensor(start, size), _identity(size), counted=counted))
+        steps.append(_step(codes(start - size, start), order[start : start + size], _identity(size), counted=counted))
     return steps
-
-
-def range_tensor(start: int, count: int) -> Tensor:
-    """[count] int64 from start on."""
-    return torch.arange(start, start + count)
 
 
 def _randar_steps(order: list[int], sizes: list[int], offset: int) -> list[Step]:
