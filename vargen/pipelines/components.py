@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -16,6 +17,7 @@ from safetensors import safe_open
 
 import vargen
 
+SHARED_KEY = "_shared"  # in an index: component name -> pipeline folder beside this one that holds it
 _METHODS = ["save_pretrained", "from_pretrained"]
 
 
@@ -63,10 +65,41 @@ def read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not valid JSON ({error}); save the pipeline again") from None
     if not isinstance(index, dict) or "_class_name" not in index:
         raise ValueError(f"{path} is not a pipeline index: it names no _class_name")
+    shared = shared_folders(folder, index)
     for name, entry in index.items():
         if not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
-            _check_component(folder, name, *entry)
+            _check_component(shared.get(name, folder), name, *entry)
     return index
+
+
+def shared_folders(folder: Path, index: dict[str, Any]) -> dict[str, Path]:
+    """Pipeline folders that lend components to this one: models over one tokenizer store it once.
+
+    `"_shared": {"tokenizer": "heroes32-mar"}` in the index means the folder of that name beside this one.
+
+    Raises:
+        ValueError: not the plain name of a folder, or there is none.
+    """
+    found = {}
+    for name, other in index.get(SHARED_KEY, {}).items():
+        if Path(str(other)).name != other or other in ("", ".", ".."):
+            raise ValueError(f"{folder}: {name} is shared with {other!r}, which is not the name of a folder beside it")
+        if not (folder.parent / other).is_dir():
+            raise ValueError(f"{folder} takes its {name} from the folder {other} beside it; copy that folder too")
+        found[name] = folder.parent / other
+    return found
+
+
+def load_shared(folder: Path, index: dict[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Load the components that other folders lend, unless they are among the arguments ``given``."""
+    loaded = {}
+    options = {name: value for name, value in dtype_argument(given).items() if name in ("dtype", "torch_dtype")}
+    for name, other in shared_folders(folder, index).items():
+        if name not in given:
+            library, class_name = index[name]
+            kind = getattr(import_module(library), class_name)
+            loaded[name] = kind.from_pretrained(other / name, **options)
+    return loaded
 
 
 def _check_component(folder: Path, name: str, library: str, class_name: str) -> None:

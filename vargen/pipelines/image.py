@@ -23,6 +23,7 @@ from vargen.pipelines.components import (
     dtype_argument,
     explain_failure,
     index_entry,
+    load_shared,
     read_index,
     register_library,
 )
@@ -105,8 +106,9 @@ class ImagePipeline(DiffusionPipeline):
         folder = Path(found)
         if not folder.is_dir():
             return super().from_pretrained(found, **dtype_argument(kwargs))
-        read_index(folder)
+        index = read_index(folder)
         try:
+            kwargs |= load_shared(folder, index, kwargs)
             return super().from_pretrained(found, **dtype_argument(kwargs))
         except OSError as error:
             raise ValueError(explain_failure(folder, error)) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from vargen.backbones.eagle import EagleDrafter
 from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.files import atomic_dir, atomic_write
-from vargen.pipelines.components import index_entry, read_index
+from vargen.pipelines.components import SHARED_KEY, index_entry, read_index
 from vargen.pipelines.image import ImagePipeline
 from vargen.samplers.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.masked_continuous import ContinuousMaskedSampler
@@ -122,6 +123,28 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
         with atomic_write(file, overwrite=True) as beside:
             beside.write_text(text + "\n", encoding="utf-8")
     return folder / "eagle"
+
+
+def share_component(folder: str | Path, name: str, other: str) -> None:
+    """Take a component out of a pipeline folder that the folder ``other`` beside it holds too.
+
+    Args:
+        folder: pipeline folder.
+        name: component.
+        other: name of the pipeline folder beside it that lends the component from now on.
+
+    Raises:
+        ValueError: not a pipeline folder, or the two folders hold different weights or settings.
+    """
+    folder = Path(folder)
+    index, lender = read_index(folder), folder.parent / other / name
+    for file in sorted((folder / name).iterdir()):
+        if not (lender / file.name).is_file() or (lender / file.name).read_bytes() != file.read_bytes():
+            raise ValueError(f"{folder / name} and {lender} differ in {file.name}; export both from the same runs")
+    index[SHARED_KEY] = {**index.get(SHARED_KEY, {}), name: other}
+    with atomic_write(folder / "model_index.json", overwrite=True) as beside:
+        beside.write_text(json.dumps(dict(sorted(index.items())), indent=2) + "\n", encoding="utf-8")
+    shutil.rmtree(folder / name)
 
 
 def forget_origin(file: Path) -> None:
