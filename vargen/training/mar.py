@@ -65,13 +65,15 @@ class MARTask(Task):
     def setup(self, device: torch.device) -> None:
         """Move the autoencoder to the device of training."""
         super().setup(device)
-        self.tokenizer.to(device)
+        self.tokenizer.to(device, memory_format=torch.channels_last)  # in which convolutions on CPUs are faster
 
     def compile(self, model: nn.Module) -> None:
-        """Compile blocks and head."""
+        """Compile blocks, head and the autoencoder's encoder, which is otherwise a third of a step on a CPU."""
         for name in ("encoder_blocks", "decoder_blocks", "layers"):
             for block in getattr(model, name, ()):
                 block.compile()
+        model.diffloss.net.compile()  # type: ignore[operator,union-attr]
+        self.tokenizer.encoder.compile()
 
     def batch(self, step: int) -> dict[str, Tensor]:
         """Attributes and latents of one step."""
@@ -119,7 +121,7 @@ class MARTask(Task):
 
     @torch.no_grad()
     def _encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        batch["latents"] = kl_latents(self.tokenizer, batch["image"])
+        batch["latents"] = kl_latents(self.tokenizer, batch["image"].contiguous(memory_format=torch.channels_last))
         return batch
 
 
