@@ -27,6 +27,7 @@ class Watch:
     bar: Any = field(default=None, init=False)
     step: int = field(default=0, init=False)
     shown: int = field(default=0, init=False)  # codes of the images in work that the bar has counted
+    every: int = field(default=1, init=False)  # steps between two looks at the progress
 
     def open(self, num_images: int) -> None:
         """Start the bar; it counts codes."""
@@ -40,8 +41,8 @@ class Watch:
         """Do what is to be done after a forward pass; the arguments are those of a sampler's callback."""
         if step == 0:
             self.shown = 0  # a new chunk of images
-        every = 1 if self.pipe.backbone.device.type == "cpu" else _POLL_EVERY
-        if not self.bar.disable and (state.done or self.step % every == 0):
+            self.every = 1 if self.pipe.backbone.device.type == "cpu" else _POLL_EVERY
+        if not self.bar.disable and (state.done or self.step % self.every == 0):
             committed = int(state.num_committed.sum())
             self.bar.update(committed - self.shown)
             self.shown = committed
