@@ -25,10 +25,11 @@ from tests.tiny import (
 from vargen import registry
 from vargen.conditioners.class_labels import ClassConditioner
 from vargen.conditioners.t5 import T5CaptionConditioner
-from vargen.outputs import DecodeStats, ImagePipelineOutput
+from vargen.outputs import DecodeStats
 from vargen.pipelines.grid import image_grid
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.inputs import merge_stats, repeat_condition, take_condition
+from vargen.pipelines.outputs import ImagePipelineOutput
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
 

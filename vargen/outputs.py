@@ -1,4 +1,4 @@
-"""What samplers and pipelines return: plain dataclasses whose every field states its shape.
+"""What samplers return: plain dataclasses whose every field states its shape.
 
 Letters: B images, N code positions, W window.
 """
@@ -8,9 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-import numpy as np
-import torch
-from diffusers.utils import BaseOutput
 from torch import Tensor
 
 Guarantee = Literal["exact", "relaxed", "heuristic"]
@@ -28,7 +25,7 @@ class DecodeStats:
     num_drafter_forwards: int = 0
     num_head_rows: int = 0
     forwards_per_image: Tensor | None = None  # [B] int64: passes until this image was complete, prefill included
-    commit_trace: Tensor | None = None  # [B, N] int64: index of the forward (0 = prefill) that made position n permanent
+    commit_trace: Tensor | None = None  # [B, N] int64: the forward (0 = prefill) that made position n permanent
     guarantee: Guarantee = "exact"  # what this run kept; lower than the sampler's own when a cap or a fallback struck
     notes: list[str] = field(default_factory=list)  # one line for each departure from the sampler's own guarantee
     extra: dict[str, Any] = field(default_factory=dict)  # numbers of one sampler only, named in its documentation
@@ -52,17 +49,3 @@ class SamplerOutput:
     seeds: list[int]
     stats: DecodeStats
     latents: Tensor | None = None
-
-
-@dataclass
-class ImagePipelineOutput(BaseOutput):
-    """Result of ``ImagePipeline.__call__``.
-
-    ``images``: list of PIL images, ``[B, H, W, 3]`` float array in [0, 1] (``"np"``), ``[B, 3, H, W]`` float tensor in
-    [0, 1] (``"pt"``), or ``None`` for ``output_type="codes"``.
-    """
-
-    images: list[Any] | np.ndarray | torch.Tensor | None
-    codes: Any
-    seeds: list[int]
-    stats: DecodeStats

@@ -12,7 +12,8 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
-BANDS = "#d7191c", "#fdae61", "#ffffbf", "#abdda4", "#2b83ba"  # neighbouring forwards differ, however many there are
+from vargen.display import BANDS
+
 MAX_IMAGES = 8
 
 

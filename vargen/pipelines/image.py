@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from vargen.hub import resolve_model
 from vargen.images import to_pil
-from vargen.outputs import DecodeStats, ImagePipelineOutput, SamplerOutput
+from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.components import (
     choose_drafter,
@@ -29,6 +29,7 @@ from vargen.pipelines.components import (
 )
 from vargen.pipelines.continuous import check_autoencoder, decode_tokens, is_continuous, undrawn_tokens
 from vargen.pipelines.editing import forced_codes, read_edit
+from vargen.pipelines.outputs import ImagePipelineOutput
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
 from vargen.random import image_seeds
