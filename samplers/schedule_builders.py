@@ -16,8 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vargen.protocols import Item, Step, neighbors
-from vargen.samplers.schedule_blocks import block_order, merged
+from vargen.protocols import Item, Step, block_order, neighbors
+from vargen.samplers.schedule_blocks import merged
 from vargen.samplers.schedule_orders import diagonal_order, grid_distance, region_order
 
 QUERY_STYLES = ("randar", "arpg", "lpd")

@@ -61,7 +61,8 @@ def _split(value: Tensor, bits: int) -> Tensor:
 
 
 def _merge(planes: Tensor) -> Tensor:
-    return planes.movedim(0, -1).contiguous().view(torch.float32)[..., 0]
+    # a clone: an empty tensor counts as contiguous whatever its strides
+    return planes.movedim(0, -1).clone(memory_format=torch.contiguous_format).view(torch.float32)[..., 0]
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ R = G * B rows, branch-major (row ``g * B + b`` is image b of branch g).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -226,3 +227,26 @@ def neighbors(grid_size: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     inside, positions = inside.clone(), positions.clone()
     inside[:, 0], positions[:, 0] = True, -1
     return positions, inside.float() / inside.sum(0)
+
+
+def block_order(grid_size: Sequence[int], block: Sequence[int]) -> Tensor:
+    """Block after block in raster order, raster order inside a block (NBP, arXiv:2502.07737).
+
+    Args:
+        grid_size: (h, w) or (t, h, w) in codes.
+        block: sides of a block, one for each side of the grid, which it divides.
+
+    Returns:
+        [N] int64 raster position of the k-th code.
+
+    Example:
+        >>> block_order((2, 4), (2, 2)).tolist()
+        [0, 1, 4, 5, 2, 3, 6, 7]
+    """
+    sides = [int(side) for side in block]
+    if len(sides) != len(grid_size) or any(b < 1 or s % b for s, b in zip(grid_size, sides, strict=False)):
+        raise ValueError(f"block must divide the grid {tuple(grid_size)} side by side, got {tuple(block)}")
+    split = [part for s, b in zip(grid_size, sides, strict=True) for part in (s // b, b)]
+    axes = range(len(split))
+    cells = torch.arange(math.prod(grid_size)).view(split)
+    return cells.permute(*axes[::2], *axes[1::2]).flatten()
