@@ -1,5 +1,6 @@
 """`vargen eval`: image sets in and out, drawing in chunks, reports, cards, and one clear line for every bad input."""
 
+import inspect
 import io
 import json
 import math
@@ -15,6 +16,7 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.tiny import NUM_CLASSES, tiny_backbone, tiny_pipeline, tiny_tokenizer
+from vargen.backbones.par import PARTransformer
 from vargen.cli import eval as command
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.data.heroes import HeroAtlas
@@ -28,6 +30,7 @@ from vargen.metrics.reconstruction import evaluate_reconstruction, psnr
 from vargen.metrics.report import read_report
 from vargen.pipelines.image import ImagePipeline
 from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.parallel_group import ParallelGroupSampler
 from vargen.tokenizers.vq import VQTokenizer
 
 
@@ -452,6 +455,22 @@ def test_nats_per_token_are_those_of_the_logits(hero_pipe):
     assert result["nats_per_token"] > 0
     assert result["held_out_pairs"] > 0
     assert result["tokens_per_image"] == 64
+
+
+def test_parallel_groups_have_a_likelihood_too(hero_pipe):
+    heroes = draw_heroes(2, "prompts")
+    known = inspect.signature(PARTransformer.__init__).parameters
+    shape = {name: value for name, value in hero_pipe.backbone.config.items() if name in known}
+    backbone = PARTransformer(**shape, group_size=4).eval()
+    nn.init.normal_(backbone.output.weight, std=0.5)
+    pipe = ImagePipeline(hero_pipe.tokenizer, backbone, ParallelGroupSampler(), AttributeConditioner())
+    nats = token_nats(pipe, heroes.images, heroes.captions)
+    codes = pipe.tokenizer.encode(heroes.images / 127.5 - 1).codes.flatten(1)
+    changed = codes.clone()
+    changed[:, 63] = (changed[:, 63] + 1) % 64  # in the last group: no other law reads it
+    with torch.no_grad():
+        law = backbone(changed, pipe.encode_condition(prompt=heroes.captions)).double().log_softmax(-1)
+    torch.testing.assert_close(nats, -law.gather(2, codes[..., None])[..., 0])
 
 
 def test_uniform_model_pays_the_logarithm_of_the_codebook(hero_pipe):

@@ -81,8 +81,8 @@ def run(tmp_path_factory):
         "options": {"tokenizer": "heroes32-llamagen", "start": str(folder / "start"), "grid_size": 2},
         "data": {"batch_size": 2, "num_eval_images": 4, "attribute_dropout": 0.5, "null_dropout": 0.1},
         "optimizer": {"name": "muon", "lr": 2e-2},
-        "schedule": {"num_steps": 8, "warmup_steps": 1, "decay_steps": 2},
-        "log": {"log_every": 1, "eval_every": 8, "sample_every": 8, "checkpoint_every": 8},
+        "schedule": {"num_steps": 24, "warmup_steps": 1, "decay_steps": 6},
+        "log": {"log_every": 1, "eval_every": 24, "sample_every": 24, "checkpoint_every": 24},
     }
     result = train(parse_recipe(table), output=folder / "run")
     assert result.finished
@@ -93,10 +93,10 @@ def test_a_run_learns(run):
     lines = [json.loads(line) for line in (run / METRICS_FILE).read_text().splitlines()]
     losses = [line["loss"] for line in lines if "loss" in line]
     assert losses[0] == pytest.approx(8.3178, abs=0.1)  # log 4096: nothing is known yet
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < 0.7 * losses[0]
     held_out = [line for line in lines if "held_out_nats_per_token" in line]
     assert held_out[-1]["held_out_nats_per_token"] < 8.3
-    assert (run / "samples" / "step-00000008.png").is_file()
+    assert (run / "samples" / "step-00000024.png").is_file()
 
 
 def test_an_exported_run_draws_in_31_forwards(run, tmp_path):

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vargen.backbones.par import PARTransformer
 from vargen.metrics.features import Progress
 from vargen.metrics.heroes import Heroes, draw_heroes
 from vargen.metrics.report import Report, environment
@@ -32,7 +33,7 @@ def evaluate_likelihood(
     """Score ``num`` fresh test heroes and as many of held-out pairs, teacher-forced, without guidance.
 
     Args:
-        pipe: an ``ImagePipeline`` with a causal or neighboring backbone (``backbone(codes, condition)``) or a next-scale one
+        pipe: an ``ImagePipeline`` with a causal, neighboring or parallel-group backbone (``backbone(codes, condition)``) or a next-scale one
             (``backbone(tokenizer.scale_inputs(codes), condition)``).
         out: folder for the report; None writes nothing.
         num: heroes of each kind.
@@ -76,12 +77,14 @@ def token_nats(pipe: Any, images: Tensor, captions: list[str]) -> Tensor:
     if isinstance(codes, list):
         targets = torch.cat([c.flatten(1) for c in codes], 1)
         logits = pipe.backbone(pipe.tokenizer.scale_inputs(codes), condition)
-    elif {"window", "neighbors"} & set(getattr(pipe.backbone, "features", ())):
+    elif isinstance(pipe.backbone, PARTransformer) or {"window", "neighbors"} & set(
+        getattr(pipe.backbone, "features", ())
+    ):
         targets = codes.flatten(1)
         logits = pipe.backbone(targets, condition)
     else:
         raise ValueError(
-            f"nats per token need a causal, neighboring or next-scale backbone, got {type(pipe.backbone).__name__}; "
+            f"nats per token need a causal, neighboring, parallel-group or next-scale backbone, got {type(pipe.backbone).__name__}; "
             "evaluate it with vargen eval fid"
         )
     return F.cross_entropy(logits.double().transpose(1, 2), targets, reduction="none").cpu()
