@@ -63,7 +63,7 @@ class AttributeAccuracy(Metric):
     asked: list[Tensor]
     counted: list[Tensor]
 
-    def __init__(self, classifier: AttributeClassifier | None = None, **kwargs: Any):
+    def __init__(self, classifier: AttributeClassifier | None = None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self.classifier = classifier if classifier is not None else AttributeClassifier.from_pretrained()
         for name in ("found", "real", "asked", "counted"):

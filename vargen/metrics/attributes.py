@@ -38,7 +38,7 @@ class AttributeClassifier(nn.Module):
         slot_ids: per slot, its attribute ids, "nothing" first.
     """
 
-    def __init__(self, slot_ids: list[list[int]]):
+    def __init__(self, slot_ids: list[list[int]]) -> None:
         super().__init__()
         a, b, c = _WIDTHS
         self.slot_ids = [list(ids) for ids in slot_ids]

@@ -27,7 +27,7 @@ class Claims:
         stale_after: seconds without a heartbeat after which a claim of another machine is free.
     """
 
-    def __init__(self, folder: Path, *, stale_after: float = STALE_AFTER):
+    def __init__(self, folder: Path, *, stale_after: float = STALE_AFTER) -> None:
         self.folder, self.stale_after = folder, stale_after
         self.folder.mkdir(parents=True, exist_ok=True)
 

@@ -113,7 +113,7 @@ class FrechetDistance(QuantisedMetric, FrechetInceptionDistance):
     its protocol. The name is "FID" for the Inception network only.
     """
 
-    def __init__(self, network: FeatureNetwork, *, rounding: Rounding = "nearest", **kwargs: Any):
+    def __init__(self, network: FeatureNetwork, *, rounding: Rounding = "nearest", **kwargs: Any) -> None:
         super().__init__(feature=network, **kwargs)
         self.set_rounding(rounding)
 

@@ -55,7 +55,7 @@ class HeroImages:
 
     shape = (32, 32)
 
-    def __init__(self, num: int, stream: Stream):
+    def __init__(self, num: int, stream: Stream) -> None:
         self.num_images, self.stream, self.name = num, stream, f"{stream} heroes"
 
     def batches(self, size: int) -> Iterator[Tensor]:

@@ -76,7 +76,7 @@ def check_unit_range(images: Tensor) -> None:
 class TensorImages:
     """Images in memory: uint8 ``[N, 3, H, W]``."""
 
-    def __init__(self, images: Tensor, name: str = "tensor"):
+    def __init__(self, images: Tensor, name: str = "tensor") -> None:
         if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
             raise ValueError(f"images must be uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
         self.images, self.name = images, name
@@ -94,7 +94,7 @@ class TensorImages:
 class FolderImages:
     """Images below a folder, in the order of their paths; all of one size."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path, self.name = Path(path), str(path)
         if not self.path.is_dir():
             raise ValueError(f"no folder at {path}")
@@ -139,7 +139,7 @@ class FolderImages:
 class NpzImages:
     """An npz archive with one uint8 ``[N, H, W, 3]`` array, called ``arr_0`` in the field."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path, self.name = Path(path), str(path)
         if not self.path.is_file():
             raise ValueError(f"no file at {path}")

@@ -34,7 +34,7 @@ class _BlockC(tv.InceptionC):
 
 
 class _BlockE(tv.InceptionE):
-    def __init__(self, in_channels: int, *, max_pool: bool):
+    def __init__(self, in_channels: int, *, max_pool: bool) -> None:
         super().__init__(in_channels)
         self.max_pool = max_pool
 
@@ -84,7 +84,7 @@ class InceptionBody(nn.Module):
 
     dims = {"64": 64, "192": 192, "768": 768, "spatial": 2023, "2048": 2048, "logits_unbiased": 1008, "logits": 1008}  # noqa: RUF012
 
-    def __init__(self, *, tap: str = "2048", antialias: bool = True):
+    def __init__(self, *, tap: str = "2048", antialias: bool = True) -> None:
         super().__init__()
         self.network, self.tap, self.antialias = _network(), tap, antialias
 

@@ -50,7 +50,7 @@ class InceptionScore(FeatureListMetric, _InceptionScore):
         seed: int = 0,
         rounding: Rounding = "nearest",
         **kwargs: Any,
-    ):
+    ) -> None:
         if not network.tap.startswith("logits") and network.tap != "output":
             raise ValueError(f"an Inception score needs logits, got the tap {network.tap!r}; ask for tap='logits'")
         if splits < 1:

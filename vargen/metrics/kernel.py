@@ -31,7 +31,7 @@ class KernelDistance(FeatureListMetric, KernelInceptionDistance):
         seed: int = 0,
         rounding: Rounding = "nearest",
         **kwargs: Any,
-    ):
+    ) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": said in our docstring
             super().__init__(feature=network, subsets=subsets, subset_size=subset_size or 1000, **kwargs)

@@ -34,7 +34,7 @@ class LiteBody(nn.Module):
     dims = {"low": 40, "mid": 112, "pool": 1280, "logits": 1000}  # noqa: RUF012 - constant
     _stage = {"low": 2, "mid": 4}  # noqa: RUF012
 
-    def __init__(self, state: dict[str, Tensor], *, tap: str, size: int):
+    def __init__(self, state: dict[str, Tensor], *, tap: str, size: int) -> None:
         super().__init__()
         try:
             import timm

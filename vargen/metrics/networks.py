@@ -28,7 +28,9 @@ class FeatureNetwork(nn.Module):
     eight hex digits of the SHA-256 of its weights ("" where unknown). All of them are copied into every result.
     """
 
-    def __init__(self, body: nn.Module, *, name: str, tap: str, num_features: int, resize: str, weights: str = ""):
+    def __init__(
+        self, body: nn.Module, *, name: str, tap: str, num_features: int, resize: str, weights: str = ""
+    ) -> None:
         super().__init__()
         self.body = body
         self.name, self.tap, self.num_features, self.resize, self.weights = name, tap, num_features, resize, weights
@@ -92,7 +94,7 @@ class FeatureNetwork(nn.Module):
 class _ModuleBody(nn.Module):
     """Feed a user's module what it was written for: float pixels in [0, 1]."""
 
-    def __init__(self, module: nn.Module):
+    def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
 

@@ -62,7 +62,9 @@ class ManifoldPrecisionRecall(FeatureListMetric):
     real_features: list[Tensor]
     fake_features: list[Tensor]
 
-    def __init__(self, network: FeatureNetwork, *, neighbours: int = 3, rounding: Rounding = "nearest", **kwargs: Any):
+    def __init__(
+        self, network: FeatureNetwork, *, neighbours: int = 3, rounding: Rounding = "nearest", **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         if neighbours < 1:
             raise ValueError(f"neighbours must be at least 1, got {neighbours}")

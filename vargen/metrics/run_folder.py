@@ -37,7 +37,7 @@ class RunFolder:
         ValueError: the folder holds another run or other files, or cannot be written.
     """
 
-    def __init__(self, path: Path, manifest: dict[str, Any], *, num: int, chunk: int, keep_images: bool):
+    def __init__(self, path: Path, manifest: dict[str, Any], *, num: int, chunk: int, keep_images: bool) -> None:
         self.path, self.num, self.chunk, self.keep_images = path, num, chunk, keep_images
         self._records: dict[int, dict[str, Any]] = {}  # of chunks found whole
         _open(path, json.loads(json.dumps(manifest)))
@@ -153,7 +153,7 @@ class RunFolder:
 class RunImages:
     """The images of a finished run, in the order of their seeds."""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path) -> None:
         self.path, self.name = Path(path), str(path)
         self.files = sorted((self.path / "images").glob("[0-9]*.npy"))
         if not self.files:
@@ -198,7 +198,7 @@ class _Pixels:
 
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, files: list[Path], size: int, shape: tuple[int, ...]):
+    def __init__(self, files: list[Path], size: int, shape: tuple[int, ...]) -> None:
         self.files, self.size, self.shape = files, size, shape
 
     def __len__(self) -> int:
