@@ -6,6 +6,8 @@ position only. Letters: G guidance branches (conditional first), B images, W pos
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -211,7 +213,7 @@ def _draw(
 
 
 @_draw.register_fake
-def _(logits, seeds, positions, errors, *settings):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, seeds: Tensor, positions: Tensor, errors: Tensor, *settings: Any) -> Tensor:
     return torch.empty_like(positions)
 
 

@@ -117,5 +117,5 @@ def _nearest(x: Tensor, codebook: Tensor, l2_norm: bool) -> Tensor:
 
 
 @_nearest.register_fake
-def _(x, codebook, l2_norm):  # type: ignore[no-untyped-def]
+def _(x: Tensor, codebook: Tensor, l2_norm: bool) -> Tensor:
     return x.new_empty(len(x), dtype=torch.int64)

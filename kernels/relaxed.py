@@ -7,6 +7,8 @@ p target, q draft. Letters: G guidance branches (conditional first), B images, W
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -140,7 +142,7 @@ def _verify_relaxed(
 
 
 @_verify_relaxed.register_fake
-def _(logits, tokens, kind, prob, row, *settings):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, tokens: Tensor, kind: Tensor, prob: Tensor, row: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     return (
         torch.empty_like(tokens),
         torch.empty_like(tokens, dtype=torch.bool),

@@ -7,7 +7,7 @@ V codes.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -259,5 +259,5 @@ def _empty_draft(tokens: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 @_shift.register_fake
-def _(tokens, *settings):  # type: ignore[no-untyped-def]
+def _(tokens: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     return _empty_draft(tokens)

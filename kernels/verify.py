@@ -155,7 +155,7 @@ def _verify(
 
 
 @_verify.register_fake
-def _(logits, tokens, kind, prob, row, *settings):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, tokens: Tensor, kind: Tensor, prob: Tensor, row: Tensor, *settings: Any) -> tuple[Tensor, ...]:
     return (
         torch.empty_like(tokens),
         torch.empty_like(tokens, dtype=torch.bool),

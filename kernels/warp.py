@@ -6,6 +6,8 @@ LlamaGen's sampler, arXiv:2406.06525). Letters: G guidance branches (conditional
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -173,5 +175,5 @@ def _warp(logits: Tensor, scale: float, scales: Tensor | None, temperature: floa
 
 
 @_warp.register_fake
-def _(logits, *settings):  # type: ignore[no-untyped-def]
+def _(logits: Tensor, *settings: Any) -> Tensor:
     return logits.new_empty(logits.shape[1:], dtype=torch.float32)
