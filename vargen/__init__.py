@@ -19,6 +19,7 @@ if not (_here / "tokenizers").is_dir():  # a checkout on a file system without s
 # public name -> module below vargen that defines it; the only list, read by the documentation and by the tests
 _names = {
     "ImagePipeline": "pipelines.image",
+    "VideoPipeline": "pipelines.video",
     "VQTokenizer": "tokenizers.vq",
     "MultiScaleVQTokenizer": "tokenizers.multiscale_vq",
     "VideoFSQTokenizer": "tokenizers.video_fsq",
@@ -60,6 +61,7 @@ _names = {
     "generate_with": "adapters.generate",
     "LivePreview": "preview",
     "ImagePipelineOutput": "pipelines.outputs",
+    "VideoPipelineOutput": "pipelines.video_frames",
     "SamplerOutput": "outputs",
     "DecodeStats": "outputs",
 }

@@ -101,7 +101,7 @@ def generate(
         _write_each(target, result, named, record, scale, overwrite)
     else:
         _write_grid(target, result, named, record, columns, scale, labels, overwrite)
-    _print_table(result, target, named, used, seconds, loaded - start)
+    _print_table(result, target, used, seconds, loaded - start)
 
 
 def _check(
@@ -206,7 +206,9 @@ def _write_each(
             large.save(beside / f"{index:04d}-seed{seed}.png", pnginfo=info)
 
 
-def _print_table(result: Any, target: Path, named: list[str], sampler: Any, seconds: float, loading: float) -> None:
+def _print_table(
+    result: Any, target: Path, sampler: Any, seconds: float, loading: float, what: str = "images"
+) -> None:
     from rich.console import Console
     from rich.table import Table
 
@@ -219,7 +221,7 @@ def _print_table(result: Any, target: Path, named: list[str], sampler: Any, seco
     )
     table = Table(show_header=False)
     rows = {
-        "images": f"{count}, {num_codes} codes each",
+        what: f"{count}, {num_codes} codes each",
         "seeds": seeds,
         "sampler": f"{type(sampler).__name__} ({stats.guarantee})",
         "forward passes": f"{stats.num_forwards} ({stats.tokens_per_forward(num_codes):.2f} codes each)",

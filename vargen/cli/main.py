@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import vargen
-from vargen.cli import bench, convert, data, generate, models, train, verify
+from vargen.cli import bench, convert, data, generate, generate_video, models, train, verify
 from vargen.cli import eval as evaluate
 
 HELP = """
@@ -40,6 +40,7 @@ def _options(
 
 
 app.command("generate")(generate.generate)
+app.command("generate-video")(generate_video.generate_video)
 app.command("models")(models.models)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)

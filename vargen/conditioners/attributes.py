@@ -19,7 +19,7 @@ from torch import Tensor
 from vargen.conditioners.base import Conditioner, one_of
 
 # name -> module with a function ``parse_prompt``
-VOCABULARIES = {"heroes": "vargen.data.heroes"}
+VOCABULARIES = {"heroes": "vargen.data.heroes", "motion": "vargen.data.motion_prompts"}
 
 
 @runtime_checkable
@@ -33,7 +33,7 @@ class AttributeConditioner(Conditioner):
     """Turn prompts into attribute ids ``[P, T]`` int64; 0 leaves a slot to the model.
 
     Args:
-        vocabulary: name of a shipped vocabulary ("heroes"), or an object with ``parse_prompt(text) -> [T] ids``. An
+        vocabulary: name of a shipped vocabulary ("heroes", "motion"), or an object with ``parse_prompt(text) -> [T] ids``. An
             object cannot be saved; give its name to ``VOCABULARIES`` for that.
 
     Raises:

@@ -30,9 +30,9 @@ def check_options(
     """Raise ``ValueError`` for options of a pipeline call that are out of range."""
     if output_type not in OUTPUT_TYPES:
         raise ValueError(f"output_type must be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}")
-    _check_count("num_images_per_prompt", num_images_per_prompt)
+    check_count("num_images_per_prompt", num_images_per_prompt)
     if batch_size is not None:
-        _check_count("batch_size", batch_size)
+        check_count("batch_size", batch_size)
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end must be callable, got {type(callback).__name__}")
     unknown = [name for name in callback_inputs if name not in known_callback_inputs]
@@ -41,7 +41,8 @@ def check_options(
         raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {', '.join(unknown)}")
 
 
-def _check_count(name: str, value: Any) -> None:
+def check_count(name: str, value: Any) -> None:
+    """Raise ``ValueError`` unless a number is an integer of at least 1."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
 

@@ -1,0 +1,243 @@
+"""Frames in and out of a video pipeline: given frames, frames that are shown while later ones are drawn, files.
+
+Letters: P prompts, B clips, T frames, H W pixels, t h w code grid.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers.utils import BaseOutput, export_to_gif, export_to_video
+from PIL import Image
+from torch import Tensor
+
+from vargen.files import atomic_write
+from vargen.images import from_pil, to_pil
+from vargen.outputs import DecodeStats
+from vargen.pipelines.progress import DecodeInterrupted, Watch
+from vargen.tokenizers.video_fsq_blocks import StreamState
+
+FILE_TYPES = (".gif", ".mp4")
+_SHOWN_SIDE = 128  # pixels at which small clips are shown in a notebook
+
+
+@dataclass
+class VideoPipelineOutput(BaseOutput):
+    """Result of ``VideoPipeline.__call__``; as the last line of a notebook cell it plays its clips.
+
+    ``frames``: for each clip a list of PIL images, ``[B, T, H, W, 3]`` float array in [0, 1] (``"np"``),
+    ``[B, T, 3, H, W]`` float tensor in [0, 1] (``"pt"``), or ``None`` for ``output_type="codes"``.
+    """
+
+    frames: list[list[Image.Image]] | np.ndarray | Tensor | None
+    codes: Tensor  # [B, t, h, w] int64, -1 where an interrupted call drew none
+    seeds: list[int]
+    stats: DecodeStats
+    fps: int = 8
+
+    def save(
+        self,
+        path: str | PathLike[str],
+        *,
+        index: int = 0,
+        fps: int | None = None,
+        scale: int = 1,
+        overwrite: bool = True,
+    ) -> Path:
+        """Write clip ``index`` as ``.gif`` or ``.mp4``; see ``save_video``."""
+        if self.frames is None:
+            raise ValueError("this output holds codes only; call the pipeline with output_type='pil'")
+        if not 0 <= index < len(self.frames):
+            raise ValueError(f"index must be in 0..{len(self.frames) - 1}, got {index}")
+        return save_video(self.frames[index], path, fps=fps or self.fps, scale=scale, overwrite=overwrite)
+
+    def _repr_html_(self) -> str:
+        clips = [] if self.frames is None else [frames_to_pil(clip) for clip in self.frames]
+        shown = []
+        for clip in clips:
+            factor = max(1, _SHOWN_SIDE // max(clip[0].size))
+            data = base64.b64encode(gif_bytes(enlarge(clip, factor), self.fps)).decode()
+            shown.append(f'<img src="data:image/gif;base64,{data}" style="image-rendering: pixelated; margin: 2px">')
+        return "".join(shown) or f"<pre>codes {tuple(self.codes.shape)}</pre>"
+
+
+def frames_to_pil(clip: Any) -> list[Image.Image]:
+    """One clip as PIL images, whatever the output type it came in."""
+    if isinstance(clip, Tensor):
+        return to_pil(clip.float() * 2 - 1)
+    if isinstance(clip, np.ndarray):
+        return to_pil(torch.from_numpy(clip).permute(0, 3, 1, 2).float() * 2 - 1)
+    return list(clip)
+
+
+def enlarge(clip: Sequence[Image.Image], factor: int) -> list[Image.Image]:
+    """Enlarge frames by a whole factor, nearest neighbour."""
+    if factor == 1:
+        return list(clip)
+    return [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in clip]
+
+
+def gif_bytes(clip: list[Image.Image], fps: int) -> bytes:
+    """An animated GIF that repeats for ever."""
+    buffer = io.BytesIO()
+    clip[0].save(buffer, "GIF", save_all=True, append_images=clip[1:], duration=1000 // fps, loop=0)
+    return buffer.getvalue()
+
+
+def save_video(
+    frames: Any, path: str | PathLike[str], *, fps: int = 8, scale: int = 1, overwrite: bool = True
+) -> Path:
+    """Write one clip to a file, with diffusers' helpers.
+
+    Args:
+        frames: PIL images, ``[T, H, W, 3]`` array or ``[T, 3, H, W]`` tensor in [0, 1].
+        path: ends in ``.gif`` or ``.mp4``; MP4 needs the packages imageio and imageio-ffmpeg.
+        fps: frames a second, 1 to 100.
+        scale: enlargement by a whole factor, pixels stay sharp.
+        overwrite: whether an existing file may be replaced; it stays whole if writing fails.
+
+    Returns:
+        The path.
+
+    Raises:
+        ValueError: another ending, fps or scale out of range, packages for MP4 missing.
+    """
+    target = check_video_path(path)
+    check_fps(fps)
+    if scale < 1:
+        raise ValueError(f"scale must be at least 1, got {scale}")
+    clip = enlarge(frames_to_pil(frames), scale)
+    with atomic_write(target, overwrite=overwrite) as beside:
+        named = beside.with_name(beside.name + target.suffix)  # the format is read off the name
+        if target.suffix.lower() == ".gif":
+            export_to_gif(clip, str(named), fps=fps)
+        else:  # without the block size ffmpeg stretches frames to multiples of 16; H.264 needs even sides
+            export_to_video([_even(image) for image in clip], str(named), fps=fps, macro_block_size=1)
+        named.replace(beside)
+    return target
+
+
+def _even(image: Image.Image) -> Image.Image:
+    width, height = image.size
+    return image.crop((0, 0, width + width % 2, height + height % 2)) if width % 2 or height % 2 else image
+
+
+def check_video_path(path: str | PathLike[str]) -> Path:
+    """Raise ``ValueError`` unless clips can be written under this name."""
+    target = Path(path)
+    if target.suffix.lower() not in FILE_TYPES:
+        raise ValueError(f"the output must be a .gif or .mp4 file, got {target}")
+    if target.suffix.lower() == ".mp4" and not (find_spec("imageio") and find_spec("imageio_ffmpeg")):
+        raise ValueError("writing .mp4 needs imageio and imageio-ffmpeg; pip install them, or write a .gif")
+    return target
+
+
+def check_fps(fps: Any) -> None:
+    """Raise ``ValueError`` for a rate that GIF players cannot show."""
+    if isinstance(fps, bool) or not isinstance(fps, int) or not 1 <= fps <= 100:
+        raise ValueError(f"fps must be an integer in 1..100, got {fps!r}")
+
+
+def read_frames(frames: Any) -> Tensor | None:
+    """Given first frames as ``[P, T0, 3, H, W]`` in [-1, 1].
+
+    Args:
+        frames: PIL image or images of one clip, a list of such lists, or a float tensor ``[T0, 3, H, W]`` or
+            ``[P, T0, 3, H, W]`` (array: channels last) in [0, 1].
+
+    Raises:
+        ValueError: another type or shape, clips of different lengths, values out of range.
+    """
+    if frames is None:
+        return None
+    if isinstance(frames, Image.Image):
+        frames = [frames]
+    if isinstance(frames, np.ndarray):
+        frames = torch.from_numpy(frames).movedim(-1, -3)
+    if isinstance(frames, Tensor):
+        if frames.ndim not in (4, 5) or frames.shape[-3] != 3 or not frames.is_floating_point():
+            raise ValueError(
+                f"frames must be float [P, T, 3, H, W] in [0, 1], got {frames.dtype} {list(frames.shape)}"
+            )
+        if not bool(((frames >= 0) & (frames <= 1)).all()):
+            raise ValueError("frames must lie in [0, 1], as output_type='pt' returns them; got values beyond, or NaN")
+        return (frames if frames.ndim == 5 else frames[None]).float() * 2 - 1
+    if not isinstance(frames, list | tuple) or not frames:
+        raise ValueError(f"frames must be PIL images, lists of them or a tensor, got {type(frames).__name__}")
+    clips = [frames] if isinstance(frames[0], Image.Image) else list(frames)
+    if len({len(clip) for clip in clips}) != 1:
+        raise ValueError("frames must hold clips of one length; cut them to the shortest")
+    return torch.stack([from_pil(clip) for clip in clips])
+
+
+def given_codes(tokenizer: Any, clips: Tensor, grid_size: tuple[int, ...], num_prompts: int, times: int) -> Tensor:
+    """Codes that a call holds: ``[B, N]``, -1 where free.
+
+    Raises:
+        ValueError: other sides than the model's, a number of frames that is no prefix, not one clip a prompt.
+    """
+    t, h, w = grid_size
+    sides = (h * tokenizer.downsample[0], w * tokenizer.downsample[1])
+    if tuple(clips.shape[-2:]) != sides:
+        got = "x".join(map(str, clips.shape[-2:]))
+        raise ValueError(f"frames must have {sides[0]}x{sides[1]} pixels (height x width), got {got}")
+    allowed = [tokenizer.num_frames(k) for k in range(1, t)]
+    if clips.shape[1] not in allowed:
+        raise ValueError(f"frames must hold {', '.join(map(str, allowed))} frames, got {clips.shape[1]}")
+    if len(clips) not in (1, num_prompts):
+        raise ValueError(f"frames must hold 1 or {num_prompts} clips, one a prompt, got {len(clips)}")
+    codes = tokenizer.encode(clips.transpose(1, 2).to(tokenizer.device)).codes
+    held = torch.full((len(codes), t, h, w), -1, device=codes.device)
+    held[:, : codes.shape[1]] = codes
+    return held.flatten(1).expand(num_prompts, -1).repeat_interleave(times, dim=0)
+
+
+def complete_frames(codes: Tensor) -> int:
+    """Leading code frames that are drawn in every clip of ``codes [B, t, h, w]``."""
+    return int((codes >= 0).flatten(2).all(-1).all(0).long().cumprod(0).sum())
+
+
+@dataclass
+class VideoWatch(Watch):
+    """Also hands over frames as soon as their code frame is complete, and stops when enough of them are."""
+
+    wanted: int = 0  # code frames
+    stopped: bool = field(default=False, init=False)
+    _stream: StreamState = field(default_factory=StreamState, init=False)
+    _shown_frames: int = field(default=0, init=False)
+
+    def __call__(self, step: int, state: Any) -> None:
+        """Do what is to be done after a forward pass."""
+        if step == 0:
+            self._stream, self._shown_frames, self.stopped = StreamState(), 0, False
+        grid = state.codes.unflatten(1, tuple(self.pipe.backbone.grid_size))
+        complete = min(complete_frames(grid), self.wanted)
+        new = None
+        if "frames" in self.tensors and complete > self._shown_frames:
+            codes = grid[:, self._shown_frames : complete]
+            new = self.pipe.decode_codes(codes.flatten(1), state=self._stream)
+            new = (new.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
+            self._shown_frames = complete
+        super().__call__(step, _WithFrames(state, new))
+        if complete == self.wanted and not state.done:
+            self.stopped = True
+            raise DecodeInterrupted(state)
+
+
+class _WithFrames:
+    """A sampler's state with the frames that are new in this step: [b, T_new, 3, H, W] in [0, 1], or None."""
+
+    def __init__(self, state: Any, frames: Tensor | None) -> None:
+        self.state, self.frames = state, frames
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.state, name)
