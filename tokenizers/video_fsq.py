@@ -67,6 +67,9 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
             (1, 1, 1) is the published convolution of pixels.
         refine_channels: width of a residual correction at full resolution after a patch decoder; 0 = none.
         unit_range: the network works on [0, 1] as the published one does; in and out stay [-1, 1].
+        dictionary: the encoder is a table of V patches (``dictionary [V, pixels]`` uint8, set before training) and takes the
+            nearest one; a code's digits are the patch's place in it. The decoder reads the patches of the codes and
+            corrects them from what surrounds and precedes them. Needs every level in the patch: one multiplier.
 
     Example:
         >>> small = VideoFSQTokenizer(base_channels=8, channel_multipliers=(1,), temporal_downsample=(), num_res_blocks=1,
@@ -93,6 +96,7 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
         patch_size: Sequence[int] = (1, 1, 1),
         refine_channels: int = 0,
         unit_range: bool = False,
+        dictionary: bool = False,
     ) -> None:
         super().__init__()
         _check_config(self.config)
@@ -103,8 +107,11 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
         self.downsample = (patch[1] * steps, patch[2] * steps)
         widths = [base_channels * m for m in channel_multipliers]
         self.patch, self.unpatch = SpaceToDepth(patch), DepthToSpace(patch)
-        self.encoder_layers = nn.ModuleList(_encoder(self.config, widths, in_channels * math.prod(patch)))
-        self.decoder_layers = nn.ModuleList(_decoder(self.config, widths, in_channels * math.prod(patch)))
+        pixels = in_channels * math.prod(patch)
+        if dictionary:
+            self.register_buffer("dictionary", torch.zeros(self.quantize.codebook_size, pixels, dtype=torch.uint8))
+        self.encoder_layers = nn.ModuleList([] if dictionary else _encoder(self.config, widths, pixels))
+        self.decoder_layers = nn.ModuleList(_decoder(self.config, widths, pixels))
         if refine_channels:
             last = CausalConv3d(refine_channels, in_channels, (1, 3, 3))
             nn.init.zeros_(last.conv.weight)
@@ -214,16 +221,34 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
         encoded = self._quantize(self.features(videos))
         return VideoTokenizerOutput(encoded.codes, encoded.latents, videos=self._decode(encoded.latents, None))
 
+    @property
+    def patches(self) -> Tensor:
+        """``[V, pixels]`` patches of the dictionary in [-1, 1]."""
+        return cast(Tensor, self.dictionary).to(self.dtype) / 127.5 - 1
+
+    def _nearest(self, features: Tensor) -> Tensor:
+        rows, table = features.permute(0, 2, 3, 4, 1).flatten(0, 3), self.patches
+        half_norms = table.square().sum(1) / 2
+        nearest = [torch.addmm(half_norms, part, table.T, alpha=-1).argmin(1) for part in rows.split(1024)]
+        codes = torch.cat(nearest) if nearest else rows.new_empty(0, dtype=torch.long)
+        return codes.view(features.shape[0], *features.shape[2:])
+
     def _quantize(self, features: Tensor) -> VideoEncoderOutput:
+        if self.config.dictionary:
+            codes = self._nearest(features)
+            return VideoEncoderOutput(codes, self.quantize.lookup(codes))
         latents = self.quantize.quantize(features)
         return VideoEncoderOutput(self.quantize.codes(latents.detach()), latents)
 
     def _decode(self, latents: Tensor, state: StreamState | None) -> Tensor:
         x = latents.to(self.dtype).contiguous(memory_format=torch.channels_last_3d)
         with half_precision_explained(self.dtype):
+            guess = None
+            if self.config.dictionary:
+                guess = x = self.patches[self.quantize.codes(latents)].permute(0, 4, 1, 2, 3)
             for layer in self.decoder_layers:
                 x = layer(x, state)
-            x = self.unpatch(x, state)
+            x = self.unpatch(x if guess is None else x + guess, state)
             if self.config.refine_channels:
                 y = x
                 for layer in self.refine_layers:
@@ -282,7 +307,7 @@ def _decoder(config: Any, widths: list[int], pixels: int) -> list[nn.Module]:
     """Layers in the published order."""
     groups, factorized = config.norm_num_groups, config.factorized
     first = (3, 3, 3) if not factorized else (1, 1, 1)
-    layers: list[nn.Module] = [CausalConv3d(len(config.levels), widths[-1], first)]
+    layers: list[nn.Module] = [CausalConv3d(pixels if config.dictionary else len(config.levels), widths[-1], first)]
     layers += [ResidualUnit(widths[-1], widths[-1], groups, factorized) for _ in range(config.num_mid_blocks)]
     layers += [ResidualUnit(widths[-1], widths[-1], groups, factorized) for _ in range(config.num_res_blocks)]
     for level in reversed(range(len(widths) - 1)):
@@ -303,6 +328,8 @@ def _check_config(config: Any) -> None:
             f"temporal_downsample must have one entry for each of the {len(config.channel_multipliers) - 1} steps "
             f"between levels, got {len(config.temporal_downsample)}"
         )
+    if config.dictionary and (len(config.channel_multipliers) != 1 or config.unit_range):
+        raise ValueError("dictionary=True needs a single channel multiplier and unit_range=False")
     if config.num_res_blocks < 1:
         raise ValueError(f"num_res_blocks must be at least 1, got {config.num_res_blocks}")
     for multiplier in config.channel_multipliers:

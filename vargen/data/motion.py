@@ -1,13 +1,13 @@
 """Moving heroes: clips of composed pixel heroes with a named motion and exact labels.
 
-A clip is a hero of `vargen.data.heroes` from a curated subset of the atlas (50 parts: a small model learns them on a
+A clip is a hero of `vargen.data.heroes` from a curated subset of the atlas (37 parts: a small model learns them on a
 CPU), its motion, and nothing else: plain background, no cuts. The law: base and motion are uniform; every other slot is
 filled with its probability, by a uniform part, independently of the others.
 
 Positions move by whole pixels, and after every four frames by a multiple of four pixels (or back to where they were):
 for a tokenizer that shrinks space and time by four, a moving hero is the same patches, one cell on.
 
-A clip is a pure function of (seed, number of frames). Numpy only: torch is imported when `MotionDataset` is asked for.
+A clip is a pure function of its seed; one of fewer frames is its beginning. Numpy only: torch is imported when `MotionDataset` is asked for.
 """
 
 # b clips · t frames · s slots (11 of a hero, then the motion) · p pixels of a tile (32 * 32)
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 FRAMES = (1, 5, 9, 13, 17)
-PRESENCE = {"cloak": 0.5, "boots": 0.6, "legs": 0.6, "body": 0.9, "hair": 0.5, "head": 0.6, "hand1": 0.8, "hand2": 0.5}
+PRESENCE = {"cloak": 0.5, "boots": 0.6, "legs": 0.6, "body": 0.9, "head": 0.6, "hand1": 0.8, "hand2": 0.5}
 _STREAM_CLIPS = 0x4D4F5645  # "MOVE"; the heroes' own streams are others
 _RANGE = np.uint64(32)
 
@@ -153,21 +153,19 @@ def _paths(frames: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     strengths = np.ones((len(MOTIONS), frames), np.float32)
     for m, motion in enumerate(MOTIONS):
         for t in range(frames):
-            shift_x, shift_y, width = _pose(motion, t, frames)
+            shift_x, shift_y, width = _pose(motion, t)
             sources[m, t] = _source(size, shift_x, shift_y, width)
             if motion == "fading away":
-                strengths[m, t] = 1 - t / (frames - 1) if frames > 1 else 1
+                strengths[m, t] = 1 - t / (FRAMES[-1] - 1)
     return sources, strengths
 
 
-def _pose(motion: str, t: int, frames: int) -> tuple[int, int, float]:
+def _pose(motion: str, t: int) -> tuple[int, int, float]:
     """Shift to the right, shift down, and width (negative: seen in a mirror) of the hero in frame t."""
-    half = (frames - 1) // 2  # walks cross the middle
-    bob = -(t % 4 in (2, 3))
     if motion == "walking left":
-        return half - t, bob, 1.0
+        return 8 - t, 0, 1.0
     if motion == "walking right":
-        return t - half, bob, 1.0
+        return t - 8, 0, 1.0
     if motion == "jumping":
         return 0, -(0, 3, 5, 6, 6, 6, 5, 3)[t % 8], 1.0
     if motion == "spinning":
@@ -175,7 +173,7 @@ def _pose(motion: str, t: int, frames: int) -> tuple[int, int, float]:
     if motion == "shivering":
         return (0, 2, 0, -2)[t % 4], 0, 1.0
     if motion == "rising from the ground":
-        return 0, 16 - 16 * t // (frames - 1) if frames > 1 else 16, 1.0
+        return 0, 16 - t, 1.0
     return 0, 0, 1.0
 
 

@@ -152,6 +152,8 @@ def parameter_groups(
 
 
 def _is_hidden(name: str, p: Tensor) -> bool:
+    if p.ndim == 5:
+        return p.shape[0] > 1 and ".fn." in name  # kernels of residual units over space and time
     if p.ndim == 4 and p.shape[0] > 1:  # one row: a table of factors, not a kernel
         return not any(part in ("conv_in", "conv_out", "quant_conv", "post_quant_conv") for part in name.split("."))
     return p.ndim == 2 and ("layers." in name or "blocks." in name)

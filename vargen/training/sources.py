@@ -14,7 +14,7 @@ from vargen.training.recipe import Recipe, parse_recipe
 RECIPE_FILE = "recipe.json"
 
 
-TOKENIZER_TASKS = {"VQTokenizer": "vq", "MultiScaleVQTokenizer": "multiscale-vq"}
+TOKENIZER_TASKS = {"VQTokenizer": "vq", "MultiScaleVQTokenizer": "multiscale-vq", "VideoFSQTokenizer": "video-fsq"}
 
 
 def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:

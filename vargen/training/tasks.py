@@ -27,12 +27,14 @@ TASKS = {  # name -> (module, class); imported when asked for
     "mar": ("vargen.training.mar", "MARTask"),
     "causal-mar": ("vargen.training.mar", "CausalMARTask"),
     "mar-draft": ("vargen.training.mar_draft", "MARDraftTask"),
+    "video-fsq": ("vargen.training.video", "VideoTask"),
+    "nbp": ("vargen.training.nbp", "NBPTask"),
 }
 _EVAL_STREAM = 1  # added to the recipe's seed: evaluation heroes are another stream, of the test split
 
 
 class Task:
-    """Base of all tasks; heroes as data.
+    """Base of all tasks; heroes as data, unless a subclass says otherwise.
 
     Args:
         recipe: the run. ``recipe.options`` is read into the subclass's ``Options`` dataclass.
@@ -41,20 +43,25 @@ class Task:
     """
 
     Options: ClassVar[type[Any]]
+    data_name: ClassVar[str] = "heroes"
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
-        if recipe.data.name != "heroes":
-            raise ValueError(f"data.name must be 'heroes', got {recipe.data.name!r}")
+        if recipe.data.name != self.data_name:
+            raise ValueError(f"data.name must be {self.data_name!r}, got {recipe.data.name!r}")
         if recipe.data.batch_size % world_size:
             got = f"{recipe.data.batch_size} over {world_size} processes"
             raise ValueError(f"data.batch_size must be a multiple of the number of processes, got {got}")
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
         self.options = build(self.Options, recipe.options, "options")
         self.device = torch.device("cpu")
-        self._train = HeroesDataset(
+        self._train = self.dataset(
             recipe.seed, attribute_dropout=recipe.data.attribute_dropout, null_dropout=recipe.data.null_dropout
         )
-        self._test = HeroesDataset(recipe.seed + _EVAL_STREAM, split="test")
+        self._test = self.dataset(recipe.seed + _EVAL_STREAM, split="test")
+
+    def dataset(self, seed: int, **options: Any) -> HeroesDataset:
+        """Open a stream of examples; ``options`` are those of ``HeroesDataset``."""
+        return HeroesDataset(seed, **options)
 
     def build(self, initialize: bool) -> nn.Module:
         """Make the model to train.
