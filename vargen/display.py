@@ -126,12 +126,26 @@ def gif(frames: Any, fps: float = 8, scale: int | None = None) -> bytes:
         raise ValueError(f"fps must be in (0, 50], got {fps}")
     side = max(pictures[0].size)
     factor = scale or (max(1, 192 // side) if side <= SMALL else 1)
-    large = [one.convert("RGB").resize((one.width * factor, one.height * factor), 0) for one in pictures]
+    large = [one.resize((one.width * factor, one.height * factor), 0) for one in _one_palette(pictures)]
     duration = [round(100 / fps) * 10] * len(large)  # the format counts hundredths of a second
     duration[-1] = max(duration[-1], 1000 if len(large) > 1 else 0)
     buffer = io.BytesIO()
     large[0].save(buffer, "GIF", save_all=True, append_images=large[1:], duration=duration, loop=0)
     return buffer.getvalue()
+
+
+def _one_palette(pictures: list[Image.Image]) -> list[Image.Image]:
+    """Give all frames the same 256 colours, exact where there are no more: only what changes is then stored."""
+    packed = [np.asarray(one.convert("RGB")).astype(np.int32) @ (65536, 256, 1) for one in pictures]
+    colours = np.unique(np.concatenate([np.unique(one) for one in packed]))
+    table = np.stack([colours >> 16, colours >> 8 & 255, colours & 255], axis=-1).astype(np.uint8)
+    if len(colours) > 256:
+        palette = Image.fromarray(table[None]).quantize(256)
+        return [one.convert("RGB").quantize(palette=palette, dither=Image.Dither.NONE) for one in pictures]
+    frames = [Image.fromarray(np.searchsorted(colours, one).astype(np.uint8), "P") for one in packed]
+    for frame in frames:
+        frame.putpalette(table.tobytes())
+    return frames
 
 
 def frames_of(videos: Sequence[Any], columns: int | None = None) -> list[Image.Image]:
