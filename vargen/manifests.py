@@ -201,6 +201,18 @@ def _xar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     return xar_manifest(state_dict)
 
 
+def _nbp_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    from vargen.nbp_manifests import nbp_manifest
+
+    return nbp_manifest(state_dict)
+
+
+def _nbp_tokenizer_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    from vargen.nbp_manifests import nbp_tokenizer_manifest
+
+    return nbp_tokenizer_manifest(state_dict)
+
+
 _builders: dict[str, Builder] = {
     "llamagen-c2i": _llamagen_manifest,
     "llamagen-t2i": _llamagen_manifest,
@@ -215,6 +227,8 @@ _builders: dict[str, Builder] = {
     "kl-autoencoder": _kl_manifest,
     "mar": _mar_manifest,
     "xar": _xar_manifest,
+    "nbp": _nbp_manifest,
+    "nbp-tokenizer": _nbp_tokenizer_manifest,
 }
 
 
