@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 import vargen
-from vargen.cli import bench, convert, data, generate, generate_video, models, train, verify
+from vargen.cli import bench, convert, data, demo, generate, generate_video, models, train, verify
 from vargen.cli import eval as evaluate
 
 HELP = """
@@ -46,5 +46,6 @@ app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
 app.command("train")(train.train)
 app.command("bench")(bench.bench)
+app.command("demo")(demo.demo)
 app.add_typer(data.app, name="data")
 app.add_typer(evaluate.app, name="eval")
