@@ -5,10 +5,9 @@ Letters: P prompts, B clips, T frames, H W pixels, t h w code grid.
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from html import escape
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -20,6 +19,7 @@ from diffusers.utils import BaseOutput, export_to_gif, export_to_video
 from PIL import Image
 from torch import Tensor
 
+from vargen.display import frames_of, gif_html
 from vargen.files import atomic_write
 from vargen.images import from_pil, to_pil
 from vargen.outputs import DecodeStats
@@ -27,7 +27,6 @@ from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.tokenizers.video_fsq_blocks import StreamState
 
 FILE_TYPES = (".gif", ".mp4")
-_SHOWN_SIDE = 128  # pixels at which small clips are shown in a notebook
 
 
 @dataclass
@@ -61,13 +60,13 @@ class VideoPipelineOutput(BaseOutput):
         return save_video(self.frames[index], path, fps=fps or self.fps, scale=scale, overwrite=overwrite)
 
     def _repr_html_(self) -> str:
-        clips = [] if self.frames is None else [frames_to_pil(clip) for clip in self.frames]
-        shown = []
-        for clip in clips:
-            factor = max(1, _SHOWN_SIDE // max(clip[0].size))
-            data = base64.b64encode(gif_bytes(enlarge(clip, factor), self.fps)).decode()
-            shown.append(f'<img src="data:image/gif;base64,{data}" style="image-rendering: pixelated; margin: 2px">')
-        return "".join(shown) or f"<pre>codes {tuple(self.codes.shape)}</pre>"
+        notes = [
+            f"seeds {', '.join(map(str, self.seeds))}: {self.stats.num_forwards} forwards, {self.stats.guarantee}"
+        ]
+        lines = "".join(f"<p>{escape(line)}</p>" for line in [*notes, *self.stats.notes])
+        if self.frames is None:
+            return f"<p>codes {tuple(self.codes.shape)}</p>{lines}"
+        return gif_html(frames_of(list(self.frames)), self.fps, title="clips") + lines
 
 
 def frames_to_pil(clip: Any) -> list[Image.Image]:
@@ -84,13 +83,6 @@ def enlarge(clip: Sequence[Image.Image], factor: int) -> list[Image.Image]:
     if factor == 1:
         return list(clip)
     return [image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST) for image in clip]
-
-
-def gif_bytes(clip: list[Image.Image], fps: int) -> bytes:
-    """An animated GIF that repeats for ever."""
-    buffer = io.BytesIO()
-    clip[0].save(buffer, "GIF", save_all=True, append_images=clip[1:], duration=1000 // fps, loop=0)
-    return buffer.getvalue()
 
 
 def save_video(
