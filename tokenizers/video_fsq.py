@@ -67,7 +67,7 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
             (1, 1, 1) is the published convolution of pixels.
         refine_channels: width of a residual correction at full resolution after a patch decoder; 0 = none.
         unit_range: the network works on [0, 1] as the published one does; in and out stay [-1, 1].
-        dictionary: the encoder is a table of V patches (``dictionary [V, pixels]`` uint8, set before training) and takes the
+        dictionary: the encoder is a table of V patches (``patch_table [V, pixels]`` uint8, set before training) and takes the
             nearest one; a code's digits are the patch's place in it. The decoder reads the patches of the codes and
             corrects them from what surrounds and precedes them. Needs every level in the patch: one multiplier.
 
@@ -109,7 +109,7 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
         self.patch, self.unpatch = SpaceToDepth(patch), DepthToSpace(patch)
         pixels = in_channels * math.prod(patch)
         if dictionary:
-            self.register_buffer("dictionary", torch.zeros(self.quantize.codebook_size, pixels, dtype=torch.uint8))
+            self.register_buffer("patch_table", torch.zeros(self.quantize.codebook_size, pixels, dtype=torch.uint8))
         self.encoder_layers = nn.ModuleList([] if dictionary else _encoder(self.config, widths, pixels))
         self.decoder_layers = nn.ModuleList(_decoder(self.config, widths, pixels))
         if refine_channels:
@@ -224,7 +224,7 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
     @property
     def patches(self) -> Tensor:
         """``[V, pixels]`` patches of the dictionary in [-1, 1]."""
-        return cast(Tensor, self.dictionary).to(self.dtype) / 127.5 - 1
+        return cast(Tensor, self.patch_table).to(self.dtype) / 127.5 - 1
 
     def _nearest(self, features: Tensor) -> Tensor:
         rows, table = features.permute(0, 2, 3, 4, 1).flatten(0, 3), self.patches

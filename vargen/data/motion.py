@@ -1,6 +1,6 @@
 """Moving heroes: clips of composed pixel heroes with a named motion and exact labels.
 
-A clip is a hero of `vargen.data.heroes` from a curated subset of the atlas (37 parts: a small model learns them on a
+A clip is a hero of `vargen.data.heroes` from a curated subset of the atlas (27 parts: a small model learns them on a
 CPU), its motion, and nothing else: plain background, no cuts. The law: base and motion are uniform; every other slot is
 filled with its probability, by a uniform part, independently of the others.
 
@@ -45,7 +45,7 @@ __all__ = [
 ]
 
 FRAMES = (1, 5, 9, 13, 17)
-PRESENCE = {"cloak": 0.5, "boots": 0.6, "legs": 0.6, "body": 0.9, "head": 0.6, "hand1": 0.8, "hand2": 0.5}
+PRESENCE = {"cloak": 0.4, "body": 0.9, "head": 0.7, "hand1": 0.75, "hand2": 0.4}
 _STREAM_CLIPS = 0x4D4F5645  # "MOVE"; the heroes' own streams are others
 _RANGE = np.uint64(32)
 
@@ -153,34 +153,31 @@ def _paths(frames: int) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     strengths = np.ones((len(MOTIONS), frames), np.float32)
     for m, motion in enumerate(MOTIONS):
         for t in range(frames):
-            shift_x, shift_y, width = _pose(motion, t)
-            sources[m, t] = _source(size, shift_x, shift_y, width)
+            shift_x, shift_y = _pose(motion, t)
+            sources[m, t] = _source(size, shift_x, shift_y)
             if motion == "fading away":
                 strengths[m, t] = 1 - t / (FRAMES[-1] - 1)
     return sources, strengths
 
 
-def _pose(motion: str, t: int) -> tuple[int, int, float]:
-    """Shift to the right, shift down, and width (negative: seen in a mirror) of the hero in frame t."""
+def _pose(motion: str, t: int) -> tuple[int, int]:
+    """Shift to the right and shift down of the hero in frame t."""
     if motion == "walking left":
-        return 8 - t, 0, 1.0
+        return 8 - t, 0
     if motion == "walking right":
-        return t - 8, 0, 1.0
+        return t - 8, 0
     if motion == "jumping":
-        return 0, -(0, 3, 5, 6, 6, 6, 5, 3)[t % 8], 1.0
-    if motion == "spinning":
-        return 0, 0, (1.0, 0.7, 0.2, -0.7, -1.0, -0.7, -0.2, 0.7)[t % 8]
+        return 0, -(0, 3, 5, 6, 6, 6, 5, 3)[t % 8]
     if motion == "shivering":
-        return (0, 2, 0, -2)[t % 4], 0, 1.0
+        return (0, 2, 0, -2)[t % 4], 0
     if motion == "rising from the ground":
-        return 0, 16 - t, 1.0
-    return 0, 0, 1.0
+        return 0, 16 - t
+    return 0, 0
 
 
-def _source(size: int, shift_x: int, shift_y: int, width: float) -> NDArray[np.int64]:
+def _source(size: int, shift_x: int, shift_y: int) -> NDArray[np.int64]:
     rows = np.arange(size) - shift_y
-    centre = (size - 1) / 2
-    columns = np.rint(centre + (np.arange(size) - shift_x - centre) / width + 1e-6).astype(int)
+    columns = np.arange(size) - shift_x
     inside = ((rows >= 0) & (rows < size))[:, None] & ((columns >= 0) & (columns < size))
     return np.where(inside, rows[:, None] * size + columns, size * size).reshape(-1)
 

@@ -21,7 +21,6 @@ MOTIONS = (
     "walking left",
     "walking right",
     "jumping",
-    "spinning",
     "shivering",
     "rising from the ground",
     "fading away",
@@ -30,18 +29,15 @@ MOTIONS = (
 PARTS = {  # slot -> names; slots that are not here stay empty
     "cloak": ("blue cloak", "purple cloak", "red cloak"),
     "base": ("human", "deep elf", "merfolk", "minotaur", "mummy", "orc", "troll"),
-    "boots": ("brown boots", "long red boots"),
-    "legs": ("blue trousers", "green leggings", "red trousers"),
-    "body": ("blue robe", "red robe", "golden dragon armour", "leather armour", "plate armour", "white shirt"),
+    "body": ("blue robe", "red robe", "plate armour", "leather armour"),
     "head": ("golden crown", "plumed helmet", "pumpkin head", "red wizard hat", "viking helmet", "wizard hat"),
-    "hand1": ("battle axe", "bow", "flaming sword", "great sword", "trident", "wooden staff"),
-    "hand2": ("blue book", "golden tower shield", "red kite shield", "round shield"),
+    "hand1": ("battle axe", "flaming sword", "great sword", "wooden staff"),
+    "hand2": ("golden tower shield", "round shield", "red kite shield"),
 }
 _VERBS = {  # words that may stand before or after another for the same motion
     "walking left": ("walk left", "move left", "go left", "run left", "stroll left", "march left"),
     "walking right": ("walk right", "move right", "go right", "run right", "stroll right", "march right"),
     "jumping": ("jump", "jump up", "jump up and down", "hop", "leap", "bounce"),
-    "spinning": ("spin", "spin around", "turn", "turn around", "rotate", "twirl", "whirl"),
     "shivering": ("shiver", "shake", "tremble", "wobble", "vibrate"),
     "rising from the ground": (
         "rise from the ground",
@@ -55,8 +51,8 @@ _VERBS = {  # words that may stand before or after another for the same motion
     "standing still": ("stand still", "stand", "idle", "do nothing", "wait", "motionless", "still"),
 }
 _FORMS = {  # inflected word -> stem, where cutting the ending is not enough
-    "running": "run", "hopping": "hop", "spinning": "spin", "coming": "come", "comes": "come", "goes": "go",
-    "moving": "move", "bouncing": "bounce", "rotating": "rotate", "shaking": "shake", "trembling": "tremble",
+    "running": "run", "hopping": "hop", "coming": "come", "comes": "come", "goes": "go",
+    "moving": "move", "bouncing": "bounce", "shaking": "shake", "trembling": "tremble",
     "wobbling": "wobble", "vibrating": "vibrate", "rising": "rise", "emerging": "emerge", "fading": "fade",
     "doing": "do", "does": "do", "idling": "idle", "marches": "march", "vanishes": "vanish", "leaps": "leap",
 }  # fmt: skip

@@ -69,7 +69,7 @@ class VideoTask(MotionTask):
             patches = ((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8)
             generator = torch.Generator().manual_seed(self.recipe.seed)
             found = find_patches(patches, model.codebook_size, generator, o.num_kmeans_iterations)
-            model.dictionary.copy_(found)  # type: ignore[operator]
+            model.patch_table.copy_(found)  # type: ignore[operator]
             for value in model.decoder_layers[-1].parameters():
                 nn.init.zeros_(value)  # the patches themselves are where training starts
         return model
