@@ -51,7 +51,7 @@ class DecodeSchedule(ScheduleBuilders):
         """Forward passes, at most."""
         return len(self.steps)
 
-    @property
+    @cached_property
     def group_sizes(self) -> tuple[int, ...]:
         """g of every step."""
         return tuple(len(step.targets) for step in self.steps)
