@@ -17,12 +17,15 @@ from vargen.conditioners.attributes import AttributeConditioner
 from vargen.files import atomic_dir, atomic_write
 from vargen.pipelines.components import SHARED_KEY, index_entry, read_index
 from vargen.pipelines.image import ImagePipeline
+from vargen.pipelines.video import VideoPipeline
 from vargen.samplers.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.masked_continuous import ContinuousMaskedSampler
 from vargen.samplers.neighboring import NeighboringSampler
+from vargen.samplers.next_block import NextBlockSampler
 from vargen.samplers.next_scale import NextScaleSampler
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+from vargen.tokenizers.video_fsq import VideoFSQTokenizer
 from vargen.tokenizers.vq import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_state
 from vargen.training.kl import load_autoencoder
@@ -36,6 +39,7 @@ COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer
     "nar": (VQTokenizer, NeighboringSampler),
     "mar": (AutoencoderKL, ContinuousMaskedSampler),
     "causal-mar": (AutoencoderKL, ContinuousSpeculativeSampler),
+    "nbp": (VideoFSQTokenizer, NextBlockSampler),
     "mar-draft": (AutoencoderKL, ContinuousSpeculativeSampler),
 }
 
@@ -52,9 +56,9 @@ def export_pipeline(
     """Write a transformer's run and its tokenizer as a pipeline folder, weights as float16 safetensors.
 
     Args:
-        run: folder of a finished (or running) "llamagen", "var", "nar", "mar" or "causal-mar" run; the averaged weights of its
+        run: folder of a finished (or running) "llamagen", "var", "nar", "nbp", "mar" or "causal-mar" run; the averaged weights of its
             newest checkpoint are taken.
-        folder: pipeline folder to write; ``ImagePipeline.from_pretrained`` reads it.
+        folder: pipeline folder to write; ``ImagePipeline.from_pretrained`` reads it (``VideoPipeline`` for "nbp").
         tokenizer: run or model folder; default: the one named in the run's recipe.
         drafter: run of a smaller "llamagen" model over the same tokenizer, or a "mar-draft" run for a "causal-mar" one.
         overwrite: allow replacing an existing folder.
@@ -69,15 +73,21 @@ def export_pipeline(
     backbone = load_transformer(run)
     source = tokenizer if tokenizer is not None else stored_recipe(Path(run)).options["tokenizer"]
     tokenizer_kind, sampler_kind = COMPANIONS[stored_recipe(Path(run)).task]
-    pipe = ImagePipeline(
-        tokenizer=load_autoencoder(source)
+    components: dict[str, Any] = {
+        "tokenizer": load_autoencoder(source)
         if tokenizer_kind is AutoencoderKL
         else load_tokenizer(source, tokenizer_kind),
-        backbone=backbone,
-        sampler=sampler_kind(**sampler_settings),
-        conditioner=AttributeConditioner("heroes"),
-        drafter=None if drafter is None else load_transformer(drafter),
-    )
+        "backbone": backbone,
+        "sampler": sampler_kind(**sampler_settings),
+    }
+    pipe: ImagePipeline
+    if tokenizer_kind is VideoFSQTokenizer:
+        if drafter is not None:
+            raise ValueError("pipelines for videos have no drafter; leave drafter out")
+        pipe = VideoPipeline(**components, conditioner=AttributeConditioner("motion"))
+    else:
+        drafted = None if drafter is None else load_transformer(drafter)
+        pipe = ImagePipeline(**components, conditioner=AttributeConditioner("heroes"), drafter=drafted)
     facts = {"backbone": _facts(run), "tokenizer": _facts(source), "drafter": _facts(drafter)}
     with atomic_dir(folder, overwrite=overwrite) as beside:
         pipe.save_pretrained(beside)
