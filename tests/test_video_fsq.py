@@ -47,7 +47,14 @@ def patches(**config: Any) -> VideoFSQTokenizer:
     return tokenizer.eval()
 
 
-MAKERS = pytest.mark.parametrize("make", [official, patches])
+def dictionary() -> VideoFSQTokenizer:
+    """A table of patches as encoder."""
+    tokenizer = patches(dictionary=True)
+    tokenizer.patch_table.copy_(torch.randint(256, tokenizer.patch_table.shape))
+    return tokenizer
+
+
+MAKERS = pytest.mark.parametrize("make", [official, patches, dictionary])
 
 
 def test_fsq_is_the_official_one(golden: dict[str, torch.Tensor]) -> None:

@@ -56,7 +56,7 @@ def generate_video(
     \b
     Examples:
       vargen generate-video "deep elf with a red cloak walking left" --seed 7 --out clip.gif
-      vargen generate-video "minotaur jumping" "mummy spinning" -n 4 -o heroes.mp4 --scale 4
+      vargen generate-video "minotaur jumping" "mummy walking right" -n 4 -o heroes.mp4 --scale 4
     """
     from vargen.pipelines.video_frames import check_video_path, save_video
 
