@@ -1,18 +1,25 @@
-"""Reading of golden files. Large random weights are stored packed, so that the repository stays small.
+"""Reading of golden files. Large random weights are stored by how they were drawn, so that the repository stays small.
 
-A packed file ``<name>.safetensors.xz`` holds the byte planes of float32 tensors, one after the other, in a safetensors file
-under xz. ``python -m tests.golden_files BITS FILE...`` packs files in place and rounds away that many of the 23 bits of the
-mantissa: 0, or 4 (relative error 2**-21) where the outputs are compared to 1e-4.
+Besides plain ``<name>.safetensors`` there are two forms:
+
+- ``<name>.drawn.json`` lists for each tensor the seed, the place in the stream of ``torch.rand`` or ``torch.randn``, scale and
+  offset that give the recorded numbers (to the last bit or the one before it), and a few of these numbers, which are
+  compared: should a release of torch draw others, reading fails and says so. What was not drawn stands beside it, packed.
+- ``<name>.safetensors.xz``: float32 tensors packed as byte planes, one after the other, under xz. ``python -m
+  tests.golden_files BITS FILE...`` packs files in place and rounds away that many of the 23 bits of the mantissa.
 """
 
 from __future__ import annotations
 
+import json
 import lzma
+import math
 import sys
 import tempfile
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -20,25 +27,57 @@ from torch import Tensor
 
 
 def load_file(path: str | Path) -> dict[str, Tensor]:
-    """Tensors of ``<name>.safetensors``, stored plainly or packed."""
+    """Tensors of ``<name>.safetensors``, stored in any form."""
     return safetensors.torch.load_file(unpacked(path))
 
 
 def unpacked(path: str | Path) -> Path:
-    """A plain file: the path itself, or a temporary copy of what is stored packed."""
+    """A plain file: the path itself, or a temporary one made of what is stored."""
     path = Path(path)
-    packed = path.with_name(path.name + ".xz")
-    return _unpack(packed) if packed.is_file() and not path.is_file() else path
+    forms = [path.with_suffix(".drawn.json"), path.with_name(path.name + ".xz")]
+    stored = [form for form in forms if form.is_file()]
+    return path if path.is_file() or not stored else _plain(path)
 
 
 def pack(tensors: Mapping[str, Tensor], bits: int = 0) -> bytes:
     """Bytes of a packed file, ``bits`` bits of each mantissa rounded away."""
-    return lzma.compress(safetensors.torch.save({name: _split(value, bits) for name, value in tensors.items()}), preset=9)
+    return lzma.compress(
+        safetensors.torch.save({name: _split(value, bits) for name, value in tensors.items()}), preset=9
+    )
 
 
 def unpack(data: bytes) -> dict[str, Tensor]:
     """Undo ``pack``, up to the rounding."""
     return {name: _merge(value) for name, value in safetensors.torch.load(lzma.decompress(data)).items()}
+
+
+def draw(recipe: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """Draw tensors again.
+
+    Args:
+        recipe: a dict a tensor: "key", "kind" ("rand" or "randn"), "seed", "shape", "scale", "offset", "start" (the place in
+            the stream of "rand"; "randn" draws stand in their order) and "ends" (first and last value).
+
+    Raises:
+        ValueError: torch draws other numbers than those that were recorded.
+    """
+    tensors = {}
+    for kind, seed in sorted({(entry["kind"], entry["seed"]) for entry in recipe}):
+        entries = [entry for entry in recipe if (entry["kind"], entry["seed"]) == (kind, seed)]
+        generator = torch.Generator().manual_seed(seed)
+        if kind == "rand":
+            stream = torch.rand(max(e["start"] + math.prod(e["shape"]) for e in entries), generator=generator)
+        for e in entries:
+            if kind == "rand":
+                raw = stream[e["start"] : e["start"] + math.prod(e["shape"])].view(e["shape"])
+            else:
+                raw = torch.randn(e["shape"], generator=generator)
+            value = raw * torch.tensor(e["scale"])
+            tensors[e["key"]] = value = value + torch.tensor(e["offset"]) if e["offset"] else value
+            ends = torch.stack([value.flatten()[0], value.flatten()[-1]])
+            if not torch.allclose(ends, torch.tensor(e["ends"]), rtol=1e-5, atol=1e-6):
+                raise ValueError(f"torch {torch.__version__} draws other numbers for {e['key']} than were recorded")
+    return tensors
 
 
 @cache
@@ -47,11 +86,15 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
 
 
 @cache
-def _unpack(packed: Path) -> Path:
-    folder = Path(_folder().name, f"{abs(hash(packed)):x}")
+def _plain(path: Path) -> Path:
+    recipe, packed = path.with_suffix(".drawn.json"), path.with_name(path.name + ".xz")
+    tensors = draw(json.loads(recipe.read_text())) if recipe.is_file() else {}
+    if packed.is_file():
+        tensors |= unpack(packed.read_bytes())
+    folder = Path(_folder().name, f"{abs(hash(path)):x}")
     folder.mkdir()
-    safetensors.torch.save_file(unpack(packed.read_bytes()), folder / packed.stem)
-    return folder / packed.stem
+    safetensors.torch.save_file(tensors, folder / path.name)
+    return folder / path.name
 
 
 def _split(value: Tensor, bits: int) -> Tensor:
@@ -61,8 +104,7 @@ def _split(value: Tensor, bits: int) -> Tensor:
 
 
 def _merge(planes: Tensor) -> Tensor:
-    # a clone: an empty tensor counts as contiguous whatever its strides
-    return planes.movedim(0, -1).clone(memory_format=torch.contiguous_format).view(torch.float32)[..., 0]
+    return planes.movedim(0, -1).reshape(-1, 4).contiguous().view(torch.float32).view(planes.shape[1:])
 
 
 if __name__ == "__main__":
