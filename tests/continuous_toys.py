@@ -48,6 +48,7 @@ class ToyHead(DiffusionHead):
     def __init__(self, net: nn.Module, dim: int, num_steps: int) -> None:
         nn.Module.__init__(self)
         self.token_dim, self.num_sampling_steps, self.last_timestep, self.net = dim, str(num_steps), None, net
+        self.prediction_type = "epsilon"
 
 
 class ToyCausal:
