@@ -10,6 +10,7 @@ import torch
 from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
+from vargen import registry
 from vargen.backbones.nbp import NBPTransformer
 from vargen.cli.main import app
 from vargen.pipelines.image import ImagePipeline
@@ -180,7 +181,31 @@ def test_parts_that_do_not_fit_are_refused(pipe: VideoPipeline) -> None:
         VideoPipeline(pipe.tokenizer, pipe.backbone, NextTokenSampler())(class_labels=1)
     with pytest.raises(ValueError, match=r"must be a \.gif or \.mp4 file"):
         save_video([Image.new("RGB", (8, 8))], "clip.avi")
-    assert issubclass(VideoPipeline, ImagePipeline)
+
+
+def test_a_folder_of_videos_is_not_loaded_as_images(pipe: VideoPipeline, tmp_path: Any) -> None:
+    pipe.save_pretrained(tmp_path / "clips")
+    with pytest.raises(ValueError, match="clips draws videos; load it with VideoPipeline"):
+        ImagePipeline.from_pretrained(tmp_path / "clips")
+    with pytest.raises(ValueError, match="heroes32-llamagen draws images; load it with ImagePipeline"):
+        VideoPipeline.from_pretrained("heroes32-llamagen")
+
+
+SHIPPED = [model.name for model in registry.shipped_models() if model.pipeline == "VideoPipeline"]
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_model_draws_the_same_clips_alone_and_in_a_batch(name: str) -> None:
+    pipe = VideoPipeline.from_pretrained(name)
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "deep elf with a red cloak walking left"
+    both = pipe(prompt, num_videos_per_prompt=2, seed=7, output_type="np").frames
+    alone = pipe(prompt, seed=8, output_type="np").frames
+    assert both.shape == (2, pipe.num_frames, 32, 32, 3)
+    assert both[0].std() > 0.05  # a picture, not a flat colour
+    assert np.abs(np.diff(both, axis=1)).max() > 0.2  # something moves
+    # a near-tie may fall the other way in another batch shape; most pixels then still agree
+    assert np.isclose(both[1], alone[0], atol=1e-3).mean() > 0.9
 
 
 def test_the_command_writes_a_clip(pipe: VideoPipeline, tmp_path: Any) -> None:

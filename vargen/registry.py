@@ -28,6 +28,7 @@ class ShippedModel:
     folder: Path
     components: dict[str, str]  # component name -> class name, in the order of the index
     summary: str  # first line of prose of the card; empty without one
+    pipeline: str = "ImagePipeline"  # class that loads it
 
     @property
     def num_bytes(self) -> int:
@@ -45,7 +46,8 @@ def shipped_models() -> list[ShippedModel]:
 def _read_model(folder: Path) -> ShippedModel:
     index = json.loads((folder / INDEX_FILE).read_text())
     components = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
-    return ShippedModel(folder.name, folder, components, _summary(folder / CARD_FILE))
+    pipeline = index.get("_class_name", ShippedModel.pipeline)
+    return ShippedModel(folder.name, folder, components, _summary(folder / CARD_FILE), pipeline)
 
 
 def _summary(card: Path) -> str:

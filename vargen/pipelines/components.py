@@ -72,6 +72,16 @@ def read_index(folder: Path) -> dict[str, Any]:
     return index
 
 
+def check_class(folder: Path, index: dict[str, Any], wanted: str) -> None:
+    """Raise ``ValueError`` where a folder of videos is loaded as images, or the other way round."""
+    stored = index["_class_name"]
+    if (stored == "VideoPipeline") != (wanted == "VideoPipeline"):
+        loader = stored if stored in vargen._names else "ImagePipeline"
+        raise ValueError(
+            f"{folder.name} draws {'videos' if loader == 'VideoPipeline' else 'images'}; load it with {loader}"
+        )
+
+
 def shared_folders(folder: Path, index: dict[str, Any]) -> dict[str, Path]:
     """Pipeline folders that lend components to this one: models over one tokenizer store it once.
 

@@ -19,6 +19,7 @@ from vargen.images import to_pil
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.components import (
+    check_class,
     choose_drafter,
     dtype_argument,
     explain_failure,
@@ -66,6 +67,7 @@ class ImagePipeline(DiffusionPipeline):
     model_cpu_offload_seq = "conditioner->drafter->eagle->backbone->tokenizer"
     _optional_components = ["conditioner", "drafter", "eagle"]  # noqa: RUF012 - diffusers reads a list
     _callback_tensor_inputs = ("codes", "num_committed")
+    _stored_class = "ImagePipeline"  # what an index may call such a folder, whatever a subclass is called
 
     def __init__(
         self,
@@ -108,6 +110,7 @@ class ImagePipeline(DiffusionPipeline):
         if not folder.is_dir():
             return super().from_pretrained(found, **dtype_argument(kwargs))
         index = read_index(folder)
+        check_class(folder, index, cls._stored_class)
         try:
             kwargs |= load_shared(folder, index, kwargs)
             return super().from_pretrained(found, **dtype_argument(kwargs))

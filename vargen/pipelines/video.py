@@ -44,6 +44,7 @@ class VideoPipeline(ImagePipeline):
     model_cpu_offload_seq = "conditioner->backbone->tokenizer"
     _optional_components = ["conditioner"]  # noqa: RUF012 - diffusers reads a list
     _callback_tensor_inputs: tuple[str, ...] = ("codes", "num_committed", "frames")  # type: ignore[assignment]
+    _stored_class = "VideoPipeline"
     drafter = None
     eagle = None
 
