@@ -1,5 +1,6 @@
 """The documentation: its examples run, its reference is complete, its links lead somewhere."""
 
+import json
 import re
 import subprocess
 import sys
@@ -8,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mkdocs_hooks
 import vargen
 
 ROOT = Path(__file__).parents[1]
@@ -49,6 +51,23 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
                 assert (page.parent / link).exists(), f"{page.name}: {link}"
 
 
+def test_tables_hold_the_recorded_numbers():
+    pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
+    names = mkdocs_hooks.PLACE.findall(pages)
+    assert len(names) == pages.count("<!-- table")
+    for name in names:
+        header, rule, *rows = [line for line in mkdocs_hooks.table(name).splitlines() if line.startswith("|")]
+        assert rows
+        assert {line.count(" | ") for line in (header, *rows)} == {rule.count(" | ")}, name
+    record = json.loads((ROOT / "benchmarks/results/speculative-synthetic.json").read_text())
+    (row,) = [r for r in record["rows"] if r["sampler"] == "Jacobi gumbel W=32" and r["batch"] == 32]
+    assert f"| `SpeculativeJacobiSampler()` | exact | yes | {row['forwards']:.1f} |" in mkdocs_hooks.table(
+        "speculative"
+    )
+    with pytest.raises(ValueError, match="unknown table 'speculativ'"):
+        mkdocs_hooks.on_page_markdown("<!-- table: speculativ -->")
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_warnings(tmp_path):
     pytest.importorskip("mkdocs")
@@ -56,6 +75,7 @@ def test_the_site_builds_without_warnings(tmp_path):
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
     built = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=_environment())
     assert built.returncode == 0, built.stderr[-3000:]
+    assert "<!-- table" not in "".join(page.read_text() for page in (tmp_path / "site").glob("*.html"))
     page = (tmp_path / "site" / "reference.html").read_text()
     for name in vargen._names:
         assert f"{name}</code>" in page or f">{name}<" in page, name

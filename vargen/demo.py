@@ -30,7 +30,7 @@ EXAMPLES = (
     "mummy with a blue cloak",
 )
 TITLE = "# vargen\nPictures from autoregressive models, with the decode to watch. Everything runs on this machine."
-MAP_LABEL = "Codes of one colour came from one forward pass"
+MAP_LABEL = "Below: the codes of the picture; those of one colour came from one forward pass."
 
 Update = tuple[Image.Image | None, Image.Image | None, str]  # picture, map of the decode, one line
 
@@ -201,10 +201,12 @@ def build_page(studio: Studio, model: str) -> Any:
                     go, stop = gradio.Button("Draw", variant="primary"), gradio.Button("Stop")
                 gradio.Examples([[text] for text in EXAMPLES], inputs=[prompt])
             with gradio.Column(scale=3):
-                look: dict[str, Any] = {"interactive": False, "format": "png"}
+                look: dict[str, Any] = {"interactive": False, "format": "png", "show_label": False}
+                look["buttons"] = ["download"]  # a label or more buttons would lie on the picture
                 picture = gradio.Image(label="Picture", **look)
                 line = gradio.Markdown("Press Draw.")
-                maps = gradio.Image(label=MAP_LABEL, **look)
+                gradio.Markdown(MAP_LABEL)
+                maps = gradio.Image(label="Map", **look)
         which.change(change, which, [sampler, guidance, heat], show_progress="hidden")
         inputs = [which, prompt, sampler, seed, guidance, heat, count]
         drawing: Any = {"inputs": inputs, "outputs": [picture, maps, line], "show_progress": "hidden"}
