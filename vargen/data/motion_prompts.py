@@ -159,7 +159,7 @@ def _take_motion(text: str) -> tuple[int, str]:
         k += max(used, 1)
     if len(found) > 1:
         raise ValueError(f"two motions: {' and '.join(map(repr, found.values()))}; name only one")
-    rest = "".join(word for i, word in enumerate(words) if i not in taken)
+    rest = "".join(word for i, word in enumerate(words) if i not in taken and word != "that")
     return (motion_id(next(iter(found))) if found else UNSPECIFIED), rest
 
 
