@@ -1,8 +1,9 @@
 """Next-block beside next-frame and next-token decoding: frames a second of one clip size, in turns, in one run.
 
 Three models of one width and depth over one tokenizer; they differ in the block that a forward pass draws: one code, one row,
-one frame. The size is that of the shipped heroes-video-nbp (random weights, which change no time).
-Seconds hold drawing the codes and decoding them to frames, as in the paper's table.
+one frame. Size and sampler are those of the shipped heroes-video-nbp. Weights are random, the heads sharpened until a code
+holds as many nats as a trained one does: noise is dear on a CPU, and a sure code needs none (`--flat` leaves them as they
+are). Seconds hold drawing the codes and decoding them to frames, as in the paper's table.
 
     python benchmarks/video.py                # about three minutes on one core
     python benchmarks/video.py --device cuda
@@ -48,7 +49,7 @@ SMALL_TOKENIZER: dict[str, Any] = {
     "refine_channels": 16,
 }
 BATCHES = (1, 4)
-GUIDANCE = 1.0  # two branches double the rows of every schedule alike
+NATS = 0.15  # a code of the shipped model, on held-out clips
 
 
 def blocks(grid_size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
@@ -57,7 +58,20 @@ def blocks(grid_size: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
     return {"next-token": (1, 1, 1), "next-block (row)": (1, 1, width), "next-frame": (1, height, width)}
 
 
-def make_models(tiny: bool, device: str) -> tuple[dict[str, Any], Any]:
+@torch.no_grad()
+def sharpen(model: NBPTransformer, nats: float) -> None:
+    """Scale the head until the mean entropy of a code is ``nats``."""
+    codes = torch.randint(model.codebook_size, (1, model.num_codes), device=model.device)
+    logits = model(codes, torch.zeros(1, model.num_condition_tokens - 1, dtype=torch.int64, device=model.device))
+    low, high = 1.0, 2.0**20
+    for _ in range(20):
+        factor = (low * high) ** 0.5
+        law = (logits * factor).log_softmax(-1)
+        low, high = (factor, high) if -(law.exp() * law).sum(-1).mean() > nats else (low, factor)
+    model.head.weight *= low
+
+
+def make_models(tiny: bool, flat: bool, device: str) -> tuple[dict[str, Any], Any]:
     """One backbone a schedule, and the tokenizer they share."""
     config, tokenizer_config = dict(SMALL), dict(SMALL_TOKENIZER)
     if tiny:
@@ -73,6 +87,8 @@ def make_models(tiny: bool, device: str) -> tuple[dict[str, Any], Any]:
         name: NBPTransformer(**{**config, "block": block}).eval().requires_grad_(False).to(device)
         for name, block in blocks(grid).items()
     }
+    for model in () if flat else models.values():
+        sharpen(model, NATS)
     return models, tokenizer
 
 
@@ -81,14 +97,22 @@ def plain(config: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if not name.startswith("_")}
 
 
-def measure(models: dict[str, Any], tokenizer: Any, batch: int, repeats: int, device: str) -> list[dict[str, Any]]:
+def shipped_sampler() -> NextBlockSampler:
+    """The settings of the shipped model."""
+    folder = SHIPPED / "sampler"
+    return NextBlockSampler.from_pretrained(folder) if folder.is_dir() else NextBlockSampler(top_p=0.95)
+
+
+def measure(
+    models: dict[str, Any], tokenizer: Any, sampler: NextBlockSampler, batch: int, repeats: int, device: str
+) -> list[dict[str, Any]]:
     """Seconds of one batch with every schedule, in turns; next-token is the reference."""
     forwards: dict[str, int] = {}
     decode_seconds: list[float] = []
     clock = time.process_time if device == "cpu" else time.perf_counter  # one thread: other processes do not count
 
     def runner(name: str) -> Callable[[], None]:
-        model, sampler = models[name], NextBlockSampler(guidance_scale=GUIDANCE)
+        model = models[name]
         condition = torch.zeros(batch, model.num_condition_tokens - 1, dtype=torch.int64, device=device)
 
         def run() -> None:
@@ -121,29 +145,33 @@ def measure(models: dict[str, Any], tokenizer: Any, batch: int, repeats: int, de
 
 
 def main() -> None:
-    """Measure, print a table, write `results/video.json` (`video_cuda.json` on a GPU)."""
+    """Measure, print a table, write `results/video.json`, with `_flat` and `_cuda` where asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batches", nargs="+", type=int, default=list(BATCHES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--tiny", action="store_true", help="a very small size, to see that it works")
+    parser.add_argument("--flat", action="store_true", help="heads as they are drawn: every code needs noise")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--core", type=int, default=0)
     parser.add_argument("--dry", action="store_true", help="write nothing")
     options = parser.parse_args()
     if options.device == "cpu":
         pin_to_core(options.core)
-    models, tokenizer = make_models(options.tiny, options.device)
+    models, tokenizer = make_models(options.tiny, options.flat, options.device)
     first = next(iter(models.values()))
-    rows = [
-        row for batch in options.batches for row in measure(models, tokenizer, batch, options.repeats, options.device)
-    ]
+    sampler = shipped_sampler()
+    shared = (options.repeats, options.device)
+    rows = [row for batch in options.batches for row in measure(models, tokenizer, sampler, batch, *shared)]
     print(table(rows))
     if not options.dry:
         size = {"grid": list(first.grid_size), "dim": first.hidden_size, "layers": len(first.layers)}
-        content = report(
-            guidance_scale=GUIDANCE, shipped_size=SHIPPED.is_dir() and not options.tiny, **size, rows=rows
-        )
-        print(write_json("video" if options.device == "cpu" else f"video_{options.device}", content))
+        settings = {name: value for name, value in sampler.config.items() if not name.startswith("_")}
+        facts = {
+            "shipped_size": SHIPPED.is_dir() and not options.tiny,
+            "nats_per_code": None if options.flat else NATS,
+        }
+        content = report(**facts, sampler=settings, **size, rows=rows)
+        print(write_json("video" + "_flat" * options.flat + "_cuda" * (options.device == "cuda"), content))
 
 
 if __name__ == "__main__":
