@@ -144,6 +144,19 @@ def test_the_conditioner_reads_motions():
     assert int(condition.max()) < motion.num_attributes()
 
 
+def test_what_a_prompt_leaves_open_is_filled_by_the_seed():
+    filler = AttributeConditioner("motion", fill=True)
+    asked = filler(["orc jumping"]).repeat(3, 1)
+    filled = filler.complete(asked, [4, 5, 2**64 - 1])
+    assert (filled > 0).all()
+    assert torch.equal(filled[asked > 0], asked[asked > 0])
+    assert not torch.equal(filled[0], filled[1])
+    assert torch.equal(filler.complete(asked[:1], [5])[0], filled[1])
+    assert torch.equal(AttributeConditioner("motion").complete(asked, [4, 5, 6]), asked)
+    with pytest.raises(ValueError, match="fill=True needs a vocabulary"):
+        AttributeConditioner(type("Words", (), {"parse_prompt": staticmethod(parse_prompt)})(), fill=True)
+
+
 def test_the_stream_is_a_function_of_its_index():
     stream = MotionDataset(5, frames=5, attribute_dropout=0.5, null_dropout=0.1)
     whole, part = stream.examples(np.arange(200)), stream.examples(np.arange(40, 44))

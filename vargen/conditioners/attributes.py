@@ -35,9 +35,11 @@ class AttributeConditioner(Conditioner):
     Args:
         vocabulary: name of a shipped vocabulary ("heroes", "motion"), or an object with ``parse_prompt(text) -> [T] ids``. An
             object cannot be saved; give its name to ``VOCABULARIES`` for that.
+        fill: whether ``complete`` fills what a prompt leaves open, from the vocabulary's own law: codes that are drawn
+            in parallel cannot agree on what nobody has decided.
 
     Raises:
-        ValueError: unknown vocabulary.
+        ValueError: unknown vocabulary, or ``fill`` with one that has no law.
 
     Example:
         >>> AttributeConditioner()("deep elf with a red cloak").shape[0]
@@ -45,14 +47,16 @@ class AttributeConditioner(Conditioner):
     """
 
     @register_to_config
-    def __init__(self, vocabulary: str | Vocabulary = "heroes") -> None:
+    def __init__(self, vocabulary: str | Vocabulary = "heroes", fill: bool = False) -> None:
         if isinstance(vocabulary, str):
             if vocabulary not in VOCABULARIES:
                 raise ValueError(f"unknown vocabulary {vocabulary!r}; known: {', '.join(VOCABULARIES)}")
             vocabulary = import_module(VOCABULARIES[vocabulary])  # type: ignore[assignment]
         if not isinstance(vocabulary, Vocabulary):
             raise ValueError(f"a vocabulary must have parse_prompt(text), got {type(vocabulary).__name__}")
-        self.vocabulary = vocabulary
+        if fill and not hasattr(vocabulary, "complete"):
+            raise ValueError("fill=True needs a vocabulary with complete(attributes, seeds); leave fill out")
+        self.vocabulary, self.fill = vocabulary, fill
 
     def encode(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> Tensor:
         """Read the prompts.
@@ -67,6 +71,13 @@ class AttributeConditioner(Conditioner):
             raise ValueError("this model is described in words, not by class labels; give prompt='...'")
         rows = [self.vocabulary.parse_prompt(prompt) for prompt in one_of(prompts, None)]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def complete(self, condition: Tensor, seeds: Sequence[int]) -> Tensor:
+        """Fill the zeros of ``[B, T]`` ids, row i by ``seeds[i]``; without ``fill`` nothing changes."""
+        if not self.fill:
+            return condition
+        filled = self.vocabulary.complete(condition.cpu().numpy(), np.array(seeds, dtype=np.uint64))  # type: ignore[attr-defined]
+        return torch.from_numpy(filled).to(condition)
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write the configuration to a folder.

@@ -118,6 +118,22 @@ def parse_prompt(text: str) -> NDArray[np.int64]:
     return np.append(hero, motion)
 
 
+def complete(attributes: ArrayLike, seeds: ArrayLike) -> NDArray[np.int64]:
+    """Fill the unspecified slots at random, slot by slot from the law of the clips.
+
+    Args:
+        attributes: (b, s) integers.
+        seeds: (b,) integers in [0, 2^64).
+
+    Returns:
+        (b, s) ids without zeros.
+    """
+    from vargen.data.motion import sample_clip_attributes
+
+    given = np.asarray(attributes, dtype=np.int64)
+    return np.where(given == UNSPECIFIED, sample_clip_attributes(seeds), given)
+
+
 def _parse_hero(text: str, has_motion: bool) -> NDArray[np.int64]:
     try:
         return prompts.parse_prompt(text)

@@ -144,6 +144,10 @@ def _card(folder: Path, report: dict[str, Any]) -> str:
         "The tokenizer's encoder is a dictionary of patches (4x4 pixels, 4 frames) from k-means, its codes are numbered on the "
         "FSQ grid; it knows these heroes and nothing else.",
         "",
+        "What a prompt leaves open (parts, motion) is drawn from the law of the data by the clip's seed before decoding: the "
+        "codes of a row are drawn in parallel and do not agree on what nobody has decided (left open, robes come out half "
+        "red and half blue).",
+        "",
     ]
     lines += ["## Components", "", *_components(folder), ""]
     lines += ["## Data", "", f"Composed at random from {source['title']} ({source['licence']}). {source['note']}", ""]

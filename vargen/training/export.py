@@ -84,7 +84,7 @@ def export_pipeline(
     if tokenizer_kind is VideoFSQTokenizer:
         if drafter is not None:
             raise ValueError("pipelines for videos have no drafter; leave drafter out")
-        pipe = VideoPipeline(**components, conditioner=AttributeConditioner("motion"))
+        pipe = VideoPipeline(**components, conditioner=AttributeConditioner("motion", fill=True))
     else:
         drafted = None if drafter is None else load_transformer(drafter)
         pipe = ImagePipeline(**components, conditioner=AttributeConditioner("heroes"), drafter=drafted)
