@@ -76,7 +76,7 @@ class AttributeConditioner(Conditioner):
         """Fill the zeros of ``[B, T]`` ids, row i by ``seeds[i]``; without ``fill`` nothing changes."""
         if not self.fill:
             return condition
-        filled = self.vocabulary.complete(condition.cpu().numpy(), np.array(seeds, dtype=np.uint64))  # type: ignore[attr-defined]
+        filled = self.vocabulary.complete(condition.cpu().numpy(), np.array(seeds, dtype=np.uint64))  # type: ignore[union-attr]
         return torch.from_numpy(filled).to(condition)
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:

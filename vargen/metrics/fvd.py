@@ -172,9 +172,10 @@ class FrechetVideoDistance(QuantisedMetric, FrechetInceptionDistance):
         cov = cov or ("n-1" if protocol == "nbp" else "n")
         if cov not in get_args(Covariance):
             raise ValueError(f"cov must be 'n' or 'n-1', got {cov!r}")
-        given = isinstance(network, VideoFeatures)
-        body = network if given else video_features(network, weights, protocol=protocol, digest=digest)
-        if frames < body.min_frames:  # type: ignore[operator]
+        body = network
+        if not isinstance(body, VideoFeatures):
+            body = video_features(body, weights, protocol=protocol, digest=digest)
+        if frames < body.min_frames:
             raise ValueError(f"frames must be at least {body.min_frames} for this network, got {frames}")
         super().__init__(feature=body, **kwargs)
         self.set_rounding("nearest")

@@ -26,7 +26,7 @@ _MIXED = {  # name -> input channels, then widths of b0, b1a, b1b, b2a, b2b, b3b
 _POOLS = {"Mixed_4b": (3, 2), "Mixed_5b": (2, 2)}  # kernel and stride of the pool in front
 
 
-def same_padding(x: Tensor, kernel: tuple[int, int, int], stride: tuple[int, int, int]) -> Tensor:
+def same_padding(x: Tensor, kernel: tuple[int, ...], stride: tuple[int, ...]) -> Tensor:
     """Pad ``[B, C, T, H, W]`` with zeros as TensorFlow's "SAME" does: the odd pixel at the end."""
     pads: list[int] = []
     for size, k, s in zip(reversed(x.shape[2:]), reversed(kernel), reversed(stride), strict=True):

@@ -115,7 +115,7 @@ class NBPTask(MotionTask):
         sampler = NextBlockSampler(guidance_scale=self.options.guidance_scale, temperature=self.options.temperature)
         output = sampler.sample(model, batch["labels"], seeds=list(range(len(batch["labels"]))))
         assert isinstance(output.codes, Tensor)
-        drawn = self.tokenizer.decode(output.codes.view(-1, *model.grid_size))  # type: ignore[arg-type]
+        drawn = self.tokenizer.decode(output.codes.view(-1, *model.grid_size))  # type: ignore[misc]
         return to_strips(torch.stack([batch["clip"], drawn], dim=1).flatten(0, 1))
 
     @torch.no_grad()
@@ -132,7 +132,7 @@ class _PatchCodes:
         self.tokenizer = tokenizer
         width = tokenizer.patch_table.shape[1]  # type: ignore[union-attr,index]
         generator = torch.Generator().manual_seed(0)
-        self.hash = torch.randint(1, 2**40, (width,), generator=generator)  # type: ignore[arg-type]
+        self.hash = torch.randint(1, 2**40, (width,), generator=generator)  # type: ignore[misc]
         self.keys = torch.empty(0, dtype=torch.int64)
         self.codes = torch.empty(0, dtype=torch.int64)
 
