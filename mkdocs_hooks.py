@@ -215,5 +215,5 @@ def notebooks() -> tuple[list[list[str]], str]:
         text = "".join(json.loads(path.read_text())["cells"][0]["source"])
         found = re.search(r"\*\*Question\.\*\* (.+?)(?:\n\n|$)", text, flags=re.DOTALL)
         question = found[1] if found else text.splitlines()[0].lstrip("# ")
-        rows.append([f"`notebooks/{path.name}`", " ".join(question.split())])
+        rows.append([f"`{path.name}`", " ".join(question.split())])
     return rows, ""
