@@ -185,6 +185,8 @@ def test_the_shipped_classifier_names_motions_and_notices_wrong_ones():
     assert measure_motion(still, batch["labels"], clips).motion < 0.5
     with pytest.raises(ValueError, match="must belong together"):
         measure_motion(clips[:3], batch["labels"], clips)
+    with pytest.raises(ValueError, match="whole clips of 17 frames, got 9"):
+        measure_motion(clips[:, :, :9], batch["labels"], clips[:, :, :9])
     with pytest.raises(ValueError, match="reads \\[B, 3, T, 32, 32\\]"):
         MotionClassifier().predict(clips[:, :, 0])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 
 from vargen.data.motion_dataset import MotionDataset
 from vargen.metrics.motion import MOTION_CLASSIFIER_FOLDER
+from vargen.metrics.motion_eval import evaluate_motion, write_motion_card
 from vargen.pipelines.video import VideoPipeline
 from vargen.tokenizers.video_fsq import VideoFSQTokenizer
 from vargen.tokenizers.video_fsq_blocks import StreamState
@@ -135,6 +137,23 @@ def test_a_run_exports_to_a_pipeline_that_reads_prompts(runs, tmp_path):
         pipe("orc jumping and fading away")
     with pytest.raises(ValueError, match="have no drafter"):
         export_pipeline(runs / "nbp", tmp_path / "other", drafter=runs / "nbp")
+
+
+def test_the_shipped_model_does_what_its_card_says(tmp_path):
+    folder = MOTION_CLASSIFIER_FOLDER.parent / "heroes-video-nbp"
+    report = evaluate_motion("heroes-video-nbp", 8, network=None)
+    stored = json.loads((folder / "motion.json").read_text())
+    assert stored["motion"]["motion_share"] >= 0.8
+    assert stored["reconstruction"]["psnr"] >= 29
+    assert report["motion"]["motion"] >= 0.75  # of eight clips
+    assert abs(report["reconstruction"]["psnr"] - stored["reconstruction"]["psnr"]) < 4
+    assert report["likelihood"]["nats_per_token"] < report["likelihood"]["nats_per_token_without_prompt"]
+    assert report["decode"]["forwards"] == 47
+    assert sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) <= 6_000_000
+    copy = shutil.copytree(folder, tmp_path / "heroes-video-nbp")
+    assert f"{report['reconstruction']['psnr']:.2f} dB" in write_motion_card(copy, report).read_text()
+    with pytest.raises(ValueError, match="num_clips must be at least 2"):
+        evaluate_motion("heroes-video-nbp", 1)
 
 
 def test_recipes_say_what_they_cannot_use(tmp_path):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vargen.data.atlas import HeroAtlas
 from vargen.data.heroes import compose
-from vargen.data.motion import MOTIONS, sample_clips
+from vargen.data.motion import FRAMES, MOTIONS, sample_clips
 from vargen.data.motion_dataset import MotionDataset
 from vargen.files import atomic_write
 from vargen.metrics._files import state_digest
@@ -157,6 +157,8 @@ def measure_motion(
     if clips.shape != real.shape or len(clips) != len(labels):
         got = f"{tuple(clips.shape)}, {tuple(real.shape)} and {tuple(labels.shape)}"
         raise ValueError(f"generated clips, real clips and labels must belong together, got {got}")
+    if clips.shape[2] != FRAMES[-1]:
+        raise ValueError(f"motions are measured on whole clips of {FRAMES[-1]} frames, got {clips.shape[2]}")
     from vargen.metrics.attributes import AttributeClassifier
 
     classifier = classifier or MotionClassifier.from_pretrained()
