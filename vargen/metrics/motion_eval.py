@@ -149,10 +149,13 @@ def _card(folder: Path, report: dict[str, Any]) -> str:
         "red and half blue).",
         "",
     ]
+    training = _recipe(folder, None)
+    if training.get("tokenizer", {}).get("step") == 0:
+        lines += ["Its decoder's correction is untrained and adds nothing: frames are the patches of the codes.", ""]
     lines += ["## Components", "", *_components(folder), ""]
     lines += ["## Data", "", f"Composed at random from {source['title']} ({source['licence']}). {source['note']}", ""]
     lines += ["## Licence", "", "The weights: Apache-2.0, as the library.", ""]
-    lines += ["## Training", "", *_flat(_recipe(folder, None)), "", "Again, from the root of the repository:", ""]
+    lines += ["## Training", "", *_flat(training), "", "Again, from the root of the repository:", ""]
     lines += ["```bash", "vargen train heroes-video-fsq", "vargen train heroes-video-nbp", "```", ""]
     lines += [
         "## Measurements",
