@@ -29,7 +29,7 @@ from vargen.tokenizers.video_fsq_blocks import StreamState
 FILE_TYPES = (".gif", ".mp4")
 
 
-@dataclass
+@dataclass(repr=False)
 class VideoPipelineOutput(BaseOutput):
     """Result of ``VideoPipeline.__call__``; as the last line of a notebook cell it plays its clips.
 
@@ -58,6 +58,10 @@ class VideoPipelineOutput(BaseOutput):
         if not 0 <= index < len(self.frames):
             raise ValueError(f"index must be in 0..{len(self.frames) - 1}, got {index}")
         return save_video(self.frames[index], path, fps=fps or self.fps, scale=scale, overwrite=overwrite)
+
+    def __repr__(self) -> str:
+        kind = "codes only" if self.frames is None else f"{len(self.frames[0])} frames each, {self.fps} a second"
+        return f"VideoPipelineOutput({len(self.seeds)} clips, {kind}, seeds={self.seeds}, {self.stats.num_forwards} forwards)"
 
     def _repr_html_(self) -> str:
         notes = [
