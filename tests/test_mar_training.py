@@ -17,6 +17,7 @@ from vargen.training.run import train
 SHORT = [
     "data.batch_size=4", "data.num_eval_images=4", "schedule.num_steps=2", "schedule.warmup_steps=1",
     "schedule.decay_steps=1", "log.log_every=1", "log.sample_every=2", "options.grid_size=2",
+    "compile=false",
 ]  # fmt: skip
 HEAD = ["model.head_depth=1", "model.head_width=16", 'model.num_sampling_steps="4"']
 BLOCKS = [f"model.{part}_{name}" for part in ("encoder", "decoder") for name in ("dim=16", "depth=1", "num_heads=2")]
@@ -32,6 +33,13 @@ def test_all_four_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert 0.01 < autoencoder.config.scaling_factor < 100
     autoencoder.save_pretrained(tmp_path / "saved")
     assert load_autoencoder(tmp_path / "saved").config.scaling_factor == autoencoder.config.scaling_factor
+    decoder = [*SHORT, "model.block_out_channels=[8, 8]", "options.freeze_encoder=true"]
+    train("heroes32-kl-decoder", decoder)
+    sharper = load_autoencoder("runs/heroes32-kl-decoder")
+    assert sharper.config.scaling_factor == autoencoder.config.scaling_factor  # the latents are the same numbers
+    for name, same in {"encoder": True, "quant_conv": True, "decoder": False}.items():
+        pairs = zip(getattr(sharper, name).parameters(), getattr(autoencoder, name).parameters(), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs) == same
     assert train("heroes32-mar", [*SHORT, *HEAD, *BLOCKS]).metrics["held_out_loss"] > 0
     small = ["model.dim=16", "model.num_layers=2", "model.num_heads=2"]
     assert train("heroes32-mar-causal", [*SHORT, *HEAD, *small]).metrics["held_out_loss"] > 0

@@ -33,6 +33,8 @@ class KLOptions:
     l1_weight: float = 0.2
     mse_weight: float = 1.0
     kl_weight: float = 1e-3  # of the divergence in nats an image, spread over its pixel values
+    start: str = ""  # a "kl" run or saved autoencoder whose weights to start from
+    freeze_encoder: bool = False  # train the decoder alone: the latents stay those that backbones were trained on
     grid_size: int = 16  # pictures on the sample grid, originals above reconstructions
 
 
@@ -44,6 +46,11 @@ class KLTask(Task):
     def build(self, initialize: bool) -> AutoencoderKL:
         """Make the autoencoder; channels last in memory, in which convolutions on CPUs run half again as fast."""
         model: AutoencoderKL = model_from(AutoencoderKL, self.recipe.model)
+        if initialize and self.options.start:
+            model.load_state_dict(load_autoencoder(self.options.start).state_dict())
+        if self.options.freeze_encoder:
+            model.encoder.requires_grad_(False)
+            model.quant_conv.requires_grad_(False)
         return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
 
     def compile(self, model: nn.Module) -> None:
