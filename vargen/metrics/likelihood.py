@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vargen.backbones.par import PARTransformer
 from vargen.metrics.features import Progress
 from vargen.metrics.heroes import Heroes, draw_heroes
 from vargen.metrics.report import Report, environment
@@ -77,8 +76,8 @@ def token_nats(pipe: Any, images: Tensor, captions: list[str]) -> Tensor:
     if isinstance(codes, list):
         targets = torch.cat([c.flatten(1) for c in codes], 1)
         logits = pipe.backbone(pipe.tokenizer.scale_inputs(codes), condition)
-    elif isinstance(pipe.backbone, PARTransformer) or {"window", "neighbors"} & set(
-        getattr(pipe.backbone, "features", ())
+    elif {"window", "neighbors"} & set(getattr(pipe.backbone, "features", ())) or "par" in getattr(
+        pipe.backbone, "schedules", ()
     ):
         targets = codes.flatten(1)
         logits = pipe.backbone(targets, condition)
