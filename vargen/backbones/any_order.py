@@ -19,7 +19,7 @@ from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.backbones.rope import rotate
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, infer_config
-from vargen.hub import check_family, load_original, load_strict
+from vargen.checkpoints import check_family, load_original, load_strict
 
 
 class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]

@@ -20,7 +20,7 @@ from vargen.backbones.primitive import RMSNorm, TransformerBlock
 from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.sizes import RECOMPUTED, infer_config, size_config, swiglu_dim
 from vargen.backbones.window import WindowBackbone
-from vargen.hub import check_family, load_original, load_strict
+from vargen.checkpoints import check_family, load_original, load_strict
 
 ConditionType = Literal["class", "caption", "attributes"]
 FAMILIES = ("llamagen-c2i", "llamagen-t2i")

@@ -31,7 +31,7 @@ from vargen.backbones.mar_blocks import (
     mar_size_config,
 )
 from vargen.backbones.window import PreparedCondition
-from vargen.hub import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
 
 
 class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]

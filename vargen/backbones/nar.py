@@ -25,7 +25,7 @@ from vargen.backbones.nar_sizes import infer_nar_config, nar_size_config
 from vargen.backbones.primitive import RMSNorm, TransformerBlock
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, swiglu_dim
-from vargen.hub import check_family, load_original, load_strict
+from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.protocols import neighbors
 
 FAMILIES = ("nar", "nar-video")

@@ -27,7 +27,7 @@ from vargen.backbones.nbp_sizes import infer_nbp_config, nbp_size_config, offici
 from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.scheduled import ScheduledBackbone
 from vargen.backbones.window import PreparedCondition, WindowBackbone
-from vargen.hub import check_family, load_original, load_strict
+from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.protocols import block_order
 
 NBPConditionType = Literal["text", "none", "class", "attributes"]

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from vargen.backbones.llamagen import ConditionType, LlamaGenTransformer
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, infer_config
-from vargen.hub import check_family, load_original, load_strict
+from vargen.checkpoints import check_family, load_original, load_strict
 
 _SHARED = frozenset(inspect.signature(LlamaGenTransformer.__init__).parameters) - {"self"}
 _SPECIAL = "spe_tok_embeddings.special_embeddings.weight"

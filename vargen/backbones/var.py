@@ -26,7 +26,7 @@ from vargen.backbones.conditions import AttributeEmbedding
 from vargen.backbones.scales import ScaleBackbone, ScaleCondition
 from vargen.backbones.var_blocks import HeadNorm, LabelEmbedding, VARBlock, modulation
 from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
-from vargen.hub import check_family, load_original, load_strict
+from vargen.checkpoints import check_family, load_original, load_strict
 
 FIRST_SHARPNESS = 1.0  # logarithm: the spread of features around their mean is about exp(-1)
 

@@ -23,7 +23,7 @@ from vargen.backbones.diffusion_head import TimeEmbedding
 from vargen.backbones.primitive import RMSNorm
 from vargen.backbones.rope import grid_table, rotate, spread
 from vargen.backbones.var_blocks import LabelEmbedding
-from vargen.hub import check_family, load_original, load_strict
+from vargen.checkpoints import check_family, load_original, load_strict
 
 # name -> width, depth of either half, heads
 SIZES: dict[str, tuple[int, int, int]] = {"B": (768, 8, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
