@@ -328,10 +328,10 @@ def test_a_small_disk_fills_up_and_the_run_goes_on_elsewhere(tmp_path):
 
 
 class Pool(nn.Module):
-    num_features = 48
+    num_features = 192
 
     def forward(self, images):
-        return nn.functional.adaptive_avg_pool2d(images, 4).flatten(1)
+        return nn.functional.adaptive_avg_pool2d(images, 8).flatten(1)
 
 
 class Hoarder(Noise):
@@ -366,7 +366,7 @@ def own_memory():
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the memory of a process from /proc")
 def test_memory_does_not_grow_with_the_number_of_images(processes, tmp_path):
-    features = torch.randn(500, 48, generator=torch.Generator().manual_seed(0))
+    features = torch.randn(500, 192, generator=torch.Generator().manual_seed(0))
     GaussianStatistics.from_features(features).save(tmp_path / "moments.npz")
     grown = {}
     for name, num, pipe in (("few", 1000, Noise(16)), ("many", 50_000, Noise(16)), ("hoarded", 50_000, Hoarder(16))):
@@ -376,8 +376,9 @@ def test_memory_does_not_grow_with_the_number_of_images(processes, tmp_path):
         grown[name], value = queue.get(timeout=900)
         child.join(60)
         assert math.isfinite(value)
-    # pixels are 37 MiB, features 9 MiB, in float64 18 MiB; seeds, labels, permutations and records of 50,000 images 10 MiB
-    assert grown["many"] - grown["few"] < 16 * 1024 < grown["hoarded"] - grown["few"], grown
+    # The pixels of 50,000 images are 37 MiB and so are their features. Seeds, labels, permutations and records are 4 MiB; the
+    # interpreter's table of names, which may double for the names of 2,300 files, 8 MiB.
+    assert grown["many"] - grown["few"] < 28 * 1024 < grown["hoarded"] - grown["few"], grown
 
 
 # --- numbers

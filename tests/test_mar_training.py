@@ -13,6 +13,8 @@ from vargen.backbones.mar import MARTransformer
 from vargen.training.kl import load_autoencoder
 from vargen.training.mar import load_continuous
 from vargen.training.run import train
+from vargen.training.sources import read_run
+from vargen.training.tasks import make_task
 
 SHORT = [
     "data.batch_size=4", "data.num_eval_images=4", "schedule.num_steps=2", "schedule.warmup_steps=1",
@@ -24,7 +26,7 @@ BLOCKS = [f"model.{part}_{name}" for part in ("encoder", "decoder") for name in 
 
 
 @pytest.mark.slow
-def test_all_four_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("vargen.training.kl.SCALE_IMAGES", 32)
     metrics = train("heroes32-kl", [*SHORT, "model.block_out_channels=[8, 8]"]).metrics
@@ -40,7 +42,10 @@ def test_all_four_recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     for name, same in {"encoder": True, "quant_conv": True, "decoder": False}.items():
         pairs = zip(getattr(sharper, name).parameters(), getattr(autoencoder, name).parameters(), strict=True)
         assert all(torch.equal(a, b) for a, b in pairs) == same
+    train("heroes32-mar-early", [*SHORT, *HEAD, *BLOCKS])
     assert train("heroes32-mar", [*SHORT, *HEAD, *BLOCKS]).metrics["held_out_loss"] > 0
+    started = make_task(read_run("runs/heroes32-mar")[0]).build(initialize=True).state_dict()
+    torch.testing.assert_close(dict(started), read_run("runs/heroes32-mar-early")[1])
     small = ["model.dim=16", "model.num_layers=2", "model.num_heads=2"]
     assert train("heroes32-mar-causal", [*SHORT, *HEAD, *small]).metrics["held_out_loss"] > 0
     found = train("heroes32-mar-draft", [*SHORT, "model.num_layers=1", "options.num_positions=3"]).metrics

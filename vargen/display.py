@@ -29,6 +29,7 @@ GOLDEN_RATIO = 0.618034  # steps of it around the colour wheel keep neighbouring
 MAX_SMALL, MAX_LARGE, MAX_MAPS = 64, 16, 16  # images on a sheet: pixel art, larger ones; maps beside them
 SHEET_WIDTH = 800  # pixels that a sheet of small images is enlarged to at most
 MAX_SEEDS = 8  # seeds listed one by one
+MAX_FPS = 50  # what browsers play of a GIF
 
 
 def as_images(images: Any) -> list[Image.Image]:
@@ -113,7 +114,7 @@ def gif(frames: Any, fps: float = 8, scale: int | None = None) -> bytes:
 
     Args:
         frames: F PIL images of one size, ``[F, H, W, 3]`` array in [0, 1] or uint8, or ``[F, 3, H, W]`` tensor in [0, 1].
-        fps: frames a second, at most 50 (what browsers play).
+        fps: frames a second, at most ``MAX_FPS`` (what browsers play).
         scale: enlargement by a whole factor, nearest neighbour; default: small frames become about 192 pixels.
 
     Raises:
@@ -122,8 +123,8 @@ def gif(frames: Any, fps: float = 8, scale: int | None = None) -> bytes:
     pictures = as_images(frames)
     if not pictures:
         raise ValueError("a GIF needs at least one frame, got none")
-    if not 0 < fps <= 50:
-        raise ValueError(f"fps must be in (0, 50], got {fps}")
+    if not 0 < fps <= MAX_FPS:
+        raise ValueError(f"fps must be in (0, {MAX_FPS}], got {fps}")
     side = max(pictures[0].size)
     factor = scale or (max(1, 192 // side) if side <= SMALL else 1)
     large = [one.resize((one.width * factor, one.height * factor), 0) for one in _one_palette(pictures)]
@@ -173,7 +174,9 @@ def _img(kind: str, data: bytes, title: str) -> str:
     return f'<img src="data:image/{kind};base64,{base64.b64encode(data).decode()}" alt="{text}" title="{text}"/>'
 
 
-def stats_line(stats: DecodeStats, num_images: int, num_codes: int, seeds: Sequence[int] = ()) -> str:
+def stats_line(
+    stats: DecodeStats, num_images: int, num_codes: int, seeds: Sequence[int] = (), what: str = "image"
+) -> str:
     """Say in one line what a batch cost and what it keeps.
 
     Example:
@@ -181,8 +184,12 @@ def stats_line(stats: DecodeStats, num_images: int, num_codes: int, seeds: Seque
         '1 image · 40 forwards, 6.4 codes each · exact · seed 7'
     """
     mean = stats.num_forwards if stats.forwards_per_image is None else stats.forwards_per_image.double().mean().item()
-    parts = [f"{num_images} image{'s' * (num_images != 1)}"]
-    each = f"{mean:.1f}".removesuffix(".0") + f" forward{'s' * (mean != 1)}" + " an image" * (num_images > 1)
+    parts = [f"{num_images} {what}{'s' * (num_images != 1)}"]
+    each = (
+        f"{mean:.1f}".removesuffix(".0")
+        + f" forward{'s' * (mean != 1)}"
+        + f" {'an' if what[0] in 'aeiou' else 'a'} {what}" * (num_images > 1)
+    )
     parts.append(f"{each}, {num_codes / max(mean, 1):.1f} codes each")
     if stats.num_drafter_forwards:
         parts.append(f"{stats.num_drafter_forwards} drafter forwards")

@@ -60,6 +60,9 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         prediction_type: ``"epsilon"`` (published) or ``"v_prediction"``, see ``DiffusionHead``.
         diffusion_batch_mul: times drawn a token in training.
         mask_ratio_min: least share of tokens masked in training.
+        mask_ratio_std: spread of that share below 1. Decoding along a cosine meets every share alike, so that small grids
+            want the law flat: least share near 0, spread near 1.
+        input_noise: spread of the noise added to the tokens read in training, so that the model forgives its own errors.
         dropout: behind projections, in training.
         class_dropout_prob: probability of training a sample without its condition.
     """
@@ -95,6 +98,8 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         prediction_type: str = "epsilon",
         diffusion_batch_mul: int = 4,
         mask_ratio_min: float = 0.7,
+        mask_ratio_std: float = 0.25,
+        input_noise: float = 0.0,
         dropout: float = 0.1,
         class_dropout_prob: float = 0.1,
     ) -> None:
@@ -197,7 +202,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
             condition: class ids [B] (``num_classes`` = none) or attribute ids [B, M].
             mask: [B, N], true or 1 where masked.
             drop: [B] bool, True = train without condition.
-            generator: for the drop decisions only.
+            generator: for the drop decisions and the noise on the input.
 
         Returns:
             z [B, N, Z].
@@ -209,6 +214,10 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
             drop = torch.rand(len(checked), generator=generator, device=where) < self.config.class_dropout_prob
         if drop is not None:
             checked = embedding.drop(checked, drop.to(checked.device))
+        if self.training and self.config.input_noise > 0:
+            where = tokens.device if generator is None else generator.device
+            noise = torch.randn(tokens.shape, generator=generator, device=where).to(tokens)
+            tokens = tokens + self.config.input_noise * noise
         return self._states(tokens, self._buffer(checked), mask.bool())
 
     def loss(self, tokens: Tensor, condition: Any, *, generator: torch.Generator | None = None) -> Tensor:
@@ -219,12 +228,15 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
             condition: as in ``forward``.
             generator: for masks, drops, times and noise; on the device of the tokens.
         """
-        ratio = draw_mask_ratio(self.config.mask_ratio_min, generator if _on_host(generator) else None)
-        count = math.ceil(self.num_codes * ratio)
+        config = self.config
+        ratio = draw_mask_ratio(
+            config.mask_ratio_min, config.mask_ratio_std, generator if _on_host(generator) else None
+        )
+        count = max(1, math.ceil(self.num_codes * ratio))
         order = torch.rand(tokens.shape[:2], generator=generator, device=tokens.device).argsort(dim=1)
         mask = order < count
         z = self(tokens, condition, mask, generator=generator)
-        repeats = self.config.diffusion_batch_mul
+        repeats = config.diffusion_batch_mul
         return self.diffloss.loss(
             tokens.flatten(0, 1), z.flatten(0, 1), mask.flatten(), repeats=repeats, generator=generator
         )

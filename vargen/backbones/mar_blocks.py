@@ -79,9 +79,9 @@ def to_latents(tokens: Tensor, grid_size: tuple[int, int], patch_size: int = 1) 
     return parts.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
 
 
-def draw_mask_ratio(low: float, generator: torch.Generator | None = None) -> float:
-    """Share of tokens to mask in a step: normal around 1 with spread 0.25, cut to [low, 1]."""
-    normal = torch.distributions.Normal(1.0, 0.25)
+def draw_mask_ratio(low: float, std: float = 0.25, generator: torch.Generator | None = None) -> float:
+    """Share of tokens to mask in a step: normal around 1, cut to [low, 1]."""
+    normal = torch.distributions.Normal(1.0, std)
     edges = normal.cdf(torch.tensor([low, 1.0], dtype=torch.float64))
     u = torch.rand((), generator=generator, dtype=torch.float64)
     return float(normal.icdf(edges[0] + u * (edges[1] - edges[0])).clamp(low, 1.0))

@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import typer
 
@@ -18,6 +18,9 @@ INTERNAL_ERROR = 1  # exit code: anything else
 _USER_ERRORS = (ValueError, OSError, ImportError)  # an ImportError here names the extra to install
 
 Command = TypeVar("Command", bound=Callable[..., Any])
+Model = Annotated[str, typer.Option("-m", "--model", help="Shipped model, pipeline folder, or Hub id.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
+Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 
 
 def one_line_errors(command: Command) -> Command:

@@ -14,9 +14,7 @@ DEFAULT_MODEL = "heroes32-llamagen"
 
 @_common.one_line_errors
 def bench(
-    model: Annotated[
-        str, typer.Option("-m", "--model", help="Shipped model, pipeline folder, or Hub id.")
-    ] = DEFAULT_MODEL,
+    model: _common.Model = DEFAULT_MODEL,
     samplers: Annotated[
         list[str] | None,
         typer.Option(
@@ -35,8 +33,8 @@ def bench(
     table: Annotated[
         list[Path] | None, typer.Option("--table", help="Print one table of bench.json files instead; repeatable.")
     ] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
+    device: _common.Device = None,
+    dtype: _common.Dtype = "float32",
 ) -> None:
     """Compare samplers on one model: forwards, seconds, quality.
 

@@ -14,12 +14,10 @@ DEFAULT_MODEL = "heroes32-llamagen"
 
 @_common.one_line_errors
 def demo(
-    model: Annotated[
-        str, typer.Option("-m", "--model", help="Shipped model, pipeline folder, or Hub id.")
-    ] = DEFAULT_MODEL,
+    model: _common.Model = DEFAULT_MODEL,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")] = None,
+    device: _common.Device = None,
 ) -> None:
     """Serve a web page: prompt, sampler, seed and guidance, a live preview, and the map of the decode.
 

@@ -19,13 +19,10 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Model = Annotated[str, typer.Option("-m", "--model", help="Shipped model, pipeline folder, or Hub id.")]
 Network = Annotated[str, typer.Option(help="Feature network: lite0 or inception.")]
 Tap = Annotated[str | None, typer.Option(help="Layer: lite0 low, mid, pool, logits; inception 64, 192, 768, 2048.")]
 Weights = Annotated[Path | None, typer.Option(help="Weights of the feature network; never downloaded.")]
 Rounding = Annotated[str, typer.Option(help="How pixels become 8 bits: nearest, llamagen or truncate.")]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")]
-Dtype = Annotated[str, typer.Option(help="float32, bfloat16 or float16.")]
 Infinity = Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many images.")]
 Interval = Annotated[bool, typer.Option("--interval", help="Also compute a 95 % interval of the distance.")]
 Score = Annotated[bool, typer.Option("--inception-score", help="Also compute the score from the network's logits.")]
@@ -35,7 +32,7 @@ Score = Annotated[bool, typer.Option("--inception-score", help="Also compute the
 @_common.one_line_errors
 def fid(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder for samples and report; a stopped run goes on.")],
-    model: Model = DEFAULT_MODEL,
+    model: _common.Model = DEFAULT_MODEL,
     sampler: Annotated[str | None, typer.Option("-s", "--sampler", help="Sampler; default: the model's own.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Sampler setting; repeatable.")
@@ -56,8 +53,8 @@ def fid(
     no_images: Annotated[bool, typer.Option("--no-images", help="Keep features and digests, not the images.")] = False,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM's evaluator.")] = False,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that hangs.")] = 1800.0,
-    device: Device = None,
-    dtype: Dtype = "float32",
+    device: _common.Device = None,
+    dtype: _common.Dtype = "float32",
 ) -> None:
     """Draw images and compare them with real ones.
 
@@ -123,7 +120,7 @@ def compare(
     infinity: Infinity = False,
     interval: Interval = False,
     inception_score: Score = False,
-    device: Device = None,
+    device: _common.Device = None,
 ) -> None:
     """Compare two image sets.
 
@@ -152,7 +149,7 @@ def compare(
 @app.command("reconstruction")
 @_common.one_line_errors
 def reconstruction(
-    model: Model = DEFAULT_MODEL,
+    model: _common.Model = DEFAULT_MODEL,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for report and sheet.")] = None,
     num: Annotated[int, typer.Option("-n", "--num", help="Images.")] = 2000,
     reference: Annotated[str, typer.Option(help="heroes, a folder, or an npz.")] = "heroes",
@@ -160,7 +157,7 @@ def reconstruction(
     tap: Tap = None,
     weights: Weights = None,
     rounding: Rounding = "nearest",
-    device: Device = None,
+    device: _common.Device = None,
 ) -> None:
     """Encode and decode real images: PSNR and rFD of a model's tokenizer."""
     from vargen.metrics.reconstruction import evaluate_reconstruction
@@ -184,10 +181,10 @@ def reconstruction(
 @app.command("likelihood")
 @_common.one_line_errors
 def likelihood(
-    model: Model = DEFAULT_MODEL,
+    model: _common.Model = DEFAULT_MODEL,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the report.")] = None,
     num: Annotated[int, typer.Option("-n", "--num", help="Heroes of each kind.")] = 512,
-    device: Device = None,
+    device: _common.Device = None,
 ) -> None:
     """Score fresh heroes: nats per token of a causal or next-scale model."""
     from vargen.metrics.likelihood import evaluate_likelihood
@@ -202,7 +199,7 @@ def likelihood(
 @_common.one_line_errors
 def card(
     results: Annotated[list[Path], typer.Argument(metavar="REPORT...", help="report.json files, or their folders.")],
-    model: Model = DEFAULT_MODEL,
+    model: _common.Model = DEFAULT_MODEL,
     recipe: Annotated[Path | None, typer.Option(help="Training recipe; default: the record beside the model.")] = None,
 ) -> None:
     """Write a model's README.md from reports."""

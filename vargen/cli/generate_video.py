@@ -8,8 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from vargen.cli import _common
-from vargen.cli.generate import _label, _print_table, _set_threads
+from vargen.cli import _common, _drawing
 
 DEFAULT_MODEL = "heroes-video-nbp"
 SHOWN_SIDE = 256  # pixels that automatic enlargement brings small clips near
@@ -21,35 +20,29 @@ def generate_video(
         list[str] | None, typer.Argument(metavar="PROMPT...", help="What moves how, one text a clip set.")
     ] = None,
     num_videos: Annotated[int, typer.Option("-n", "--num-videos", help="Clips of each prompt.")] = 1,
-    model: Annotated[
-        str, typer.Option("-m", "--model", help="Shipped model, pipeline folder, or Hub id.")
-    ] = DEFAULT_MODEL,
-    class_label: Annotated[
-        list[str] | None, typer.Option("-c", "--class-label", help="Class id or name instead of a prompt; repeatable.")
-    ] = None,
+    model: _common.Model = DEFAULT_MODEL,
+    class_label: _drawing.ClassLabels = None,
     frames: Annotated[
         Path | None, typer.Option(help="Image or GIF whose frames begin every clip; they are held and continued.")
     ] = None,
     num_frames: Annotated[int | None, typer.Option(help="Stop after so many frames.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="NAME=VALUE", help="Another sampler setting; repeatable.")
-    ] = None,
+    settings: _drawing.Settings = None,
     seed: Annotated[int | None, typer.Option(help="Clip i uses seed + i; default: drawn, and shown.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option("-g", "--guidance-scale", help="1 is off.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 is greedy.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Keep so many codes; 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Keep so much probability; 1 is off.")] = None,
+    guidance_scale: _drawing.Guidance = None,
+    temperature: _drawing.Temperature = None,
+    top_k: _drawing.TopK = None,
+    top_p: _drawing.TopP = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", "--out", help="File for all clips side by side: .gif or .mp4.")
     ] = Path("out.gif"),
     fps: Annotated[int | None, typer.Option(help="Frames a second; default: the model's.")] = None,
     columns: Annotated[int | None, typer.Option(help="Clips in a row.")] = None,
-    scale: Annotated[int | None, typer.Option(help="Whole-number enlargement, pixels stay sharp.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace existing files.")] = False,
+    scale: _drawing.Scale = None,
+    overwrite: _drawing.Overwrite = False,
     batch_size: Annotated[int | None, typer.Option(help="Clips decoded at a time; they do not depend on it.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu, cuda, ...; default: a GPU where there is one.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    threads: Annotated[int | None, typer.Option(help="CPU threads; default: 1 for small models.")] = None,
+    device: _common.Device = None,
+    dtype: _common.Dtype = "float32",
+    threads: _drawing.Threads = None,
 ) -> None:
     """Draw clips from prompts, class labels or first frames.
 
@@ -58,6 +51,7 @@ def generate_video(
       vargen generate-video "deep elf with a red cloak walking left" --seed 7 --out clip.gif
       vargen generate-video "minotaur jumping" "mummy walking right" -n 4 -o heroes.mp4 --scale 4
     """
+    from vargen.pipelines.video import VideoPipeline
     from vargen.pipelines.video_frames import check_video_path, save_video
 
     check_video_path(output)
@@ -69,13 +63,13 @@ def generate_video(
     first = _read_frames(frames)
     overrides = _common.read_settings(settings or [])
     start = time.perf_counter()
-    pipe = _load(model, device, dtype)
-    _set_threads(pipe, threads)
+    pipe = _drawing.load_pipeline(VideoPipeline, model, device, dtype)
+    _drawing.set_threads(pipe, threads)
     loaded = time.perf_counter()
     shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     result = pipe(
         prompt=list(prompts) if prompts else None,
-        class_labels=[_label(text) for text in class_label] if class_label else None,
+        class_labels=[_drawing.read_label(text) for text in class_label] if class_label else None,
         frames=first,
         num_frames=num_frames,
         num_videos_per_prompt=num_videos,
@@ -89,19 +83,7 @@ def generate_video(
     used = pipe.sampler.replace(**overrides, **{name: value for name, value in shared.items() if value is not None})
     save_video(_side_by_side(result.frames, columns, scale), output, fps=result.fps, overwrite=overwrite)
     result.codes = result.codes.flatten(1)
-    _print_table(result, output, used, seconds, loaded - start, what="clips")
-
-
-def _load(model: str, device: str | None, dtype: str) -> Any:
-    from diffusers.utils import logging
-
-    from vargen.pipelines.video import VideoPipeline
-
-    where, kind = _common.pick_device(device), _common.pick_dtype(dtype)
-    logging.disable_progress_bar()
-    pipe = VideoPipeline.from_pretrained(model, dtype=kind).to(where)
-    pipe.set_progress_bar_config(disable=not _common.is_terminal(), unit="code", leave=False)
-    return pipe
+    _drawing.print_table(result, output, used, seconds, loaded - start, what="clips")
 
 
 def _read_frames(path: Path | None) -> list[Any] | None:

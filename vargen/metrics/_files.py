@@ -1,8 +1,9 @@
-"""Digests of files, and npz archives that fail with one clear line."""
+"""Digests of files, folders of small classifiers, and npz archives that fail with one clear line."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from vargen.files import atomic_write
+
+_CONFIG, _WEIGHTS = "classifier.json", "model.safetensors"
 
 
 def file_digest(path: str | Path) -> str:
@@ -24,6 +31,25 @@ def state_digest(module: Any) -> str:
     for name, value in module.state_dict().items():
         digest.update(name.encode() + value.detach().cpu().contiguous().numpy().tobytes())
     return digest.hexdigest()
+
+
+def write_classifier(folder: str | Path, module: Any, record: dict[str, Any]) -> None:
+    """Write what a classifier is and its weights, half precision."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    half = {name: v.half().contiguous() if v.is_floating_point() else v for name, v in module.state_dict().items()}
+    with atomic_write(Path(folder) / _WEIGHTS, overwrite=True) as beside:
+        beside.write_bytes(save(half))  # save_file would leave a file that only its owner can read
+    with atomic_write(Path(folder) / _CONFIG, overwrite=True) as beside:
+        beside.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_classifier(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """Return the record and the float32 weights of a classifier's folder; None where there is none."""
+    path = Path(folder)
+    if not (path / _CONFIG).is_file() or not (path / _WEIGHTS).is_file():
+        return None
+    state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path / _WEIGHTS).items()}
+    return json.loads((path / _CONFIG).read_text()), state
 
 
 @contextmanager

@@ -10,23 +10,19 @@ Letters: B images, S slots, A attribute ids, K classes of a slot ("nothing" firs
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vargen.data.atlas import HeroAtlas
 from vargen.data.heroes import HeroesDataset, sample_heroes
-from vargen.files import atomic_write
-from vargen.metrics._files import state_digest
+from vargen.metrics._files import read_classifier, state_digest, write_classifier
 
 CLASSIFIER_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "heroes32-classifier"
-_CONFIG, _WEIGHTS = "classifier.json", "model.safetensors"
 _WIDTHS = (48, 96, 128)  # channels at 16x16, 8x8 and 4x4 pixels: 0.48M parameters with the heads
 _SQUEEZED = 48  # channels of the 4x4 map that the heads read
 
@@ -96,29 +92,22 @@ class AttributeClassifier(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration and half-precision weights."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        half = {name: v.half().contiguous() if v.is_floating_point() else v for name, v in self.state_dict().items()}
-        with atomic_write(Path(folder) / _WEIGHTS, overwrite=True) as beside:
-            beside.write_bytes(save(half))  # save_file would leave a file that only its owner can read
         record = {"pictures": pictures_digest(), "slot_ids": self.slot_ids, "real_accuracy": self.real_accuracy}
-        with atomic_write(Path(folder) / _CONFIG, overwrite=True) as beside:
-            beside.write_text(json.dumps(record, indent=1) + "\n")
+        write_classifier(folder, self, record)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = CLASSIFIER_FOLDER) -> AttributeClassifier:
         """Load a classifier, by default the shipped one, in float32 and evaluation mode."""
-        path = Path(folder)
-        if not (path / _CONFIG).is_file() or not (path / _WEIGHTS).is_file():
-            raise ValueError(f"no hero classifier in {path}: train one with `vargen eval classifier --out {path}`")
-        record = json.loads((path / _CONFIG).read_text())
+        stored, how = read_classifier(folder), f"`vargen eval classifier --out {folder}`"
+        if stored is None:
+            raise ValueError(f"no hero classifier in {folder}: train one with {how}")
+        record, state = stored
         if record["pictures"] != pictures_digest():
             raise ValueError(
-                f"the classifier in {path} was trained on other pictures of the heroes; "
-                f"train it again with `vargen eval classifier --out {path}`"
+                f"the classifier in {folder} was trained on other pictures of the heroes; train it again with {how}"
             )
         model = cls(record["slot_ids"])
-        state = load_file(path / _WEIGHTS)
-        model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+        model.load_state_dict(state)
         model.real_accuracy = record["real_accuracy"]
         return model.eval()
 

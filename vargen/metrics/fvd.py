@@ -11,19 +11,16 @@ from __future__ import annotations
 
 import warnings
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.image.fid import FrechetInceptionDistance
 
-from vargen.metrics._base import QuantisedMetric
 from vargen.metrics._files import file_digest
-from vargen.metrics.frechet import frechet_distance
+from vargen.metrics.frechet import FrechetDistance, frechet_distance
 from vargen.metrics.i3d import I3D, MIN_FRAMES
 from vargen.metrics.networks import feature_network, load_state, load_weights
-from vargen.metrics.statistics import GaussianStatistics
 
 Protocol = Literal["styleganv", "larp", "nbp"]
 Covariance = Literal["n", "n-1"]
@@ -140,7 +137,7 @@ def _checked_file(weights: str | Path | None, digest: str | None) -> tuple[Path,
     return Path(weights), found
 
 
-class FrechetVideoDistance(QuantisedMetric, FrechetInceptionDistance):
+class FrechetVideoDistance(FrechetDistance):
     """Frechet distance between features of real and generated clips, in float64.
 
     Args:
@@ -177,19 +174,13 @@ class FrechetVideoDistance(QuantisedMetric, FrechetInceptionDistance):
             body = video_features(body, weights, protocol=protocol, digest=digest)
         if frames < body.min_frames:
             raise ValueError(f"frames must be at least {body.min_frames} for this network, got {frames}")
-        super().__init__(feature=body, **kwargs)
-        self.set_rounding("nearest")
+        super().__init__(cast(Any, body), **kwargs)
         self.protocol, self.cov, self.frames = protocol, cov, frames
-
-    @property
-    def network(self) -> VideoFeatures:
-        """The network over clips."""
-        return self.inception
 
     @property
     def metric_name(self) -> str:
         """ "FVD" for I3D with weights, otherwise a name that says what was compared."""
-        return self.network.name
+        return str(self.network.name)
 
     def update(self, clips: Tensor, real: bool) -> None:
         """Add clips ``[B, 3, T, H, W]``: uint8, or float in [0, 1] (rounded to 8 bits); T at least ``frames``.
@@ -210,11 +201,8 @@ class FrechetVideoDistance(QuantisedMetric, FrechetInceptionDistance):
                 raise ValueError(f"clips must be in [0, 1], got {low:.3g} to {high:.3g}; map [-1, 1] by (x + 1) / 2")
             self.rounding_used = self.rounding
             clips = (clips * 255).round().to(torch.uint8)
-        features = self.network(clips.float() / 255).double() if len(clips) else torch.zeros(0, self.num_features)
-        x, side = features.to(self.real_features_sum.device, torch.float64), "real" if real else "fake"
-        for name, value in (("sum", x.sum(0)), ("cov_sum", x.T @ x), ("num_samples", torch.tensor(len(x)))):
-            state = getattr(self, f"{side}_features_{name}")
-            setattr(self, f"{side}_features_{name}", state + value.to(state))
+        if len(clips):
+            self.add_features(self.network(clips.float() / 255), real)
 
     def compute(self) -> Tensor:
         """Return the distance as a float64 scalar.
@@ -222,7 +210,7 @@ class FrechetVideoDistance(QuantisedMetric, FrechetInceptionDistance):
         Raises:
             ValueError: fewer than two clips on a side.
         """
-        sides = [self._statistics("real"), self._statistics("fake")]
+        sides = [self.statistics(True), self.statistics(False)]
         counts = [side.count for side in sides]
         if min(counts) < 2:
             raise ValueError(f"{self.metric_name} needs at least 2 clips a side, got {counts[0]} real and {counts[1]}")
@@ -234,8 +222,3 @@ class FrechetVideoDistance(QuantisedMetric, FrechetInceptionDistance):
         (a, b), (s, t) = sides, scale
         value = frechet_distance(a.mean, a.covariance * s, b.mean, b.covariance * t)
         return torch.tensor(value, dtype=torch.float64)
-
-    def _statistics(self, side: str) -> GaussianStatistics:
-        count = int(getattr(self, f"{side}_features_num_samples"))
-        total, outer = getattr(self, f"{side}_features_sum"), getattr(self, f"{side}_features_cov_sum")
-        return GaussianStatistics(count, total.double().cpu(), outer.double().cpu())

@@ -10,7 +10,6 @@ Letters: B clips, T frames, M motions.
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,18 +18,15 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vargen.data.atlas import HeroAtlas
 from vargen.data.heroes import compose
 from vargen.data.motion import FRAMES, MOTIONS, sample_clips
 from vargen.data.motion_dataset import MotionDataset
-from vargen.files import atomic_write
-from vargen.metrics._files import state_digest
+from vargen.metrics._files import read_classifier, state_digest, write_classifier
 
 MOTION_CLASSIFIER_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "heroes-video-classifier"
-_CONFIG, _WEIGHTS = "classifier.json", "model.safetensors"
 _WIDTH = 48
 _CENTRED = {"walking left": 8, "walking right": 8, "rising from the ground": 16}  # frame with the hero in its place
 
@@ -80,13 +76,8 @@ class MotionClassifier(nn.Module):
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write configuration and half-precision weights."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        half = {name: v.half().contiguous() for name, v in self.state_dict().items()}
-        with atomic_write(Path(folder) / _WEIGHTS, overwrite=True) as beside:
-            beside.write_bytes(save(half))
         record = {"clips": clips_digest(), "motions": MOTIONS, "real_accuracy": self.real_accuracy}
-        with atomic_write(Path(folder) / _CONFIG, overwrite=True) as beside:
-            beside.write_text(json.dumps(record, indent=1) + "\n")
+        write_classifier(folder, self, record)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path = MOTION_CLASSIFIER_FOLDER) -> MotionClassifier:
@@ -95,15 +86,14 @@ class MotionClassifier(nn.Module):
         Raises:
             ValueError: there is none, or it was trained on other clips.
         """
-        path = Path(folder)
-        how = "train one with vargen.metrics.motion.train_motion_classifier"
-        if not (path / _CONFIG).is_file() or not (path / _WEIGHTS).is_file():
-            raise ValueError(f"no motion classifier in {path}; {how}")
-        record = json.loads((path / _CONFIG).read_text())
+        stored, how = read_classifier(folder), "train one with vargen.metrics.motion.train_motion_classifier"
+        if stored is None:
+            raise ValueError(f"no motion classifier in {folder}; {how}")
+        record, state = stored
         if record["clips"] != clips_digest():
-            raise ValueError(f"the classifier in {path} was trained on other clips; {how}")
+            raise ValueError(f"the classifier in {folder} was trained on other clips; {how}")
         model = cls()
-        model.load_state_dict({k: v.float() for k, v in load_file(path / _WEIGHTS).items()})
+        model.load_state_dict(state)
         model.real_accuracy = record["real_accuracy"]
         return model.eval().requires_grad_(False)
 

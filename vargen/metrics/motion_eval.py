@@ -24,9 +24,11 @@ from vargen.data.motion import MOTIONS, PARTS
 from vargen.data.motion_dataset import MotionDataset
 from vargen.files import atomic_write
 from vargen.hub import resolve_model
+from vargen.images import to_uint8
 from vargen.metrics.card import _components, _flat, _recipe
 from vargen.metrics.fvd import FrechetVideoDistance
 from vargen.metrics.motion import MotionClassifier, measure_motion
+from vargen.metrics.reconstruction import psnr
 
 CHUNK = 50  # clips decoded together: part of the numbers through floating-point rounding only
 REPORT = "motion.json"
@@ -69,15 +71,15 @@ def evaluate_motion(
         seeds = list(range(first, first + len(batch["labels"])))
         began = time.perf_counter()
         output = pipe.sampler.sample(pipe.backbone, batch["labels"], seeds=seeds)
-        drawn.append(_bytes(pipe.tokenizer.decode(output.codes.view(-1, *pipe.backbone.grid_size))))
+        drawn.append(to_uint8(pipe.tokenizer.decode(output.codes.view(-1, *pipe.backbone.grid_size))))
         seconds += time.perf_counter() - began
         forwards = output.stats.num_forwards
-        clips = _bytes(batch["clip"])
+        clips = to_uint8(batch["clip"])
         real.append(clips)
         labels.append(batch["labels"])
         codes = torch.cat([pipe.tokenizer.encode(part).codes for part in batch["clip"].split(10)])
         codes_used.update(codes.flatten().tolist())
-        squared = ((_bytes(pipe.tokenizer.decode(codes)).float() - clips.float()) / 255).square().double()
+        squared = (to_uint8(pipe.tokenizer.decode(codes)).float() - clips.float()).square().double()
         for row, part in enumerate((squared[:, :, :1], squared[:, :, 1:])):
             error[row] += torch.tensor([part.sum().item(), part.numel()], dtype=torch.float64)
         for part, full in zip(codes.flatten(1).split(10), batch["labels"].split(10), strict=True):
@@ -94,9 +96,9 @@ def evaluate_motion(
             "classifier_real_accuracy": classifier.real_accuracy,
         },
         "reconstruction": {
-            "psnr": _psnr(error.sum(0)),
-            "psnr_first_frames": _psnr(error[0]),
-            "psnr_later_frames": _psnr(error[1]),
+            "psnr": psnr(error.sum(0)[0] / error.sum(0)[1]),
+            "psnr_first_frames": psnr(error[0, 0] / error[0, 1]),
+            "psnr_later_frames": psnr(error[1, 0] / error[1, 1]),
             "codes_used": len(codes_used),
             "codebook_size": pipe.tokenizer.codebook_size,
         },
@@ -206,7 +208,7 @@ def _frechet(network: str, made: Tensor, real: Tensor, stream: MotionDataset) ->
     metric = FrechetVideoDistance(network, frames=min(16, made.shape[2]), reset_real_features=False)
     other = torch.cat(
         [
-            _bytes(stream.examples(np.arange(i, min(i + CHUNK, 10**6 + len(real))))["clip"])
+            to_uint8(stream.examples(np.arange(i, min(i + CHUNK, 10**6 + len(real))))["clip"])
             for i in range(10**6, 10**6 + len(real), CHUNK)
         ]
     )
@@ -224,11 +226,3 @@ def _frechet(network: str, made: Tensor, real: Tensor, stream: MotionDataset) ->
 def _nats(backbone: Any, codes: Tensor, condition: Tensor) -> float:
     logits = backbone(codes, condition)
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum").item()
-
-
-def _psnr(total: Tensor) -> float:
-    return float(-10 * torch.log10((total[0] / total[1].clamp_min(1)).clamp_min(1e-10)))
-
-
-def _bytes(clips: Tensor) -> Tensor:
-    return ((clips.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)

@@ -15,7 +15,7 @@ from torch import Tensor
 from vargen.files import atomic_write
 from vargen.metrics._files import open_npz
 
-_BLOCK = 4096  # samples in float64 at a time
+_BLOCK = 512  # samples in float64 at a time
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from diffusers.utils import BaseOutput, export_to_gif, export_to_video
 from PIL import Image
 from torch import Tensor
 
-from vargen.display import frames_of, gif_html
+from vargen.display import MAX_FPS, as_images, frames_of, gif_html, stats_line
 from vargen.files import atomic_write
-from vargen.images import from_pil, to_pil
+from vargen.images import from_pil
 from vargen.outputs import DecodeStats
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.tokenizers.video_fsq_blocks import StreamState
@@ -64,22 +64,11 @@ class VideoPipelineOutput(BaseOutput):
         return f"VideoPipelineOutput({len(self.seeds)} clips, {kind}, seeds={self.seeds}, {self.stats.num_forwards} forwards)"
 
     def _repr_html_(self) -> str:
-        notes = [
-            f"seeds {', '.join(map(str, self.seeds))}: {self.stats.num_forwards} forwards, {self.stats.guarantee}"
-        ]
-        lines = "".join(f"<p>{escape(line)}</p>" for line in [*notes, *self.stats.notes])
+        line = stats_line(self.stats, len(self.seeds), self.codes[0].numel(), self.seeds, what="clip")
+        text = "".join(f"<div><small>{escape(one)}</small></div>" for one in [line, *self.stats.notes])
         if self.frames is None:
-            return f"<p>codes {tuple(self.codes.shape)}</p>{lines}"
-        return gif_html(frames_of(list(self.frames)), self.fps, title="clips") + lines
-
-
-def frames_to_pil(clip: Any) -> list[Image.Image]:
-    """One clip as PIL images, whatever the output type it came in."""
-    if isinstance(clip, Tensor):
-        return to_pil(clip.float() * 2 - 1)
-    if isinstance(clip, np.ndarray):
-        return to_pil(torch.from_numpy(clip).permute(0, 3, 1, 2).float() * 2 - 1)
-    return list(clip)
+            return f"<div>codes {tuple(self.codes.shape)}</div>{text}"
+        return gif_html(frames_of(list(self.frames)), min(self.fps, MAX_FPS), title="clips") + text
 
 
 def enlarge(clip: Sequence[Image.Image], factor: int) -> list[Image.Image]:
@@ -111,7 +100,7 @@ def save_video(
     check_fps(fps)
     if scale < 1:
         raise ValueError(f"scale must be at least 1, got {scale}")
-    clip = enlarge(frames_to_pil(frames), scale)
+    clip = enlarge(as_images(frames), scale)
     with atomic_write(target, overwrite=overwrite) as beside:
         named = beside.with_name(beside.name + target.suffix)  # the format is read off the name
         if target.suffix.lower() == ".gif":

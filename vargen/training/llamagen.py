@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -33,11 +33,12 @@ class LlamaGenOptions:
 class LlamaGenTask(Task):
     """Train a ``LlamaGenTransformer`` on attributes and codes of heroes."""
 
-    Options = LlamaGenOptions
+    Options: ClassVar[type[Any]] = LlamaGenOptions
+    tokenizer_kind: ClassVar[type[Any]] = VQTokenizer
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(recipe, rank, world_size)
-        self.tokenizer: VQTokenizer = load_tokenizer(self.options.tokenizer)
+        self.tokenizer: Any = load_tokenizer(self.options.tokenizer, self.tokenizer_kind)
 
     def build(self, initialize: bool) -> LlamaGenTransformer:
         """Make the transformer for the tokenizer's codebook and the atlas's attributes."""

@@ -33,6 +33,7 @@ class MAROptions:
     """The autoencoder, and how the sample grids are drawn."""
 
     tokenizer: str = "runs/heroes32-kl"  # folder of a "kl" run, of a saved autoencoder or pipeline, or a model's name
+    start: str = ""  # a run or model of the same shape whose weights to start from; empty = random weights
     guidance_scale: float = 2.0
     grid_size: int = 16  # pictures on the sample grid, from attributes of test heroes
 
@@ -49,7 +50,10 @@ class MARTask(Task):
 
     def build(self, initialize: bool) -> Any:
         """Make the transformer for the autoencoder's latents and the atlas's attributes."""
-        return model_from(self.kind, self.recipe.model, **self.fixed())
+        model = model_from(self.kind, self.recipe.model, **self.fixed())
+        if initialize and self.options.start:
+            model.load_state_dict(load_continuous(self.options.start, self.kind).state_dict())
+        return model
 
     def fixed(self) -> dict[str, Any]:
         """Settings that data and autoencoder decide."""

@@ -5,7 +5,6 @@ Clips are composed and encoded afresh at every step; no example is seen twice.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +16,8 @@ from vargen.backbones.nbp import NBPTransformer
 from vargen.data.atlas import HeroAtlas
 from vargen.data.motion import FRAMES, num_attributes
 from vargen.tokenizers.video_fsq import VideoFSQTokenizer
+from vargen.training.llamagen import LlamaGenTask
 from vargen.training.recipe import Recipe
-from vargen.training.sources import load_tokenizer
 from vargen.training.tasks import model_from
 from vargen.training.video import MotionTask, to_strips
 
@@ -40,17 +39,17 @@ class NBPOptions:
             raise ValueError(f"options.grid_size must be >= 1, got {self.grid_size}")
 
 
-class NBPTask(MotionTask):
+class NBPTask(MotionTask, LlamaGenTask):
     """Train an ``NBPTransformer`` on attributes and codes of moving heroes."""
 
     Options = NBPOptions
+    tokenizer_kind = VideoFSQTokenizer
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(recipe, rank, world_size)
-        self.tokenizer: VideoFSQTokenizer = load_tokenizer(self.options.tokenizer, VideoFSQTokenizer)
         self._known = _PatchCodes(self.tokenizer) if self.tokenizer.config.dictionary else None
 
-    def build(self, initialize: bool) -> NBPTransformer:
+    def build(self, initialize: bool) -> NBPTransformer:  # type: ignore[override]
         """Make the transformer for the tokenizer's codes and the attributes of moving heroes."""
         fixed: dict[str, Any] = {
             "codebook_size": self.tokenizer.codebook_size,
@@ -62,30 +61,6 @@ class NBPTask(MotionTask):
             "attribute_dropout_prob": 0.0,
         }
         return model_from(NBPTransformer, self.recipe.model, **fixed)
-
-    def setup(self, device: torch.device) -> None:
-        """Move the tokenizer to the device of training."""
-        super().setup(device)
-        self.tokenizer.to(device)
-
-    def compile(self, model: nn.Module) -> None:
-        """Compile the blocks: one graph serves all of them."""
-        for layer in model.layers:  # type: ignore[union-attr]
-            layer.compile()
-
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Attributes and codes of one step."""
-        return self._encode(super().batch(step))
-
-    def test_batch(self, start: int, size: int) -> dict[str, Tensor]:
-        """Attributes, codes and pixels of test clips."""
-        return self._encode(super().test_batch(start, size))
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Cross-entropy in nats per token."""
-        logits = model(batch["codes"], batch["attributes"])
-        loss = F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())
-        return loss, {"nats_per_token": loss.detach()}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -20,6 +20,7 @@ from vargen.data.motion_dataset import MotionDataset
 from vargen.tokenizers.kmeans import _assign, _update
 from vargen.tokenizers.video_fsq import VideoFSQTokenizer
 from vargen.training.tasks import Task, model_from, to_grid
+from vargen.training.vq import _psnr, _to_uint8
 
 _MANY = 60.0  # a patch seen more often weighs no more: plain background is a third of everything
 
@@ -93,11 +94,8 @@ class VideoTask(MotionTask):
             error = ((_to_uint8(model(clips).videos) - _to_uint8(clips)) / 255).square()
             for row, part in enumerate((error[:, :, :1], error[:, :, 1:])):
                 total[row] += torch.tensor([part.sum().item(), part.numel()], dtype=torch.float64)
-        (first, n_first), (later, n_later) = total.tolist()
-        values = {"psnr": (first + later) / (n_first + n_later), "psnr_first": first / n_first}
-        if n_later:
-            values["psnr_later"] = later / n_later
-        return {name: float(-10 * np.log10(max(value, 1e-10))) for name, value in values.items()}
+        sums = {"psnr": total.sum(0), "psnr_first": total[0], "psnr_later": total[1]}
+        return {name: _psnr(error / count) for name, (error, count) in sums.items() if count}
 
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
@@ -148,7 +146,3 @@ def _tree_order(vectors: Tensor) -> Tensor:
     order = (centred @ direction).argsort()
     halves = order.split(-(-len(order) // 2))
     return torch.cat([half[_tree_order(vectors[half])] for half in halves])
-
-
-def _to_uint8(clips: Tensor) -> Tensor:
-    return ((clips.float().clamp(-1, 1) + 1) * 127.5).round()
