@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import io
+import re
 from typing import Any
 
 import numpy as np
@@ -148,6 +151,10 @@ def test_clips_are_written(pipe: VideoPipeline, tmp_path: Any, name: str) -> Non
             first = next(ImageSequence.Iterator(clip)).convert("RGB")
         assert first.getpixel((0, 0)) == pytest.approx(out.frames[0][0].getpixel((0, 0)), abs=40)
     assert "data:image/gif;base64," in out._repr_html_()
+    many = pipe(class_labels=[1, 2, 0], seed=7)
+    (shown,) = re.findall(r"base64,([^\"]+)", many._repr_html_())
+    with Image.open(io.BytesIO(base64.b64decode(shown))) as clips:  # side by side, each about 128 pixels large
+        assert clips.width > 2 * clips.height > 2 * 128
 
 
 @pytest.mark.parametrize(

@@ -93,9 +93,13 @@ def sheet(images: Sequence[Image.Image], labels: Sequence[str] | None = None) ->
     """Put at most 64 small or 16 large images on one sheet; small ones are enlarged, nearest neighbour."""
     shown = list(images)[: MAX_SMALL if max(images[0].size) <= SMALL else MAX_LARGE]
     columns = _columns(len(shown))
-    fitting = max(1, SHEET_WIDTH // (columns * max(shown[0].size)))
-    scale = min(fitting, max(1, 192 // max(shown[0].size))) if max(shown[0].size) <= SMALL else 1
+    scale = _enlargement(max(shown[0].size), columns)
     return image_grid(shown, columns, scale, list(labels)[: len(shown)] if labels else None)
+
+
+def _enlargement(side: int, columns: int, wanted: int = 192) -> int:
+    """Factor that makes small pictures about ``wanted`` pixels large and a row of them no wider than a sheet."""
+    return max(1, min(SHEET_WIDTH // (columns * side), wanted // side)) if side <= SMALL else 1
 
 
 def _columns(count: int) -> int:
@@ -157,6 +161,14 @@ def frames_of(videos: Sequence[Any], columns: int | None = None) -> list[Image.I
         columns: videos in a row.
     """
     return [image_grid(moment, columns, 1) for moment in zip(*map(as_images, videos), strict=True)]
+
+
+def clips_html(videos: Sequence[Any], fps: float) -> str:
+    """Return an ``<img>`` element in which at most 16 videos play side by side; arguments as for :func:`frames_of`."""
+    shown = [as_images(video) for video in videos[:MAX_LARGE]]
+    columns = _columns(len(shown))
+    scale = _enlargement(max(shown[0][0].size), columns, wanted=128)  # a GIF of many frames is large
+    return gif_html(frames_of(shown, columns), min(fps, MAX_FPS), scale, title="clips")
 
 
 def png_html(image: Image.Image, title: str = "") -> str:

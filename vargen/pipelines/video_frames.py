@@ -19,7 +19,7 @@ from diffusers.utils import BaseOutput, export_to_gif, export_to_video
 from PIL import Image
 from torch import Tensor
 
-from vargen.display import MAX_FPS, as_images, frames_of, gif_html, stats_line
+from vargen.display import as_images, clips_html, stats_line
 from vargen.files import atomic_write
 from vargen.images import from_pil
 from vargen.outputs import DecodeStats
@@ -68,7 +68,7 @@ class VideoPipelineOutput(BaseOutput):
         text = "".join(f"<div><small>{escape(one)}</small></div>" for one in [line, *self.stats.notes])
         if self.frames is None:
             return f"<div>codes {tuple(self.codes.shape)}</div>{text}"
-        return gif_html(frames_of(list(self.frames)), min(self.fps, MAX_FPS), title="clips") + text
+        return clips_html(list(self.frames), self.fps) + text
 
 
 def enlarge(clip: Sequence[Image.Image], factor: int) -> list[Image.Image]:
