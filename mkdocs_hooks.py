@@ -177,23 +177,24 @@ def families() -> tuple[list[list[str]], str]:
 
 def sizes() -> tuple[list[list[str]], str]:
     """Published sizes with the parameter counts that ``vargen verify`` expects."""
-    from vargen import manifests, mar_manifests, schedule_manifests, var_manifests
+    from vargen.manifests import llamagen as llamagen_manifests
+    from vargen.manifests import mar, schedule, var
 
-    llamagen = {size: counts[-2:] for size, counts in manifests.LLAMAGEN_SIZES.items() if size != "GPT-7B"}
-    nar = schedule_manifests.NAR_PARAMETERS
+    llamagen = {size: counts[-2:] for size, counts in llamagen_manifests.LLAMAGEN_SIZES.items() if size != "GPT-7B"}
+    nar = schedule.NAR_PARAMETERS
     published: dict[str, dict[Any, int]] = {
         "LlamaGen, class to image": {size: c2i for size, (c2i, _) in llamagen.items()},
         "LlamaGen, text to image": {"GPT-XL": llamagen["GPT-XL"][1]},
-        "LlamaGen tokenizers": manifests.VQ_PARAMETERS,
-        "VAR": {size: count for size, count in var_manifests.VAR_PARAMETERS.items() if size != "d12"},
-        "VAR tokenizer": {var_manifests.VAE_NAME: var_manifests.VAE_PARAMETERS},
+        "LlamaGen tokenizers": llamagen_manifests.VQ_PARAMETERS,
+        "VAR": {size: count for size, count in var.VAR_PARAMETERS.items() if size != "d12"},
+        "VAR tokenizer": {var.VAE_NAME: var.VAE_PARAMETERS},
         "NAR, class to image": {size: nar[size][0] for size in ("B", "M", "L", "XL", "XXL")},
         "NAR, text to image": {"XL": nar["XL"][1]},
-        "NAR video": schedule_manifests.NAR_VIDEO_PARAMETERS,
-        "PAR (size x codes of a group)": schedule_manifests.PAR_PARAMETERS,
-        "RandAR": schedule_manifests.RANDAR_PARAMETERS,
-        "MAR": mar_manifests.MAR_PARAMETERS,
-        "xAR": mar_manifests.XAR_PARAMETERS,
+        "NAR video": schedule.NAR_VIDEO_PARAMETERS,
+        "PAR (size x codes of a group)": schedule.PAR_PARAMETERS,
+        "RandAR": schedule.RANDAR_PARAMETERS,
+        "MAR": mar.MAR_PARAMETERS,
+        "xAR": mar.XAR_PARAMETERS,
     }
     rows = [["model", "parameters in millions (GB in float32)"]]
     for model, counts in published.items():

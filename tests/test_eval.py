@@ -504,6 +504,11 @@ def test_card_holds_the_measured_numbers_and_nothing_else(hero_pipe, network, tm
         fid.environment["date"], "steps: 123", "- model: dim=16, depth=2", "CC0", "psnr all", "guarantee exact",
     ):  # fmt: skip
         assert expected in text
+    by_hand = "## What to know\n\nRed hats come out best.\n\n"
+    path.write_text(text.replace("## Components", by_hand + "## Components") + "\nTyped into the wrong place.\n")
+    again = write_card(model, [tmp_path / "fid"]).read_text()
+    assert by_hand + "## Components" in again
+    assert "wrong place" not in again
     only_fid = write_card(model, tmp_path / "fid").read_text()
     assert "psnr" not in only_fid
     assert "nats per token" not in only_fid

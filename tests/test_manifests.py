@@ -11,7 +11,8 @@ from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
 from vargen.checkpoints import CheckpointError
-from vargen.manifests import LLAMAGEN_SIZES, convert_checkpoint, llamagen_shapes, verify_checkpoint
+from vargen.manifests import convert_checkpoint, verify_checkpoint
+from vargen.manifests.llamagen import LLAMAGEN_SIZES, llamagen_shapes
 from vargen.tokenizers.vq import VQTokenizer
 from vargen.tokenizers.vq_checkpoints import llamagen_to_taming
 

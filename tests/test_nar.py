@@ -15,10 +15,10 @@ from vargen.checkpoints import CheckpointError
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.manifests import verify_checkpoint
+from vargen.manifests.schedule import NAR_PARAMETERS, NAR_VIDEO_PARAMETERS
 from vargen.samplers.neighboring import NeighboringSampler
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.samplers.schedule import DecodeSchedule
-from vargen.schedule_manifests import NAR_PARAMETERS, NAR_VIDEO_PARAMETERS
 
 GOLDEN = Path(__file__).parent / "golden" / "nar"
 SETS = ("c2i", "t2i", "video")

@@ -13,10 +13,10 @@ from vargen.backbones.par import PARTransformer
 from vargen.checkpoints import CheckpointError
 from vargen.kernels.warp import warp_logits
 from vargen.manifests import verify_checkpoint
+from vargen.manifests.schedule import PAR_PARAMETERS, RANDAR_PARAMETERS
 from vargen.samplers.parallel_group import ParallelGroupSampler
 from vargen.samplers.schedule import DecodeSchedule
 from vargen.samplers.schedule_orders import GROWTHS, ORDERS
-from vargen.schedule_manifests import PAR_PARAMETERS, RANDAR_PARAMETERS
 
 GOLDEN = Path(__file__).parent / "golden" / "par"
 SEEN = []  # guided logits, step by step

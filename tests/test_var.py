@@ -15,6 +15,7 @@ from vargen.backbones.var import VARTransformer
 from vargen.backbones.var_sizes import SCALES_512
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import verify_checkpoint
+from vargen.manifests.var import VAR_PARAMETERS
 from vargen.pipelines.image import ImagePipeline
 from vargen.tokenizers.vq import VQTokenizer
 from vargen.training.checkpoints import load_weights
@@ -22,7 +23,6 @@ from vargen.training.export import export_pipeline
 from vargen.training.recipe import parse_recipe
 from vargen.training.run import train
 from vargen.training.tasks import make_task
-from vargen.var_manifests import VAR_PARAMETERS
 
 GOLDEN = Path(__file__).parent / "golden" / "var"
 TINY = {

@@ -15,7 +15,7 @@ from vargen.backbones.nbp import NBPTransformer
 from vargen.backbones.nbp_sizes import SIZES
 from vargen.checkpoints import CheckpointError
 from vargen.manifests import verify_checkpoint
-from vargen.nbp_manifests import NBP_PARAMETERS, TOKENIZER_PARAMETERS
+from vargen.manifests.nbp import NBP_PARAMETERS, TOKENIZER_PARAMETERS
 from vargen.tokenizers.video_fsq import VideoFSQTokenizer
 from vargen.tokenizers.video_fsq_blocks import CausalConv3d, DepthToSpace, ResidualUnit, SpaceToDepth, StreamState
 from vargen.tokenizers.video_fsq_quantizer import FSQ

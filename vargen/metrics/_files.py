@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file, save
-from torch import Tensor
+from torch import Tensor, nn
 
 from vargen.files import atomic_write
 
@@ -64,3 +64,15 @@ def open_npz(path: str | Path) -> Iterator[Any]:
             yield file
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, KeyError) as error:
         raise ValueError(f"{path} is truncated or not an npz archive: {error}") from error
+
+
+def load_state(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
+    """Load strictly; the error names the first few keys that do not fit."""
+    expected = module.state_dict()
+    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
+    wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
+    if missing or extra or wrong:
+        raise ValueError(
+            f"weights do not fit {what}: missing {missing[:3]}, unexpected {extra[:3]}, wrong shape {sorted(wrong)[:3]}"
+        )
+    module.load_state_dict(state)

@@ -1,4 +1,7 @@
-"""Model cards written from measurements: nothing stands in the table that no report holds."""
+"""Model cards written from measurements: no number stands in a table that no report holds.
+
+A section "What to know" that somebody wrote by hand stays as it is.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +16,14 @@ from vargen.files import atomic_write
 from vargen.hub import resolve_model
 from vargen.metrics.report import attribute_table, metric_table, read_report
 
+_KEPT = "## What to know"
 TRAINING_RECORD = "training.json"  # written by `vargen train` beside the model, where it does
 
 
 def write_card(
     model: str | Path, results: str | Path | Sequence[str | Path], *, recipe: str | Path | None = None
 ) -> Path:
-    """Write ``README.md`` into a model folder.
+    """Write ``README.md`` into a model folder; a section "What to know" of the old one is kept.
 
     Args:
         model: shipped name or folder.
@@ -56,7 +60,7 @@ def write_card(
 def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
     source = json.loads((ATLAS_FOLDER / "atlas.json").read_text())["source"]
     lines = ["---", "library_name: vargen", "license: apache-2.0", "---", "", f"# {folder.name}", ""]
-    lines += [_summary(folder), ""]
+    lines += [_summary(folder), "", *_kept_section(folder / "README.md")]
     lines += ["## Components", "", *_components(folder), ""]
     if any("heroes" in str(r["protocol"].get("reference", "")) for r in reports):
         lines += ["## Data", "", f"Pixel heroes composed at random from {source['title']} ({source['licence']}).", ""]
@@ -68,6 +72,16 @@ def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -
     for report in reports:
         lines += _measurement(report)
     return "\n".join(lines).rstrip() + "\n"
+
+
+def _kept_section(card: Path) -> list[str]:
+    """Lines of the old card's hand-written section."""
+    lines = card.read_text().splitlines() if card.is_file() else []
+    if _KEPT not in lines:
+        return []
+    start = lines.index(_KEPT)
+    stop = next((i for i in range(start + 1, len(lines)) if lines[i].startswith("## ")), len(lines))
+    return lines[start:stop]
 
 
 def _summary(folder: Path) -> str:

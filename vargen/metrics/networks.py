@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.metrics._files import file_digest, state_digest
+from vargen.metrics._files import file_digest, load_state, state_digest
 from vargen.metrics.images import check_unit_range
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
@@ -171,18 +171,6 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} must hold a state dict of tensors, got {type(state).__name__}")
     return state
-
-
-def load_state(module: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load strictly; the error names the first few keys that do not fit."""
-    expected = module.state_dict()
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    wrong = [k for k in expected.keys() & state.keys() if expected[k].shape != state[k].shape]
-    if missing or extra or wrong:
-        raise ValueError(
-            f"weights do not fit {what}: missing {missing[:3]}, unexpected {extra[:3]}, wrong shape {sorted(wrong)[:3]}"
-        )
-    module.load_state_dict(state)
 
 
 def _tap(tap: str, dims: dict[str, int], name: str) -> str:

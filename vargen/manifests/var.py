@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vargen.manifests import Manifest, Shape
+from vargen.manifests.base import Manifest, Shape
 
 # size -> parameters, buffers left out; d12 was never released
 VAR_PARAMETERS = {

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.manifests import Manifest
+from vargen.manifests.base import Manifest
 
 # size -> parameters, class-to-image and text-to-image (buffers left out)
 NAR_PARAMETERS = {

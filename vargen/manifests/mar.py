@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vargen.manifests import Manifest
+from vargen.manifests.base import Manifest
 
 KL16_NAME, KL16_PARAMETERS = "kl16", 66_456_019
 KL16_WIDTHS = [128, 128, 256, 256, 512]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from vargen.manifests import Manifest
+from vargen.manifests.base import Manifest
 
 # size -> parameters with text (UCF-101 files) and of frame prediction (Kinetics-600 files), without the tokenizer in
 # them; the paper rounds, and leaves out embeddings and head: 0.7, 1.2 and 3 billion

@@ -1,0 +1,48 @@
+"""What a checkpoint must contain, and what a comparison with it found."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a checkpoint of one family and size contains."""
+
+    shapes: dict[str, Shape]
+    size: str | None = None  # published name, or None when the sizes were only inferred
+    num_parameters: int | None = None  # published count, buffers left out
+    buffers: tuple[str, ...] = ()  # patterns of entries that are no parameters
+    optional: tuple[str, ...] = ()  # patterns of keys that may be there and are ignored
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """Result of ``verify_checkpoint``; ``ok`` means that keys, shapes and parameter count are the expected ones."""
+
+    path: str
+    family: str | None
+    size: str | None
+    num_entries: int
+    num_parameters: int
+    expected_parameters: int | None
+    missing: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    wrong_shapes: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # key -> (in the file, expected)
+    not_finite: list[str] = field(default_factory=list)
+    dtypes: dict[str, int] = field(default_factory=dict)  # dtype -> number of entries
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the file is what its family and size promise."""
+        clean = not (self.missing or self.extra or self.wrong_shapes or self.not_finite or self.note)
+        return clean and self.expected_parameters in (None, self.num_parameters)
+
+
+Builder = Callable[[Mapping[str, Tensor]], Manifest]
