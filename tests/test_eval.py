@@ -19,7 +19,7 @@ from tests.tiny import NUM_CLASSES, tiny_backbone, tiny_pipeline, tiny_tokenizer
 from vargen.backbones.par import PARTransformer
 from vargen.cli import eval as command
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.data.heroes import HeroAtlas
+from vargen.data.heroes import HeroAtlas, parse_prompt
 from vargen.metrics import compare, evaluate_fid, feature_network, read_images, write_card, write_npz
 from vargen.metrics.attributes import AttributeClassifier
 from vargen.metrics.conditions import Conditions, class_conditions, hero_conditions, prompt_file
@@ -206,6 +206,10 @@ def test_conditions_are_balanced(tmp_path):
     heroes = hero_conditions(6)
     assert heroes.prompts == heroes.heroes.captions
     assert heroes.digest() == hero_conditions(6).digest() != hero_conditions(6, held_out=True).digest()
+    full = hero_conditions(6, full=True)
+    assert full.source.startswith("full captions")
+    pairs = zip(full.prompts, heroes.heroes.attributes.numpy(), strict=True)
+    assert all((parse_prompt(text) == row).all() for text, row in pairs)
     file.write_text("\n\n")
     with pytest.raises(ValueError, match="no prompts in"):
         prompt_file(file, 5)

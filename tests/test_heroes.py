@@ -252,6 +252,13 @@ def test_captions_of_random_heroes_are_understood() -> None:
         assert np.isin(parsed[parsed != 0], attributes).all()
 
 
+def test_full_captions_leave_nothing_open() -> None:
+    for attributes in sample_attributes(np.arange(1000)):
+        assert (parse_prompt(caption(attributes, empty=True)) == attributes).all(), caption(attributes, empty=True)
+    assert caption(parse_prompt("orc"), empty=True) == "an orc"  # unspecified is not empty
+    assert caption(ids(base="orc"), empty=True).startswith("an orc, no cloak, barefoot")
+
+
 def test_caption_reads_naturally() -> None:
     hero = ids(base="deep elf", cloak="red cloak", head="wizard hat", hand1="great sword")
     assert caption(hero) == "a deep elf with a wizard hat, a red cloak and a great sword"

@@ -42,6 +42,9 @@ def fid(
     prompts: Annotated[Path | None, typer.Option(help="File with one prompt a line, used in turn.")] = None,
     classes: Annotated[int | None, typer.Option(help="Number of classes, used in turn.")] = None,
     held_out: Annotated[bool, typer.Option("--held-out", help="Heroes: only pairs never seen in training.")] = False,
+    full_captions: Annotated[
+        bool, typer.Option("--full-captions", help="Heroes: captions also say which slots are empty.")
+    ] = False,
     network: Network = "lite0",
     tap: Tap = None,
     weights: Weights = None,
@@ -73,15 +76,16 @@ def fid(
 
     if prompts is not None and classes is not None:
         raise ValueError("give either --prompts or --classes, got both")
-    if held_out and (prompts is not None or classes is not None):
-        raise ValueError("--held-out draws its own captions; leave --prompts and --classes out")
+    if (held_out or full_captions) and (prompts is not None or classes is not None):
+        option = "--held-out" if held_out else "--full-captions"
+        raise ValueError(f"{option} draws its own captions; leave --prompts and --classes out")
     chosen = None
     if prompts is not None:
         chosen = given.prompt_file(prompts, num)
     elif classes is not None:
         chosen = given.class_conditions(classes, num)
-    elif held_out:
-        chosen = given.hero_conditions(num, held_out=True)
+    elif held_out or full_captions:
+        chosen = given.hero_conditions(num, held_out=held_out, full=full_captions)
     features = _features(network, weights, tap, device)
     pipe = _pipeline(model, sampler, device, dtype)
     with _progress() as progress:

@@ -30,6 +30,7 @@ _FILLERS = frozenset({
     "feet", "portrait", "picture", "image", "sprite", "pixel", "art",
 })  # fmt: skip
 # say nothing about any slot ("orc warrior" is an orc), but are enough for a prompt that asks for anybody
+_EMPTY = {"cloak": "no cloak", "hand2": "no shield"}  # slots whose emptiness has no word of its own
 _SUBJECTS = frozenset({
     "hero", "heroine", "character", "adventurer", "archer", "assassin", "barbarian", "druid", "fighter", "guard",
     "hunter", "jester", "king", "knight", "monk", "necromancer", "ninja", "paladin", "pharaoh", "pirate", "priest",
@@ -60,14 +61,16 @@ class _Phrases:
     spoken: dict[str, int] = field(repr=False)  # as written, for suggestions
 
 
-def caption(attributes: ArrayLike) -> str:
-    """Describe a hero in words; unspecified slots and empty slots are not mentioned.
+def caption(attributes: ArrayLike, *, empty: bool = False) -> str:
+    """Describe a hero in words; unspecified slots are not mentioned, and empty ones only if wanted.
 
     Args:
         attributes: (s,) integers.
+        empty: also say which slots are empty, so that `parse_prompt` returns all attributes as they were.
 
     Returns:
-        For example "a deep elf with a wizard hat, a red cloak and a great sword".
+        For example "a deep elf with a wizard hat, a red cloak and a great sword", and with ``empty`` perhaps
+        ", bald, no shield".
 
     Raises:
         ValueError: wrong shape, or an id that does not belong to its slot.
@@ -79,10 +82,13 @@ def caption(attributes: ArrayLike) -> str:
     parts = {slot: _with_article(atlas.part(i).name) for slot, i in zip(atlas.slots, ids, strict=True) if _is_part(i)}
     subject = parts.pop("base", "a hero")
     worn = [parts[slot] for slot in atlas.record["caption_order"] if slot in parts]
-    if not worn:
-        return subject
-    listing = worn[0] if len(worn) == 1 else f"{', '.join(worn[:-1])} and {worn[-1]}"
-    return f"{subject} with {listing}"
+    text = subject
+    if worn:
+        listing = worn[0] if len(worn) == 1 else f"{', '.join(worn[:-1])} and {worn[-1]}"
+        text = f"{subject} with {listing}"
+    none_ids = atlas.record["none_ids"]
+    bare = [slot for slot, i in zip(atlas.slots, ids, strict=True) if empty and int(i) == none_ids.get(slot)]
+    return ", ".join([text, *(_EMPTY.get(slot) or atlas.record["bare"][slot][0] for slot in bare)])
 
 
 def parse_prompt(text: str) -> NDArray[np.int64]:

@@ -47,11 +47,19 @@ class Conditions:
         return hashlib.sha256(json.dumps(self.values()).encode()).hexdigest()[:16]
 
 
-def hero_conditions(num: int, *, held_out: bool = False) -> Conditions:
-    """Return captions of fresh test heroes, drawn with the heroes' own law."""
+def hero_conditions(num: int, *, held_out: bool = False, full: bool = False) -> Conditions:
+    """Return captions of fresh test heroes, drawn with the heroes' own law.
+
+    Args:
+        num: how many.
+        held_out: only (base, weapon) pairs that the training split never shows.
+        full: captions also say which slots are empty. Without it these are left to the model, which may fill them: a
+            model that follows the heroes' law then wears more than the heroes of the reference do.
+    """
     heroes = hero_labels(num, "prompts", held_out=held_out)
     kind = "held-out pairs" if held_out else "any pair"
-    return Conditions(f"captions of fresh test heroes ({kind})", prompts=heroes.captions, heroes=heroes)
+    prompts, what = (heroes.full_captions, "full captions") if full else (heroes.captions, "captions")
+    return Conditions(f"{what} of fresh test heroes ({kind})", prompts=prompts, heroes=heroes)
 
 
 def prompt_file(path: str | Path, num: int) -> Conditions:

@@ -37,6 +37,11 @@ class HeroLabels:
         """One text an image; empty slots are not mentioned."""
         return [caption(row) for row in self.attributes.numpy()]
 
+    @property
+    def full_captions(self) -> list[str]:
+        """One text an image that also says what is empty: nothing is left open."""
+        return [caption(row, empty=True) for row in self.attributes.numpy()]
+
 
 @dataclass(frozen=True)
 class Heroes(HeroLabels):
