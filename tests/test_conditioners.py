@@ -2,15 +2,18 @@
 
 import importlib.util
 import types
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+import vargen
 from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.conditioners.class_labels import ClassConditioner, imagenet_names
 from vargen.conditioners.t5 import T5CaptionConditioner, left_pad
+from vargen.data.heroes import caption, complete, parse_prompt
 
 # class labels
 
@@ -264,3 +267,20 @@ def test_missing_libraries_are_named(monkeypatch, tiny_t5):
     monkeypatch.setattr("vargen.conditioners.t5.find_spec", lambda name: None)
     with pytest.raises(ImportError, match="transformers"):
         T5CaptionConditioner(clean=False)("a fox")
+
+
+@pytest.mark.slow
+def test_what_a_prompt_leaves_open_is_decided_by_the_seed_of_each_image() -> None:
+    pipe = vargen.ImagePipeline.from_pretrained("heroes32-nar", conditioner=AttributeConditioner(fill=True))
+    pipe.set_progress_bar_config(disable=True)
+    settings: dict[str, Any] = {"seed": 5, "output_type": "codes"}
+    filled = pipe(["an orc", "a mummy with a trident"], num_images_per_prompt=2, **settings).codes
+    wishes = [
+        parse_prompt(prompt) for prompt in ("an orc", "an orc", "a mummy with a trident", "a mummy with a trident")
+    ]
+    spelled = [caption(wish, empty=True) for wish in complete(np.stack(wishes), np.arange(5, 9))]
+    plain = vargen.ImagePipeline(**{**pipe.components, "conditioner": AttributeConditioner()})
+    plain.set_progress_bar_config(disable=True)
+    assert len(set(spelled)) == 4
+    assert torch.equal(plain(spelled, **settings).codes, filled)
+    assert not torch.equal(plain(["an orc"] * 2, **settings).codes, filled[:2])

@@ -216,6 +216,8 @@ class ImagePipeline(DiffusionPipeline):
             kept = edit and forced_codes(self.tokenizer, edit, inputs.condition_rows(rows), num_images_per_prompt)
             condition = inputs.repeat_condition(rows, num_images_per_prompt)
             seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
+            if edit is None and prompt is not None:  # a given image says the rest itself
+                condition = inputs.complete_condition(self.conditioner, condition, seeds)
 
             # 3. Draw codes, 4. decode them
             watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))

@@ -113,6 +113,12 @@ def move_condition(condition: Any, device: torch.device) -> Any:
     return _map(condition, lambda tensor: tensor.to(device))
 
 
+def complete_condition(conditioner: Any, condition: Any, seeds: list[int]) -> Any:
+    """Let a conditioner that can decide what prompts leave open, row i by ``seeds[i]``."""
+    complete = getattr(conditioner, "complete", None)
+    return condition if complete is None else complete(condition, seeds)
+
+
 def condition_rows(condition: Any) -> int:
     """P, the number of rows."""
     return len(condition) if isinstance(condition, Tensor) else len(condition[0])

@@ -134,9 +134,8 @@ class VideoPipeline(ImagePipeline):
                 kept = given_codes(self.tokenizer, clips, grid, inputs.condition_rows(rows), num_videos_per_prompt)
             condition = inputs.repeat_condition(rows, num_videos_per_prompt)
             seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
-            fill = getattr(self.conditioner, "complete", None)
-            if fill is not None and clips is None and prompt is not None:  # given frames say the rest themselves
-                condition = fill(condition, seeds)
+            if clips is None and prompt is not None:  # given frames say the rest themselves
+                condition = inputs.complete_condition(self.conditioner, condition, seeds)
 
             # 3. Draw codes, 4. decode them
             watch = VideoWatch(self, callback_on_step_end, wanted, wanted=shown)

@@ -87,7 +87,9 @@ def export_pipeline(
         pipe = VideoPipeline(**components, conditioner=AttributeConditioner("motion", fill=True))
     else:
         drafted = None if drafter is None else load_transformer(drafter)
-        pipe = ImagePipeline(**components, conditioner=AttributeConditioner("heroes"), drafter=drafted)
+        # continuous tokens are drawn at low temperatures, at which a model leaves open slots empty every time
+        conditioner = AttributeConditioner("heroes", fill=tokenizer_kind is AutoencoderKL)
+        pipe = ImagePipeline(**components, conditioner=conditioner, drafter=drafted)
     facts = {"backbone": _facts(run), "tokenizer": _facts(source), "drafter": _facts(drafter)}
     with atomic_dir(folder, overwrite=overwrite) as beside:
         pipe.save_pretrained(beside)
