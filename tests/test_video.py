@@ -153,8 +153,8 @@ def test_clips_are_written(pipe: VideoPipeline, tmp_path: Any, name: str) -> Non
     assert "data:image/gif;base64," in out._repr_html_()
     many = pipe(class_labels=[1, 2, 0], seed=7)
     (shown,) = re.findall(r"base64,([^\"]+)", many._repr_html_())
-    with Image.open(io.BytesIO(base64.b64decode(shown))) as clips:  # side by side, each about 128 pixels large
-        assert clips.width > 2 * clips.height > 2 * 128
+    with Image.open(io.BytesIO(base64.b64decode(shown))) as clips:  # side by side, each about 96 pixels large
+        assert clips.width > 2 * clips.height > 2 * 96
 
 
 @pytest.mark.parametrize(

@@ -167,7 +167,8 @@ def clips_html(videos: Sequence[Any], fps: float) -> str:
     """Return an ``<img>`` element in which at most 16 videos play side by side; arguments as for :func:`frames_of`."""
     shown = [as_images(video) for video in videos[:MAX_LARGE]]
     columns = _columns(len(shown))
-    scale = _enlargement(max(shown[0][0].size), columns, wanted=128)  # a GIF of many frames is large
+    wanted = 128 if columns == 1 else 96  # smaller than pictures: a GIF of many frames is large
+    scale = _enlargement(max(shown[0][0].size), columns, wanted)
     return gif_html(frames_of(shown, columns), min(fps, MAX_FPS), scale, title="clips")
 
 
