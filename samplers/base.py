@@ -11,22 +11,18 @@ Letters: B images, N code positions, V codes.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
-import math
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer, check_names, check_number
 from vargen.outputs import Guarantee, SamplerOutput
-
-MAX_SEED = 2**64
 
 
 class State(Protocol):
@@ -188,61 +184,6 @@ class Sampler(SchedulerMixin, ConfigMixin):
             )
         if self.top_k > (num_codes := int(backbone.codebook_size)):
             raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {self.top_k} (0 is off)")
-
-
-def check_names(given: Any, known: Sequence[str], owner: str) -> None:
-    """Raise ``ValueError`` for the first name that is not a setting, naming the nearest one."""
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ValueError(
-                f"{owner} has no setting {name!r}; did you mean {near[0]!r}? Settings: {', '.join(known)}"
-            )
-
-
-def check_number(
-    name: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False, hint: str = ""
-) -> None:
-    """Raise ``ValueError`` unless ``value`` is a finite number in the range."""
-    bounds = f"{'greater than' if open_low else 'at least'} {low:g}" + (
-        f" and at most {high:g}" if high < math.inf else ""
-    )
-    hint = f" ({hint})" if hint else ""
-    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
-        raise ValueError(f"{name} must be a finite number {bounds}, got {value!r}{hint}")
-    number = float(value)
-    if number < low or number > high or (open_low and number == low):
-        raise ValueError(f"{name} must be {bounds}, got {value!r}{hint}")
-
-
-def check_integer(name: str, value: Any, *, low: int, high: int | None = None, hint: str = "") -> None:
-    """Raise ``ValueError`` unless ``value`` is an integer in the range."""
-    bounds = f"at least {low}" if high is None else f"in {low}..{high}"
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, Integral)
-        or int(value) < low
-        or (high is not None and int(value) > high)
-    ):
-        raise ValueError(f"{name} must be an integer {bounds}, got {value!r}" + (f" ({hint})" if hint else ""))
-
-
-def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
-    """Raise ``ValueError`` unless ``value`` is one of the allowed words; the nearest one is shown."""
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}; did you mean {near!r}?")
-
-
-def check_seeds(seeds: Sequence[int] | Tensor | int, num_images: int) -> list[int]:
-    """Return the seeds as a list of ``num_images`` integers in [0, 2^64)."""
-    given = seeds.tolist() if isinstance(seeds, Tensor) else seeds
-    listed: list[Any] = list(given) if isinstance(given, (list, tuple, range)) else [given]
-    for seed in listed:
-        check_integer("seed", seed, low=-MAX_SEED // 2, high=MAX_SEED - 1)
-    if len(listed) != num_images:
-        raise ValueError(f"seeds must hold one integer an image: {num_images} images, got {len(listed)} seeds")
-    return [int(seed) % MAX_SEED for seed in listed]
 
 
 def known_samplers() -> list[type[Sampler]]:

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer
 from vargen.random import Stream, normal
-from vargen.samplers.base import Sampler, check_choice, check_integer
+from vargen.samplers.base import Sampler
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
 

@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.checks import check_integer, check_seeds
 from vargen.random import Stream, normal, seed_tensor, uniform
-from vargen.samplers.base import check_integer, check_seeds
 from vargen.samplers.continuous import path_noise, work_dtype
 
 OFFICIAL_WARNING = (

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer, check_number, check_seeds
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor
-from vargen.samplers.base import check_choice, check_integer, check_number, check_seeds
 from vargen.samplers.continuous import ContinuousSampler, path_noise, work_dtype
 from vargen.samplers.continuous_official import OFFICIAL_WARNING, OfficialState, official_start, official_step
 from vargen.samplers.continuous_verify import ContinuousState, Drafts, judge_paths, judge_steps

@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.kernels.window import Carry, Draft, Label, Verdict
 from vargen.random import Stream as Noise
-from vargen.samplers.base import check_choice, check_integer
 from vargen.samplers.drafters import Drafter, check_drafter, force
 from vargen.samplers.window import WindowSampler, WindowState
 

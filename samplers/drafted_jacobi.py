@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.checks import check_integer, check_number
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import combine
 from vargen.kernels.window import Carry, Draft, Verdict
-from vargen.samplers.base import check_integer, check_number
 from vargen.samplers.drafters import Drafter, JacobiDrafter, check_drafter, force, shared_guesses
 from vargen.samplers.window import WindowSampler, WindowState
 

@@ -12,9 +12,9 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
+from vargen.checks import check_choice, check_integer, check_number
 from vargen.kernels.window import Carry, GroupSpec
 from vargen.outputs import Guarantee
-from vargen.samplers.base import check_choice, check_integer, check_number
 from vargen.samplers.drafters import INITS, Drafter, Init, JacobiDrafter
 from vargen.samplers.window import WindowSampler, WindowState
 

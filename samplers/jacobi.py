@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vargen.checks import check_choice, check_integer
 from vargen.kernels.window import Carry
-from vargen.samplers.base import check_choice, check_integer
 from vargen.samplers.drafters import INITS, Drafter, Init, JacobiDrafter, shared_guesses
 from vargen.samplers.window import WindowSampler, WindowState
 

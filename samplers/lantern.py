@@ -17,12 +17,12 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer, check_number
 from vargen.kernels.draw import draw, raise_bad_rows
 from vargen.kernels.warp import combine
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.random import Stream, uniform
 from vargen.samplers.aggregate import Relaxation
-from vargen.samplers.base import check_choice, check_integer, check_number
 from vargen.samplers.longest_path import walk_greedy, walk_typical
 from vargen.samplers.neighbors import neighbor_table
 from vargen.samplers.tree import NAMED_TREES, Tree, TreeDraft

@@ -19,12 +19,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer, check_number
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import combine
 from vargen.outputs import Guarantee
 from vargen.protocols import Step
 from vargen.random import Stream, gumbel
-from vargen.samplers.base import check_choice, check_integer, check_number
 from vargen.samplers.schedule import DecodeSchedule
 from vargen.samplers.schedule_loop import ScheduleSampler, ScheduleState
 

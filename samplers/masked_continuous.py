@@ -16,9 +16,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer, check_seeds
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor, uniform
-from vargen.samplers.base import check_choice, check_integer, check_seeds
 from vargen.samplers.continuous import ContinuousSampler, Noise, philox_noise, work_dtype
 
 STEP_SCHEDULES = ("linear", "two_stage")

@@ -16,11 +16,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer, check_number, check_seeds
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel, seed_tensor
-from vargen.samplers.base import Sampler, check_choice, check_integer, check_number, check_seeds
+from vargen.samplers.base import Sampler
 from vargen.samplers.scale_editing import check_forced_codes
 from vargen.samplers.scale_state import NextScaleState, Noise
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from vargen.samplers.base import check_choice, check_integer
+from vargen.checks import check_choice, check_integer
 from vargen.samplers.schedule import DecodeSchedule
 from vargen.samplers.schedule_loop import ScheduleSampler, ScheduleState
 from vargen.samplers.schedule_orders import GROWTHS, ORDERS, group_sizes, make_order

@@ -16,12 +16,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_integer, check_seeds
 from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.warp import combine
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.protocols import Step
 from vargen.random import seed_tensor
-from vargen.samplers.base import Sampler, check_choice, check_integer, check_seeds
+from vargen.samplers.base import Sampler
 from vargen.samplers.schedule import DecodeSchedule
 
 RAMPS = ("constant", "linear")

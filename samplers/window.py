@@ -21,12 +21,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.checks import check_seeds
 from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.verify import verify_window
 from vargen.kernels.window import Carry, Draft, GroupSpec, Verdict, VerifyNoise
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.random import GumbelCache, seed_tensor
-from vargen.samplers.base import Sampler, check_seeds
+from vargen.samplers.base import Sampler
 from vargen.samplers.drafters import Drafter
 from vargen.samplers.graphs import Replay, obstacle
 from vargen.samplers.stream import Stream, forced_slots

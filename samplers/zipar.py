@@ -21,12 +21,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from vargen.checks import check_integer, check_seeds
 from vargen.kernels.draw import draw
 from vargen.kernels.rules import accept, residual
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel, seed_tensor, uniform
-from vargen.samplers.base import Sampler, check_integer, check_seeds
+from vargen.samplers.base import Sampler
 
 
 class Entry(NamedTuple):

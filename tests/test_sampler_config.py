@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.toys import TabularBackbone
-from vargen.samplers.base import Sampler, check_seeds, known_samplers
+from vargen.checks import check_seeds
+from vargen.samplers.base import Sampler, known_samplers
 from vargen.samplers.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.next_token import NextTokenSampler
 

@@ -1,4 +1,4 @@
-"""Checks of the multi-scale tokenizer: its settings, and codes given to it.
+"""Checks of the codes given to the multi-scale tokenizer.
 
 Letters: B images, n_k codes of scale k.
 """
@@ -6,7 +6,6 @@ Letters: B images, n_k codes of scale k.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,20 +35,3 @@ def check_scale_codes(codes: Sequence[Tensor], sizes: Scales, codebook_size: int
                 raise ValueError(f"codes must lie in [0, {codebook_size}), got {wrong} at scale {k}")
         checked.append(picked.long())
     return checked
-
-
-def check_config(config: Any, downsample: int) -> None:
-    """Raise ``ValueError`` for settings of a ``MultiScaleVQTokenizer`` that do not go together."""
-    patch_dim = config.in_channels * downsample**2
-    if config.encoder_type not in ("conv", "patch"):
-        raise ValueError(f"encoder_type must be 'conv' or 'patch', got {config.encoder_type!r}")
-    if config.encoder_type == "patch" and config.codebook_dim != patch_dim:
-        raise ValueError(f"encoder_type 'patch' needs codebook_dim={patch_dim}, got {config.codebook_dim}")
-    if config.quant_conv_kernel_size % 2 == 0:
-        raise ValueError(f"quant_conv_kernel_size must be odd, got {config.quant_conv_kernel_size}")
-    for multiplier in (1, *config.channel_multipliers):
-        if config.base_channels * multiplier % config.norm_num_groups:
-            raise ValueError(
-                f"norm_num_groups={config.norm_num_groups} must divide every width, "
-                f"got base_channels={config.base_channels} times {multiplier}"
-            )

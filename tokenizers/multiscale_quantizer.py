@@ -18,6 +18,7 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vargen.checks import check_scales, pair_of
 from vargen.kernels.nearest import nearest_code
 
 Scales = tuple[tuple[int, int], ...]
@@ -31,18 +32,7 @@ def read_scales(scales: Sequence[int | Sequence[int]]) -> Scales:
     Raises:
         ValueError: no scales, sizes below 1, or a scale larger than the last one.
     """
-    pairs = []
-    for scale in scales:
-        pair = (scale, scale) if isinstance(scale, int) else tuple(int(side) for side in scale)
-        if len(pair) != 2 or min(pair) < 1:
-            raise ValueError(f"scales must be sides or (height, width) pairs of at least 1, got {scale!r}")
-        pairs.append(pair)
-    if not pairs:
-        raise ValueError("scales must name at least one size, got none")
-    last = pairs[-1]
-    if any(h > last[0] or w > last[1] for h, w in pairs):
-        raise ValueError(f"no scale may be larger than the last one {last}, got {pairs}")
-    return tuple(pairs)
+    return tuple(map(pair_of, check_scales("scales", scales)))
 
 
 class Phi(nn.Conv2d):
@@ -127,8 +117,6 @@ class ScaleQuantizer(nn.Module):
     ) -> None:
         super().__init__()
         self.residual = residual
-        if upsample not in UPSAMPLE:
-            raise ValueError(f"upsample must be one of {', '.join(UPSAMPLE)}, got {upsample!r}")
         self.scales, self.beta, self.znorm, self.num_phi, self.upsample = scales, beta, znorm, num_phi, upsample
         self.embedding = nn.Embedding(codebook_size, codebook_dim)
         nn.init.uniform_(self.embedding.weight, -1 / codebook_size, 1 / codebook_size)

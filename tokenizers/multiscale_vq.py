@@ -18,11 +18,13 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.checks import checked, pair_of
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.kmeans import kmeans, refine
-from vargen.tokenizers.multiscale_checks import check_config, check_scale_codes
+from vargen.tokenizers.multiscale_checks import check_scale_codes
 from vargen.tokenizers.multiscale_quantizer import ScaleQuantizer, Scales, read_scales
+from vargen.tokenizers.settings import MULTISCALE_VQ
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the published models for 256 x 256 pixels
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -79,6 +81,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
 
+    @checked(MULTISCALE_VQ)
     @register_to_config
     def __init__(
         self,
@@ -104,8 +107,7 @@ class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.downsample = 2 ** (len(channel_multipliers) - 1)
-        self.scales: Scales = read_scales(scales)
-        check_config(self.config, self.downsample)
+        self.scales: Scales = tuple(map(pair_of, scales))  # type: ignore[arg-type]  # checked: a side or a pair
         patch = encoder_type == "patch"
         width = (z_channels or codebook_dim) if patch else codebook_dim
         widths = (base_channels, channel_multipliers, num_res_blocks, width, norm_num_groups, dropout, attention)

@@ -19,7 +19,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.checks import checked
 from vargen.tokenizers.checks import check_range, half_precision_explained
+from vargen.tokenizers.settings import VIDEO_FSQ
 from vargen.tokenizers.video_fsq_blocks import (
     CausalConv3d,
     DepthToSpace,
@@ -80,6 +82,7 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
 
+    @checked(VIDEO_FSQ)
     @register_to_config
     def __init__(
         self,
@@ -99,10 +102,9 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
         dictionary: bool = False,
     ) -> None:
         super().__init__()
-        _check_config(self.config)
         self.quantize = FSQ(levels, fsq_variant)
-        patch = cast(tuple[int, int, int], tuple(int(p) for p in patch_size))
-        self.temporal_factor = patch[0] * 2 ** sum(map(bool, temporal_downsample))
+        patch = cast(tuple[int, int, int], patch_size)
+        self.temporal_factor = patch[0] * 2 ** sum(temporal_downsample)
         steps = 2 ** (len(channel_multipliers) - 1)
         self.downsample = (patch[1] * steps, patch[2] * steps)
         widths = [base_channels * m for m in channel_multipliers]
@@ -318,21 +320,3 @@ def _decoder(config: Any, widths: list[int], pixels: int) -> list[nn.Module]:
             layers.append(ResidualUnit(above if i == 0 else width, width, groups, factorized))
     kernel = (3, 3, 3) if pixels == config.in_channels else (1, 1, 1)
     return [*layers, make_norm(widths[0], groups), Swish(widths[0]), CausalConv3d(widths[0], pixels, kernel)]
-
-
-def _check_config(config: Any) -> None:
-    if len(config.patch_size) != 3 or any(int(p) < 1 for p in config.patch_size):
-        raise ValueError(f"patch_size must be three integers of at least 1, got {list(config.patch_size)}")
-    if len(config.temporal_downsample) != len(config.channel_multipliers) - 1:
-        raise ValueError(
-            f"temporal_downsample must have one entry for each of the {len(config.channel_multipliers) - 1} steps "
-            f"between levels, got {len(config.temporal_downsample)}"
-        )
-    if config.dictionary and (len(config.channel_multipliers) != 1 or config.unit_range):
-        raise ValueError("dictionary=True needs a single channel multiplier and unit_range=False")
-    if config.num_res_blocks < 1:
-        raise ValueError(f"num_res_blocks must be at least 1, got {config.num_res_blocks}")
-    for multiplier in config.channel_multipliers:
-        width, groups = config.base_channels * multiplier, config.norm_num_groups
-        if groups and width % min(groups, width):
-            raise ValueError(f"norm_num_groups={groups} must divide every width, got {width}")

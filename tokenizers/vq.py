@@ -18,9 +18,11 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.checks import checked
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.quantizers import VectorQuantizer
+from vargen.tokenizers.settings import VQ
 
 SIZES: dict[str, dict[str, Any]] = {  # published by LlamaGen; every other setting is the default
     "VQ-16": {"channel_multipliers": [1, 1, 2, 2, 4]},
@@ -82,6 +84,7 @@ class VQTokenizer(ModelMixin, ConfigMixin):
 
     config_name = "config.json"
 
+    @checked(VQ)
     @register_to_config
     def __init__(
         self,
@@ -104,7 +107,6 @@ class VQTokenizer(ModelMixin, ConfigMixin):
     ) -> None:
         super().__init__()
         self.downsample = 2 ** (len(channel_multipliers) - 1)
-        _check_config(self.config, self.downsample)
         widths = (base_channels, channel_multipliers, num_res_blocks, z_channels, norm_num_groups, dropout, attention)
         if encoder_type == "conv":
             self.encoder = ConvEncoder(in_channels, *widths)
@@ -245,22 +247,3 @@ class VQTokenizer(ModelMixin, ConfigMixin):
             if low < 0 or high >= self.codebook_size:
                 raise ValueError(f"codes must lie in [0, {self.codebook_size}), got {low if low < 0 else high}")
         return codes.long()
-
-
-def _check_config(config: Any, downsample: int) -> None:
-    patch_dim = config.in_channels * downsample**2
-    if config.encoder_type not in ("conv", "patch"):
-        raise ValueError(f"encoder_type must be 'conv' or 'patch', got {config.encoder_type!r}")
-    if config.attention not in (True, False, "mid"):
-        raise ValueError(f"attention must be True, False or 'mid', got {config.attention!r}")
-    if config.encoder_type == "patch" and (config.codebook_dim != patch_dim or config.l2_norm):
-        raise ValueError(
-            f"encoder_type 'patch' needs codebook_dim={patch_dim} and l2_norm=False, "
-            f"got codebook_dim={config.codebook_dim}, l2_norm={config.l2_norm}"
-        )
-    for multiplier in (1, *config.channel_multipliers):
-        if config.base_channels * multiplier % config.norm_num_groups:
-            raise ValueError(
-                f"norm_num_groups={config.norm_num_groups} must divide every width, "
-                f"got base_channels={config.base_channels} times {multiplier}"
-            )

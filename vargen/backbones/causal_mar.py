@@ -18,11 +18,13 @@ from torch import Tensor, nn
 
 from vargen.backbones.conditions import AttributeEmbedding, ClassEmbedding
 from vargen.backbones.continuous import ContinuousBackbone
+from vargen.backbones.continuous_settings import CAUSAL_MAR
 from vargen.backbones.diffusion_head import DiffusionHead
 from vargen.backbones.primitive import RMSNorm, TransformerBlock
 from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.sizes import swiglu_dim
 from vargen.backbones.window import WindowBackbone
+from vargen.checks import checked
 from vargen.protocols import StepOut
 
 
@@ -57,6 +59,7 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, ModelMixin, Confi
     _supports_gradient_checkpointing = True
     _no_split_modules = ("TransformerBlock",)
 
+    @checked(CAUSAL_MAR)
     @register_to_config
     def __init__(
         self,
@@ -82,15 +85,11 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, ModelMixin, Confi
         class_dropout_prob: float = 0.1,
     ) -> None:
         super().__init__()
-        if dim % num_heads or (dim // num_heads) % 4:
-            raise ValueError(f"dim / num_heads must be a multiple of 4, got dim={dim}, num_heads={num_heads}")
-        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.grid_size = grid_size
         if condition_type == "class":
             self.cls_embedding: Any = ClassEmbedding(num_classes, dim, class_dropout_prob)
-        elif condition_type == "attributes":
-            self.cls_embedding = AttributeEmbedding(num_attributes, num_condition_tokens, dim)
         else:
-            raise ValueError(f"condition_type must be 'class' or 'attributes', got {condition_type!r}")
+            self.cls_embedding = AttributeEmbedding(num_attributes, num_condition_tokens, dim)
         token_dim = latent_channels * patch_size**2
         self.z_proj = nn.Linear(token_dim, dim)
         ffn_dim = ffn_dim or swiglu_dim(dim, 16, None)

@@ -22,10 +22,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.backbones.cache import Attend, attention
+from vargen.backbones.discrete_settings import EAGLE
 from vargen.backbones.eagle_drafts import EagleDrafts
 from vargen.backbones.primitive import RMSNorm
 from vargen.backbones.rope import constant_rows, grid_table, rotate, spread
 from vargen.checkpoints import CheckpointError, load_original
+from vargen.checks import checked
 
 PUBLISHED_HEADS = {1280: 20}  # width -> heads: LlamaGen-XL, the only size with a published drafter
 
@@ -99,6 +101,7 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
     config_name = "config.json"
     _supports_gradient_checkpointing = False
 
+    @checked(EAGLE)
     @register_to_config
     def __init__(
         self,
@@ -116,10 +119,7 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
         condition_rope: Literal["zero", "identity"] = "zero",
     ) -> None:
         super().__init__()
-        if dim % num_heads or (dim // num_heads) % 4:
-            raise ValueError(f"dim / num_heads must be a multiple of 4, got dim={dim}, num_heads={num_heads}")
-        constant_rows(0, 4, condition_rope)  # refuse a wrong name now, not at the first forward
-        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.grid_size = grid_size
         self.codebook_size = codebook_size
         if own_embeddings:
             self.embed_tokens = nn.Embedding(codebook_size, dim)

@@ -16,11 +16,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.backbones.conditions import AttributeEmbedding, CaptionEmbedding, ClassEmbedding, ConditionEmbedding
+from vargen.backbones.discrete_settings import LLAMAGEN
 from vargen.backbones.primitive import RMSNorm, TransformerBlock
 from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.sizes import RECOMPUTED, infer_config, size_config, swiglu_dim
 from vargen.backbones.window import WindowBackbone
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.checks import checked
 
 ConditionType = Literal["class", "caption", "attributes"]
 FAMILIES = ("llamagen-c2i", "llamagen-t2i")
@@ -62,6 +64,7 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
     _no_split_modules = ("TransformerBlock",)
     _repeated_blocks = ("TransformerBlock",)  # what ``compile_repeated_blocks`` compiles, once for all of them
 
+    @checked(LLAMAGEN)
     @register_to_config
     def __init__(
         self,
@@ -91,11 +94,7 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
     ) -> None:
         super().__init__()
         num_kv_heads = num_kv_heads or num_heads
-        if dim % num_heads or (dim // num_heads) % 4 or num_heads % num_kv_heads:
-            got = f"dim={dim}, num_heads={num_heads}, num_kv_heads={num_kv_heads}"
-            raise ValueError(f"dim / num_heads must be a multiple of 4 and num_kv_heads divide num_heads, got {got}")
-        constant_rows(0, 4, condition_rope)  # refuse a wrong name now, not at the first forward
-        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.grid_size = grid_size
         self.cls_embedding = self._condition_embedding(condition_type)
         self.tok_embeddings = nn.Embedding(codebook_size, dim)
         self.tok_dropout = nn.Dropout(token_dropout_p)
@@ -116,9 +115,7 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
             return ClassEmbedding(c.num_classes, c.dim, c.class_dropout_prob)
         if condition_type == "caption":
             return CaptionEmbedding(c.caption_dim, c.dim, c.num_condition_tokens)
-        if condition_type == "attributes":
-            return AttributeEmbedding(c.num_attributes, c.num_condition_tokens, c.dim)
-        raise ValueError(f"condition_type must be 'class', 'caption' or 'attributes', got {condition_type!r}")
+        return AttributeEmbedding(c.num_attributes, c.num_condition_tokens, c.dim)
 
     def initialize_weights(self) -> None:
         """Draw linear and embedding weights from N(0, 0.02); the head starts at zero."""

@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from vargen.backbones.cache import attention
 from vargen.backbones.conditions import AttributeEmbedding
 from vargen.backbones.continuous import ContinuousBackbone, LabelBuffer
+from vargen.backbones.continuous_settings import MAR
 from vargen.backbones.diffusion_head import DiffusionHead
 from vargen.backbones.mar_blocks import (
     ViTBlock,
@@ -32,6 +33,7 @@ from vargen.backbones.mar_blocks import (
 )
 from vargen.backbones.window import PreparedCondition
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
+from vargen.checks import checked
 
 
 class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -73,6 +75,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
     _no_split_modules = ("ViTBlock",)
     gradient_checkpointing = False
 
+    @checked(MAR)
     @register_to_config
     def __init__(
         self,
@@ -104,23 +107,15 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
         class_dropout_prob: float = 0.1,
     ) -> None:
         super().__init__()
-        for part, dim, heads in (
-            ("encoder", encoder_dim, encoder_num_heads),
-            ("decoder", decoder_dim, decoder_num_heads),
-        ):
-            if dim % heads:
-                raise ValueError(f"{part}_num_heads must divide {part}_dim, got {heads} and {dim}")
-        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.grid_size = grid_size
         token_dim = latent_channels * patch_size**2
         length = self.grid_size[0] * self.grid_size[1]
         if condition_type == "class":
             self.class_emb = LabelBuffer(num_classes, encoder_dim)
             self.fake_latent = nn.Parameter(torch.empty(1, encoder_dim))
-        elif condition_type == "attributes":
+        else:
             self.attribute_emb = AttributeEmbedding(num_attributes, num_condition_tokens, encoder_dim)
             buffer_size = num_condition_tokens
-        else:
-            raise ValueError(f"condition_type must be 'class' or 'attributes', got {condition_type!r}")
         self.buffer_size = buffer_size
         self.z_proj, self.z_proj_ln = nn.Linear(token_dim, encoder_dim), nn.LayerNorm(encoder_dim, eps=1e-6)
         self.encoder_pos_embed_learned = nn.Parameter(torch.empty(1, buffer_size + length, encoder_dim))

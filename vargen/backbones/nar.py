@@ -20,12 +20,14 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.backbones.discrete_settings import NAR
 from vargen.backbones.llamagen import ConditionType, LlamaGenTransformer
 from vargen.backbones.nar_sizes import infer_nar_config, nar_size_config
 from vargen.backbones.primitive import RMSNorm, TransformerBlock
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, swiglu_dim
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.checks import checked
 from vargen.protocols import neighbors
 
 FAMILIES = ("nar", "nar-video")
@@ -55,6 +57,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
     heads: tuple[tuple[str, str], ...] = IMAGE_HEADS[:1]  # while the base class builds its own
     ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
 
+    @checked(NAR)
     @register_to_config
     def __init__(
         self,
@@ -80,16 +83,12 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         attribute_dropout_prob: float = 0.0,
         code_rank: int | None = None,
     ) -> None:
-        if len(grid_size) not in (2, 3):
-            raise ValueError(
-                f"grid_size must be (height, width) or (frames, height, width) in codes, got {tuple(grid_size)}"
-            )
         shared = {
             name: self.config[name] for name in inspect.signature(type(self).__init__).parameters if name in _SHARED
         }
-        super().__init__(**{**shared, "grid_size": tuple(grid_size)[-2:]})
-        self.register_to_config(grid_size=tuple(grid_size))
-        self.grid_size = tuple(int(side) for side in grid_size)  # type: ignore[assignment]
+        super().__init__(**{**shared, "grid_size": grid_size[-2:]})
+        self.register_to_config(grid_size=grid_size)
+        self.grid_size = grid_size  # type: ignore[assignment]
         self.is_video = len(grid_size) == 3
         self.schedules = ("nar3d",) if self.is_video else ("nar2d",)
         if code_rank is not None:

@@ -21,6 +21,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.backbones.conditions import AttributeEmbedding, ClassEmbedding
+from vargen.backbones.discrete_settings import NBP
 from vargen.backbones.nar import CodeTable
 from vargen.backbones.nbp_blocks import Beginning, NBPBlock, NoCondition, TextIds, training_layout
 from vargen.backbones.nbp_sizes import infer_nbp_config, nbp_size_config, official_weights
@@ -28,6 +29,7 @@ from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.scheduled import ScheduledBackbone
 from vargen.backbones.window import PreparedCondition, WindowBackbone
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.checks import checked
 from vargen.protocols import block_order
 
 NBPConditionType = Literal["text", "none", "class", "attributes"]
@@ -70,6 +72,7 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, ModelMixin, ConfigMixin)
     _repeated_blocks = ("NBPBlock",)
     uncond_embedding: Tensor
 
+    @checked(NBP)
     @register_to_config
     def __init__(
         self,
@@ -93,10 +96,8 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, ModelMixin, ConfigMixin)
         attribute_dropout_prob: float = 0.0,
     ) -> None:
         super().__init__()
-        self.grid_size = tuple(int(side) for side in grid_size)  # type: ignore[assignment]
-        self.group_size = math.prod(int(side) for side in block)  # P
-        block_order(self.grid_size, block)  # refuse a block that does not divide the grid
-        _check_config(self.config)
+        self.grid_size = tuple(grid_size)  # type: ignore[assignment]
+        self.group_size = math.prod(block)  # P
         official = condition_type in ("text", "none")
         special = {"text": self.group_size + text_vocabulary, "none": 0}.get(condition_type, self.group_size)
         self.num_special = special  # rows of the input table in front of the codes
@@ -313,14 +314,3 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, ModelMixin, ConfigMixin)
                 layout = training_layout(order, self.group_size, self.num_condition_tokens, self.needs_frames)
                 self._tables[device] = (order.to(device), layout[0].to(device), layout[1].to(device))
         return self._tables[device]
-
-
-def _check_config(config: Any) -> None:
-    if config.condition_type not in ("text", "none", "class", "attributes"):
-        raise ValueError(
-            f"condition_type must be 'text', 'none', 'class' or 'attributes', got {config.condition_type!r}"
-        )
-    if config.dim % config.num_heads:
-        raise ValueError(f"num_heads must divide dim, got dim={config.dim}, num_heads={config.num_heads}")
-    if config.code_rank is not None and config.condition_type in ("text", "none"):
-        raise ValueError("code_rank is for models with condition_type 'class' or 'attributes'; leave it None")

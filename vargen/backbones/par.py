@@ -16,10 +16,12 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.backbones.discrete_settings import PAR
 from vargen.backbones.llamagen import ConditionType, LlamaGenTransformer
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, infer_config
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.checks import checked
 
 _SHARED = frozenset(inspect.signature(LlamaGenTransformer.__init__).parameters) - {"self"}
 _SPECIAL = "spe_tok_embeddings.special_embeddings.weight"
@@ -41,6 +43,7 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
     sampler_hint = "ParallelGroupSampler"
     ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
 
+    @checked(PAR)
     @register_to_config
     def __init__(
         self,
@@ -66,11 +69,6 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         attribute_dropout_prob: float = 0.0,
         group_size: int = 4,
     ) -> None:
-        side = math.isqrt(group_size)
-        if side * side != group_size or side < 2 or any(s % side for s in grid_size):
-            raise ValueError(
-                f"group_size must be the square (above 1) of a number that divides the sides of {tuple(grid_size)}, got {group_size}"
-            )
         shared = {
             name: self.config[name] for name in inspect.signature(type(self).__init__).parameters if name in _SHARED
         }

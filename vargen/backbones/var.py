@@ -23,10 +23,12 @@ from torch.utils.checkpoint import checkpoint
 
 from vargen.backbones.cache import Attend, attention
 from vargen.backbones.conditions import AttributeEmbedding
+from vargen.backbones.discrete_settings import VAR
 from vargen.backbones.scales import ScaleBackbone, ScaleCondition
 from vargen.backbones.var_blocks import HeadNorm, LabelEmbedding, VARBlock, modulation
 from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.checks import checked, pair_of
 
 FIRST_SHARPNESS = 1.0  # logarithm: the spread of features around their mean is about exp(-1)
 
@@ -64,6 +66,7 @@ class VARTransformer(ScaleBackbone, ModelMixin, ConfigMixin):  # type: ignore[mi
     _no_split_modules = ("VARBlock",)
     gradient_checkpointing = False
 
+    @checked(VAR)
     @register_to_config
     def __init__(
         self,
@@ -88,17 +91,13 @@ class VARTransformer(ScaleBackbone, ModelMixin, ConfigMixin):  # type: ignore[mi
         residual: bool = True,
     ) -> None:
         super().__init__()
-        if dim % num_heads:
-            raise ValueError(f"num_heads must divide dim, got dim={dim}, num_heads={num_heads}")
-        self.scales = tuple((s, s) if isinstance(s, int) else (int(s[0]), int(s[1])) for s in scales)
+        self.scales = tuple(map(pair_of, scales))  # type: ignore[arg-type]  # checked: a side or a pair
         self.sizes = [h * w for h, w in self.scales]  # n_k
         self.word_embed = nn.Linear(codebook_dim, dim)
         if condition_type == "class":
             self.class_emb = LabelEmbedding(num_classes, dim)
-        elif condition_type == "attributes":
-            self.attribute_emb = AttributeEmbedding(num_attributes, num_condition_tokens, dim)
         else:
-            raise ValueError(f"condition_type must be 'class' or 'attributes', got {condition_type!r}")
+            self.attribute_emb = AttributeEmbedding(num_attributes, num_condition_tokens, dim)
         self.pos_start = nn.Parameter(torch.empty(1, self.sizes[0], dim))
         self.pos_1LC = nn.Parameter(torch.empty(1, sum(self.sizes), dim))
         self.lvl_embed = nn.Embedding(len(self.sizes), dim)

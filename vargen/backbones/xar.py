@@ -19,11 +19,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.backbones.cache import Attend, KVCache, attention
+from vargen.backbones.continuous_settings import XAR
 from vargen.backbones.diffusion_head import TimeEmbedding
 from vargen.backbones.primitive import RMSNorm
 from vargen.backbones.rope import grid_table, rotate, spread
 from vargen.backbones.var_blocks import LabelEmbedding
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.checks import checked
 
 # name -> width, depth of either half, heads
 SIZES: dict[str, tuple[int, int, int]] = {"B": (768, 8, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
@@ -102,6 +104,7 @@ class XARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     config_name = "config.json"
     features = frozenset({"continuous", "cells"})
 
+    @checked(XAR)
     @register_to_config
     def __init__(
         self,
@@ -117,9 +120,7 @@ class XARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
         class_dropout_prob: float = 0.1,
     ) -> None:
         super().__init__()
-        if grid_size[0] % cells[0] or grid_size[1] % cells[1]:
-            raise ValueError(f"cells must divide grid_size, got {tuple(cells)} and {tuple(grid_size)}")
-        self.grid_size = (int(grid_size[0]), int(grid_size[1]))
+        self.grid_size = grid_size
         self.cell_size = (grid_size[0] // cells[0], grid_size[1] // cells[1])
         length = grid_size[0] * grid_size[1]
         self.z_proj, self.z_proj_ln = nn.Linear(latent_channels, dim), RMSNorm(dim, 1e-6)

@@ -16,6 +16,7 @@ from diffusers.configuration_utils import register_to_config
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from vargen.checks import Settings, check_choice, check_flag, checked, shown
 from vargen.conditioners.base import Conditioner, one_of
 
 # name -> module with a function ``parse_prompt``
@@ -27,6 +28,15 @@ class Vocabulary(Protocol):
     """Anything that reads prompts: a module or an object."""
 
     parse_prompt: Callable[[str], ArrayLike]  # text -> [T] ids, 0 = unspecified; ValueError names unknown words
+
+
+def check_vocabulary(name: str, value: Any) -> Any:
+    """Return the name of a vocabulary, or an object that is one."""
+    if isinstance(value, str):
+        return check_choice(name, value, tuple(VOCABULARIES))
+    if not isinstance(value, Vocabulary):
+        raise ValueError(f"{name} must be a name or have parse_prompt(text), got {shown(value)}")
+    return value
 
 
 class AttributeConditioner(Conditioner):
@@ -47,14 +57,11 @@ class AttributeConditioner(Conditioner):
         1
     """
 
+    @checked(Settings({"vocabulary": check_vocabulary, "fill": check_flag}))
     @register_to_config
     def __init__(self, vocabulary: str | Vocabulary = "heroes", fill: bool = False) -> None:
         if isinstance(vocabulary, str):
-            if vocabulary not in VOCABULARIES:
-                raise ValueError(f"unknown vocabulary {vocabulary!r}; known: {', '.join(VOCABULARIES)}")
             vocabulary = import_module(VOCABULARIES[vocabulary])  # type: ignore[assignment]
-        if not isinstance(vocabulary, Vocabulary):
-            raise ValueError(f"a vocabulary must have parse_prompt(text), got {type(vocabulary).__name__}")
         if fill and not hasattr(vocabulary, "complete"):
             raise ValueError("fill=True needs a vocabulary with complete(attributes, seeds); leave fill out")
         self.vocabulary, self.fill = vocabulary, fill

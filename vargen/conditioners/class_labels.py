@@ -4,15 +4,31 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections import Counter
 from collections.abc import Sequence
 from functools import lru_cache
 from numbers import Integral
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from vargen.checks import MAX_ROWS, Settings, check_list, check_text, checked, shown
 from vargen.conditioners.base import Conditioner, one_of
+
+
+def check_class_names(name: str, value: Any) -> str | tuple[str, ...]:
+    """Return "imagenet", or a list of names, no two alike."""
+    words = "'imagenet' or a list of names"
+    if isinstance(value, str):
+        if value != "imagenet":
+            raise ValueError(f"{name} must be {words}, got {shown(value)}")
+        return value
+    names = check_list(name, value, item=check_text, lengths=range(1, MAX_ROWS), words=words)
+    if twice := [one for one, count in Counter(names).items() if count > 1]:
+        raise ValueError(f"{name} must differ, got {shown(twice[0])} twice")
+    return names
 
 
 class ClassConditioner(Conditioner):
@@ -32,17 +48,13 @@ class ClassConditioner(Conditioner):
         tensor([207,  88, 387])
     """
 
+    @checked(Settings({"class_names": check_class_names}))
     @register_to_config
     def __init__(self, class_names: str | Sequence[str] = "imagenet") -> None:
         if isinstance(class_names, str):
-            if class_names != "imagenet":
-                raise ValueError(f"class_names must be a list of names or 'imagenet', got {class_names!r}")
             class_names = imagenet_names()
         self.class_names = tuple(class_names)
         self._exact = {name: index for index, name in enumerate(self.class_names)}
-        if len(self._exact) < len(self.class_names):
-            twice = next(name for name in self.class_names if self.class_names.count(name) > 1)
-            raise ValueError(f"class names must differ, got {twice!r} twice")
         self._ids: dict[str, list[int]] = {}  # several where only case tells: Cardigan the dog, cardigan the garment
         for index, name in enumerate(self.class_names):
             self._ids.setdefault(_plain(name), []).append(index)

@@ -9,6 +9,7 @@ Letters: P prompts, T positions, C feature width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
@@ -18,8 +19,27 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
 from vargen.conditioners.base import Conditioner, one_of
 from vargen.conditioners.captions import clean_caption
+
+
+def _together(c: Any) -> None:
+    if (c.text_encoder is None) != (c.tokenizer is None):
+        raise ValueError("text_encoder and tokenizer belong together; give both or neither")
+
+
+T5 = Settings(
+    {
+        "text_encoder": anything,
+        "tokenizer": anything,
+        "model_name": check_text,
+        "max_length": partial(check_integer, low=1, high=MAX_POSITIONS),
+        "clean": check_flag,
+        "batch_size": partial(check_integer, low=1, high=MAX_POSITIONS),
+    },
+    (_together,),
+)
 
 
 class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMixin's __getattr__ would hide weights
@@ -41,6 +61,7 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
     config: Any
     where: Tensor
 
+    @checked(T5)
     @register_to_config
     def __init__(
         self,
@@ -53,8 +74,6 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         batch_size: int = 32,
     ) -> None:
         super().__init__()
-        if (text_encoder is None) != (tokenizer is None):
-            raise ValueError("text_encoder and tokenizer belong together; give both or neither")
         self.text_encoder, self.tokenizer = text_encoder, tokenizer
         self.stored = text_encoder is not None  # an encoder given as an object is saved with the pipeline
         # follows .to() until an encoder is there to follow
