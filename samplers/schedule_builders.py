@@ -16,8 +16,17 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
+from vargen.checks import check_choice, check_flag, check_integer
 from vargen.protocols import Item, Step, block_order, neighbors
 from vargen.samplers.schedule_blocks import merged
+from vargen.samplers.schedule_checks import (
+    check_grid,
+    check_num_condition,
+    check_order,
+    check_room,
+    check_sides_of_block,
+    check_sizes,
+)
 from vargen.samplers.schedule_orders import diagonal_order, grid_distance, region_order
 
 QUERY_STYLES = ("randar", "arpg", "lpd")
@@ -29,6 +38,7 @@ class ScheduleBuilders:
     @classmethod
     def raster(cls, grid_size: tuple[int, ...], num_condition: int = 1) -> Self:
         """Next-token: one code a pass, row by row; N passes."""
+        grid_size, num_condition = check_grid(grid_size), check_num_condition(num_condition)
         num_codes = math.prod(grid_size)
         steps = [_condition_step(num_condition, torch.tensor([0]), 1)]
         for p in range(1, num_codes):
@@ -39,7 +49,7 @@ class ScheduleBuilders:
     @classmethod
     def next_row(cls, grid_size: tuple[int, ...], num_condition: int = 1, prefix: int = 0) -> Self:
         """NBP with blocks of one row."""
-        return cls.next_block(grid_size, grid_size[-1], num_condition, prefix)
+        return cls.next_block(grid_size, check_grid(grid_size)[-1], num_condition, prefix)
 
     @classmethod
     def next_block(
@@ -66,13 +76,19 @@ class ScheduleBuilders:
             hybrid: lay the given codes out as the code-by-code start would have left them, learned tokens included: for
                 models that were trained with that start.
         """
+        grid_size = check_grid(grid_size)
         num_codes = math.prod(grid_size)
-        order = torch.arange(num_codes) if isinstance(block, int) else block_order(grid_size, block)
-        block = block if isinstance(block, int) else math.prod(block)
-        if not 1 <= block <= num_codes or num_codes % block:
-            raise ValueError(f"block must divide the {num_codes} codes of the grid {tuple(grid_size)}, got {block}")
-        if prefix % block or not 0 <= prefix < num_codes:
+        sides = check_sides_of_block(block, grid_size)
+        order = torch.arange(num_codes) if isinstance(sides, int) else block_order(grid_size, sides)
+        block = sides if isinstance(sides, int) else math.prod(sides)
+        if num_codes % block:
+            raise ValueError(f"block must divide the {num_codes} codes of the grid {grid_size}, got {block}")
+        prefix = check_integer("prefix", prefix, low=0, high=num_codes - 1, hint="it leaves a code to draw")
+        if prefix % block:
             raise ValueError(f"prefix must be whole blocks of {block} codes and leave one to draw, got {prefix}")
+        hybrid = check_flag("hybrid", hybrid)
+        num_condition = check_num_condition(num_condition, low=int(prefix == 0 or hybrid))
+        check_room([block] * ((num_codes - prefix) // block), num_condition + prefix + block)
         if prefix and set(order[:prefix].tolist()) != set(range(prefix)):
             raise ValueError(
                 f"the first blocks must hold the first {prefix} codes, which the prefix gives; use whole frames"
@@ -91,15 +107,15 @@ class ScheduleBuilders:
     @classmethod
     def nar2d(cls, grid_size: tuple[int, ...], num_condition: int = 1) -> Self:
         """NAR: one anti-diagonal a pass, each code the average guess of its upper and its left neighbor; h + w - 1 passes."""
-        if len(grid_size) != 2:
-            raise ValueError(f"nar2d needs a grid of (height, width) codes, got {tuple(grid_size)}; videos: nar3d")
+        if len(check_grid(grid_size)) != 2:
+            raise ValueError(f"nar2d needs a grid_size of (height, width) codes, got {grid_size}; videos: nar3d")
         return cls._nar("nar2d", grid_size, num_condition)
 
     @classmethod
     def nar3d(cls, grid_size: tuple[int, ...], num_condition: int = 1) -> Self:
         """NAR for videos: one plane t + h + w = const a pass; T + H + W - 2 passes."""
-        if len(grid_size) != 3:
-            raise ValueError(f"nar3d needs a grid of (frames, height, width) codes, got {tuple(grid_size)}")
+        if len(check_grid(grid_size)) != 3:
+            raise ValueError(f"nar3d needs a grid_size of (frames, height, width) codes, got {grid_size}")
         return cls._nar("nar3d", grid_size, num_condition)
 
     @classmethod
@@ -111,7 +127,9 @@ class ScheduleBuilders:
             group_size: M, the square of a number that divides both sides.
             num_condition: T.
         """
+        num_condition = check_num_condition(num_condition)
         order = region_order(grid_size, group_size)
+        check_room([group_size] * (len(order) // group_size), num_condition)
         steps = _grouped_steps(order, group_size, list(range(num_condition)), restart=True)
         slots = num_condition + len(order) + group_size - 1
         return cls._make("par", grid_size, num_condition, slots, steps, group_size=group_size)
@@ -135,14 +153,11 @@ class ScheduleBuilders:
             style: "randar" (queries stand before their codes, everything in causal order), "lpd" (the queries of a group
                 see each other, codes take their slots) or "arpg" (queries read the codes only and leave no trace).
         """
-        if style not in QUERY_STYLES:
-            raise ValueError(f"style must be one of {', '.join(QUERY_STYLES)}, got {style!r}")
-        listed = torch.as_tensor(order).tolist()
+        check_choice("style", style, QUERY_STYLES)
+        grid_size, num_condition = check_grid(grid_size), check_num_condition(num_condition, low=0)
         num_codes = math.prod(grid_size)
-        if sorted(listed) != list(range(num_codes)):
-            raise ValueError(f"order must hold each of the {num_codes} positions once")
-        if min(sizes) < 1 or sum(sizes) != num_codes:
-            raise ValueError(f"sizes must be positive and sum to {num_codes}, got a sum of {sum(sizes)}")
+        listed, sizes = check_order(order, num_codes), check_sizes("sizes", sizes, num_codes)
+        check_room(sizes, num_condition)
         make = {"randar": _randar_steps, "lpd": _lpd_steps, "arpg": _arpg_steps}[style]
         slots = num_condition + num_codes * (2 if style == "randar" else 1)
         return cls._make(style, grid_size, num_condition, slots, make(listed, list(sizes), num_condition))
@@ -150,9 +165,10 @@ class ScheduleBuilders:
     @classmethod
     def maskgit(cls, grid_size: tuple[int, ...], num_steps: int, num_condition: int = 1) -> Self:
         """MaskGIT: every pass reads and scores all codes; which of them stay is decided by confidence. S passes, no cache."""
+        grid_size, num_condition = check_grid(grid_size), check_num_condition(num_condition, low=0)
         num_codes = math.prod(grid_size)
-        if not 1 <= num_steps <= num_codes:
-            raise ValueError(f"num_steps must be in 1..{num_codes}, got {num_steps}")
+        num_steps = check_integer("num_steps", num_steps, low=1, high=num_codes)
+        check_room([num_codes], num_condition)
         items = [(Item.CONDITION, i, -1, 0) for i in range(num_condition)]
         items += [(Item.CODE, p, -1, 0) for p in range(num_codes)]
         step = _step(items, list(range(num_codes)), _identity(num_codes, num_condition))
@@ -160,7 +176,9 @@ class ScheduleBuilders:
 
     @classmethod
     def _nar(cls, kind: str, grid_size: tuple[int, ...], num_condition: int) -> Self:
+        grid_size, num_condition = check_grid(grid_size), check_num_condition(num_condition)
         order, distance = diagonal_order(grid_size), grid_distance(grid_size)
+        check_room(distance.bincount().tolist(), num_condition, heads=len(grid_size))
         sources, weights = neighbors(grid_size)
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order))
@@ -177,8 +195,7 @@ class ScheduleBuilders:
     def _make(
         cls, kind: str, grid_size: tuple[int, ...], num_condition: int, num_slots: int, steps: Any, **more: Any
     ) -> Self:
-        grid = tuple(int(side) for side in grid_size)
-        return cls(kind, grid, num_condition, num_slots, tuple(steps), **more)  # type: ignore[call-arg]
+        return cls(kind, tuple(grid_size), num_condition, num_slots, tuple(steps), **more)  # type: ignore[call-arg]
 
 
 def _step(
@@ -196,7 +213,9 @@ def _step(
 
 def _identity(count: int, offset: int = 0) -> Tensor:
     """Target i is read off item offset + i by the one head: [1, g, w]."""
-    return torch.eye(count + offset)[None, offset:]
+    mix = torch.zeros(1, count, offset + count)
+    mix[0].diagonal(offset).fill_(1.0)
+    return mix
 
 
 def _condition_step(num_condition: int, targets: Tensor, num_heads: int) -> Step:
@@ -212,8 +231,6 @@ def _grouped_steps(order: Tensor, size: int, stamps: list[int], restart: bool = 
     ``restart``: a guidance interval counts from 0 again when the groups begin, as PAR's code does.
     """
     positions, offset = order.tolist(), len(stamps)
-    if offset == 0:
-        raise ValueError("num_condition must be at least 1: the first code is guessed by the condition")
     mix = torch.zeros(1, 1, offset)
     mix[0, 0, -1] = 1.0
     first = [(Item.CONDITION, i, i, stamp) for i, stamp in enumerate(stamps)]

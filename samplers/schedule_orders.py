@@ -14,8 +14,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vargen.checks import MAX_SEED, check_choice, check_integer
+from vargen.samplers.schedule_checks import MAX_CODES, check_grid, check_sizes
+
 ORDERS = ("random", "raster", "diagonal", "regions", "local")
 GROWTHS = ("cosine", "arccos", "even")
+MAX_LOCAL = 2**12  # codes that are put in the local order, whose cost grows with their square
+_DIAGONAL = 1 / math.sqrt(2)
+_AROUND = np.array([[_DIAGONAL, 1.0, _DIAGONAL], [1.0, 0.0, 1.0], [_DIAGONAL, 1.0, _DIAGONAL]])  # 1 / distance
 
 
 def region_order(grid_size: tuple[int, ...], group_size: int) -> Tensor:
@@ -32,10 +38,12 @@ def region_order(grid_size: tuple[int, ...], group_size: int) -> Tensor:
         >>> region_order((6, 6), 4)[:8].tolist()
         [0, 3, 18, 21, 1, 4, 19, 22]
     """
-    side = math.isqrt(group_size)
+    grid_size = check_grid(grid_size)
+    side = math.isqrt(check_integer("group_size", group_size, low=1, high=math.prod(grid_size)))
     if len(grid_size) != 2 or side * side != group_size or any(s % side for s in grid_size):
         raise ValueError(
-            f"group_size must be the square of a number that divides both sides of the grid {tuple(grid_size)}, got {group_size}"
+            f"group_size must be the square of a number that divides both sides of the grid {grid_size}, "
+            f"got {group_size}"
         )
     cells = torch.arange(math.prod(grid_size)).view(side, grid_size[0] // side, side, grid_size[1] // side)
     return cells.permute(1, 3, 0, 2).flatten()
@@ -49,6 +57,7 @@ def diagonal_order(grid_size: tuple[int, ...]) -> Tensor:
 
 def grid_distance(grid_size: tuple[int, ...]) -> Tensor:
     """Steps along the axes from the first code to every code: [N] int64."""
+    grid_size = check_grid(grid_size)
     cells = torch.cartesian_prod(*[torch.arange(side) for side in grid_size])
     return cells.reshape(-1, len(grid_size)).sum(1)
 
@@ -65,7 +74,9 @@ def make_order(name: str, grid_size: tuple[int, ...], seed: int = 0, group_sizes
     Returns:
         [N] int64 raster position of the k-th code.
     """
-    num_codes = math.prod(grid_size)
+    check_choice("order", name, ORDERS)
+    num_codes = math.prod(check_grid(grid_size))
+    seed = check_integer("seed", seed, low=0, high=MAX_SEED - 1)
     if name == "random":
         return torch.from_numpy(np.random.default_rng(seed).permutation(num_codes))
     if name == "raster":
@@ -74,9 +85,7 @@ def make_order(name: str, grid_size: tuple[int, ...], seed: int = 0, group_sizes
         return diagonal_order(grid_size)
     if name == "regions":
         return region_order(grid_size, 4)
-    if name == "local":
-        return local_order(grid_size, group_sizes, seed)
-    raise ValueError(f"order must be one of {', '.join(ORDERS)}, got {name!r}")
+    return local_order(grid_size, group_sizes, seed)
 
 
 def group_sizes(num_codes: int, num_groups: int, growth: str = "cosine") -> tuple[int, ...]:
@@ -94,10 +103,9 @@ def group_sizes(num_codes: int, num_groups: int, growth: str = "cosine") -> tupl
         >>> group_sizes(256, 32)[:8]
         (1, 1, 1, 2, 3, 4, 3, 5)
     """
-    if not 1 <= num_groups <= num_codes:
-        raise ValueError(f"num_groups must be in 1..{num_codes}, got {num_groups}")
-    if growth not in GROWTHS:
-        raise ValueError(f"growth must be one of {', '.join(GROWTHS)}, got {growth!r}")
+    num_codes = check_integer("num_codes", num_codes, low=1, high=MAX_CODES)
+    num_groups = check_integer("num_groups", num_groups, low=1, high=num_codes)
+    check_choice("growth", growth, GROWTHS)
     sizes, done = [], 0
     for s in range(num_groups - 1):
         left = num_groups - 1 - s  # passes after this one, each with a code at least
@@ -132,29 +140,69 @@ def local_order(grid_size: tuple[int, ...], sizes: tuple[int, ...], seed: int = 
     Returns:
         [N] int64 raster positions.
     """
-    height, width = grid_size
-    if sum(sizes) != height * width:
-        raise ValueError(f"group sizes must sum to {height * width}, got {sum(sizes)}")
-    rng = np.random.default_rng(seed)
-    cells = np.stack(np.divmod(np.arange(height * width), width), axis=1)
-    gaps = np.abs(cells[:, None] - cells[None])  # N N 2
-    square, straight = gaps.max(-1), np.sqrt((gaps**2).sum(-1))
-    nearness = np.where((square == 1), 1 / np.maximum(straight, 1), 0.0)
-    drawn = np.zeros(len(cells), dtype=bool)
+    grid_size = check_grid(grid_size)
+    if len(grid_size) != 2:
+        raise ValueError(f"the local order needs a grid_size of (height, width) codes, got {grid_size}")
+    sizes = check_sizes(
+        "group sizes", sizes, check_integer("codes of the local order", math.prod(grid_size), low=1, high=MAX_LOCAL)
+    )
+    rng = np.random.default_rng(check_integer("seed", seed, low=0, high=MAX_SEED - 1))
+    repulsion = check_integer("repulsion", repulsion, low=0)
+    grid = _Grid(grid_size[0], grid_size[1])
+    num_codes = math.prod(grid_size)
+    near = np.zeros(grid_size)  # sum of 1 / distance to the drawn neighbors
+    away = np.full(num_codes, num_codes**2)  # squared distance to the nearest code that is taken
+    free = np.ones(num_codes, dtype=bool)
     order: list[int] = []
     for size in sizes:
-        score = nearness[:, drawn].sum(1) + 1e-6 * rng.random(len(cells))
-        group: list[int] = []
-        for p in np.argsort(-score):
-            apart = not group or square[p, group].min() > repulsion
-            if len(group) < size and not drawn[p] and score[p] >= 1 and apart:
-                group.append(int(p))
+        score = near.flatten() + 1e-6 * rng.random(num_codes)
+        group = _candidates(score, free, grid, size, repulsion)
+        for p in group:
+            np.minimum(away, grid.straight(p), out=away)
+        free[group] = False
         while len(group) < size:
-            taken = [*order, *group]
-            free = ~drawn
-            free[group] = False
-            away = straight[:, taken].min(1) if taken else rng.random(len(cells))
-            group.append(int(np.argmax(np.where(free, away, -1.0))))
-        drawn[group] = True
+            p = int(np.argmax(np.where(free, away if order or group else rng.random(num_codes), -1.0)))
+            np.minimum(away, grid.straight(p), out=away)
+            free[p] = False
+            group.append(p)
+        for p in group:
+            grid.add_neighbors(near, p)
         order += group
     return torch.tensor(order)
+
+
+class _Grid:
+    """Distances on a grid from one position to all, row by row."""
+
+    def __init__(self, height: int, width: int) -> None:
+        self.width, self.rows, self.columns = width, np.arange(height)[:, None], np.arange(width)
+
+    def straight(self, p: int) -> np.ndarray:
+        """Squared straight distances, ``[N]``."""
+        row, column = divmod(p, self.width)
+        return ((self.rows - row) ** 2 + (self.columns - column) ** 2).ravel()
+
+    def square(self, p: int) -> np.ndarray:
+        """The larger of the distances in rows and columns, ``[N]``."""
+        row, column = divmod(p, self.width)
+        return np.maximum(abs(self.rows - row), abs(self.columns - column)).ravel()
+
+    def add_neighbors(self, near: np.ndarray, p: int) -> None:
+        """Add 1 / distance to the eight cells around p in ``near [h, w]``."""
+        row, column = divmod(p, self.width)
+        top, left = max(row - 1, 0), max(column - 1, 0)
+        part = near[top : row + 2, left : column + 2]
+        part += _AROUND[top - row + 1 :, left - column + 1 :][: part.shape[0], : part.shape[1]]
+
+
+def _candidates(score: np.ndarray, free: np.ndarray, grid: _Grid, size: int, repulsion: int) -> list[int]:
+    """The free cells of the largest score, at least 1, that lie apart from each other."""
+    group: list[int] = []
+    apart = np.full(len(score), math.inf)
+    for p in np.argsort(-score).tolist():
+        if score[p] < 1 or len(group) == size:
+            break
+        if free[p] and apart[p] > repulsion:
+            group.append(p)
+            np.minimum(apart, grid.square(p), out=apart)
+    return group

@@ -255,7 +255,7 @@ def test_wrong_codes_are_refused_in_one_line(codes, message):
     ("config", "message"),
     [
         ({"scales": [4, 2]}, "larger than the last one"),
-        ({"scales": []}, "at least one size"),
+        ({"scales": []}, "must be a list of 1..64 sides"),
         ({"encoder_type": "patch", "codebook_dim": 8}, "needs codebook_dim=12"),
         ({"upsample": "cubic"}, "upsample must be one of"),
         ({"norm_num_groups": 3}, "must divide every width"),

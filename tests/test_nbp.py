@@ -208,7 +208,7 @@ def test_training_drops_conditions_and_can_fit():
     ("attempt", "message"),
     [
         (lambda: small(block=(1, 1, 3)), "block must divide the grid"),
-        (lambda: small(condition_type="caption"), "condition_type must be 'text', 'none', 'class' or 'attributes'"),
+        (lambda: small(condition_type="caption"), "condition_type must be one of text, none, class, attributes"),
         (lambda: NextBlockSampler().sample(small(), torch.tensor([9]), seeds=0), "class label must be in 0..4"),
         (
             lambda: NextBlockSampler().sample(

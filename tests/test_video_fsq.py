@@ -254,11 +254,11 @@ def test_every_published_transformer_has_its_keys_and_parameters(size: str, text
         (lambda t: t.decode(torch.zeros(1, 2, 2).long()), r"codes must be \[B, t, h, w\]"),
         (lambda t: t.decode(torch.full((1, 2, 2, 2), 64)), r"codes must lie in \[0, 64\), got 64"),
         (lambda t: t.decode_latents(torch.zeros(1, 3, 2, 2, 2)), r"latents must be \[B, 2, t, h, w\]"),
-        (lambda t: patches(patch_size=[4, 4]), "patch_size must be three integers"),
-        (lambda t: patches(levels=[1]), "levels must be integers of at least 2"),
+        (lambda t: patches(patch_size=[4, 4]), r"patch_size must be \(frames, height, width\) of a patch"),
+        (lambda t: patches(levels=[1]), r"levels\[0\] must be an integer in 2\.\."),
         (lambda t: patches(norm_num_groups=3), "norm_num_groups=3 must divide every width, got 8"),
         (lambda t: official(temporal_downsample=[True]), "temporal_downsample must have one entry for each of the 3"),
-        (lambda t: patches(num_res_blocks=0), "num_res_blocks must be at least 1"),
+        (lambda t: patches(num_res_blocks=0), "num_res_blocks must be an integer in 1..64"),
     ],
 )
 def test_wrong_input_is_refused_in_one_line(call: Any, message: str) -> None:

@@ -253,7 +253,7 @@ def test_bad_codes_are_one_clear_line(case: str) -> None:
     ("config", "message"),
     [
         ({"norm_num_groups": 3}, "must divide every width"),
-        ({"encoder_type": "linear"}, "'conv' or 'patch'"),
+        ({"encoder_type": "linear"}, "encoder_type must be one of conv, patch"),
         ({"attention": "top"}, "attention must be"),
         ({"encoder_type": "patch"}, "codebook_dim=12"),
         ({"encoder_type": "patch", "codebook_dim": 12}, "l2_norm=False"),
