@@ -8,8 +8,10 @@ Letters: B images, C latent channels, h w latent grid.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,10 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
+from vargen.checkpoint_bounds import count_layers, read_shape
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
+from vargen.checks import Check, anything, check_list, check_names, check_number
+from vargen.tokenizers.settings import LEVELS, UNITS, WIDTH
 
 FAMILY = "kl-autoencoder"
 KL16_SCALE = 0.2325  # latents times this have unit variance on ImageNet; as MAR and xAR use it
@@ -29,6 +34,13 @@ _PARTS = {
     "norm_out": "conv_norm_out",
 }
 _ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+
+_CHECKS: dict[str, Check] = {
+    **dict.fromkeys(("in_channels", "out_channels", "latent_channels", "norm_num_groups"), WIDTH),
+    "layers_per_block": UNITS,
+    "block_out_channels": partial(check_list, item=WIDTH, lengths=LEVELS, words="a list of 1..10 widths"),
+    "scaling_factor": partial(check_number, low=0.0, open_low=True),
+}
 
 
 def load_kl16(checkpoint: str | Path | Mapping[str, Any], **config: Any) -> AutoencoderKL:
@@ -46,36 +58,57 @@ def load_kl16(checkpoint: str | Path | Mapping[str, Any], **config: Any) -> Auto
     Raises:
         CheckpointError: unreadable file, another family, missing or extra keys, wrong shapes.
     """
+    config = _check_given(config)
     state_dict = load_original(checkpoint)
     check_family(state_dict, (FAMILY, "diffusers-kl"))
     if any(".down_blocks." in key for key in state_dict):
         raise CheckpointError("this file has diffusers' layout already; use diffusers.AutoencoderKL.from_pretrained")
     settings = {**infer_kl_config(state_dict), **config}
     with torch.device("meta"):  # the checkpoint's own tensors take the places
-        model = AutoencoderKL(**settings)
+        model = build_autoencoder(settings)
     load_strict(model, to_diffusers(state_dict), family=(FAMILY, "diffusers-kl"))
     return model.eval()
+
+
+def build_autoencoder(settings: Mapping[str, Any]) -> AutoencoderKL:
+    """Build diffusers' class; settings that do not go together are refused in one line.
+
+    Raises:
+        ValueError: the class cannot be built.
+    """
+    _check_given(settings)
+    try:
+        return AutoencoderKL(**settings)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise ValueError(f"no AutoencoderKL can be built from these settings: {reason}") from error
+
+
+def _check_given(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Names and counts; the rest is diffusers' to judge."""
+    check_names(config, list(inspect.signature(AutoencoderKL.__init__).parameters)[1:], "AutoencoderKL")
+    return {name: _CHECKS.get(name, anything)(name, value) for name, value in config.items()}
 
 
 def infer_kl_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """Read the arguments of ``AutoencoderKL`` off a state dict in the latent-diffusion layout.
 
     Raises:
-        CheckpointError: a key is missing.
+        CheckpointError: a key or a level is missing.
     """
-    num_levels = _count(state_dict, r"encoder\.down\.(\d+)\.")
-    widths = [_shape(state_dict, f"encoder.down.{i}.block.0.conv2.weight")[0] for i in range(num_levels)]
+    num_levels = count_layers(state_dict, "encoder.down.")
+    widths = [read_shape(state_dict, f"encoder.down.{i}.block.0.conv2.weight", 4)[0] for i in range(num_levels)]
     down = [f"encoder.down.{i}.attn.0.q.weight" in state_dict for i in range(num_levels)]
     up = [f"decoder.up.{i}.attn.0.q.weight" in state_dict for i in reversed(range(num_levels))]
     sides = {"encoder.conv_in.weight": 1, "decoder.conv_out.weight": 0, "post_quant_conv.weight": 0}
-    channels_in, channels_out, latent = (_shape(state_dict, key)[axis] for key, axis in sides.items())
+    channels_in, channels_out, latent = (read_shape(state_dict, key, 4)[axis] for key, axis in sides.items())
     return {
         "in_channels": channels_in,
         "out_channels": channels_out,
         "down_block_types": ["AttnDownEncoderBlock2D" if attn else "DownEncoderBlock2D" for attn in down],
         "up_block_types": ["AttnUpDecoderBlock2D" if attn else "UpDecoderBlock2D" for attn in up],
         "block_out_channels": widths,
-        "layers_per_block": _count(state_dict, r"encoder\.down\.0\.block\.(\d+)\."),
+        "layers_per_block": count_layers(state_dict, "encoder.down.0.block."),
         "latent_channels": latent,
         "mid_block_add_attention": "encoder.mid.attn_1.q.weight" in state_dict,
         "norm_num_groups": 32,
@@ -86,7 +119,7 @@ def infer_kl_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
 def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Rename latent-diffusion keys to diffusers' and squeeze the 1x1 kernels of attention; ``loss.*`` is dropped."""
     kept = {key: value for key, value in state_dict.items() if not key.startswith(IGNORED)}
-    last = _count(kept, r"decoder\.up\.(\d+)\.") - 1
+    last = count_layers(kept, "decoder.up.", least=0) - 1
     found = {}
     for key, value in kept.items():
         name = _rename(key, last)
@@ -96,7 +129,7 @@ def to_diffusers(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def to_latent_diffusion(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Undo ``to_diffusers``."""
-    last = _count(state_dict, r"decoder\.up_blocks\.(\d+)\.") - 1
+    last = count_layers(state_dict, "decoder.up_blocks.", least=0) - 1
     found = {}
     for key, value in state_dict.items():
         name = _rename_back(key, last)
@@ -144,14 +177,3 @@ def _rename_back(key: str, last: int) -> str:
     key = re.sub(r"(_blocks\.\d+)\.(down|up)samplers\.0\.conv\.", r"\1.\2sample.conv.", key)
     key = re.sub(r"^encoder\.down_blocks\.(\d+)\.", r"encoder.down.\1.", key)
     return re.sub(r"^decoder\.up_blocks\.(\d+)\.", lambda m: f"decoder.up.{last - int(m[1])}.", key)
-
-
-def _count(state_dict: Mapping[str, Any], pattern: str) -> int:
-    """One more than the largest index that the pattern finds."""
-    return 1 + max((int(m[1]) for k in state_dict if (m := re.match(pattern, k))), default=-1)
-
-
-def _shape(state_dict: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    if key not in state_dict:
-        raise CheckpointError(f"checkpoint does not fit AutoencoderKL; missing key {key}")
-    return tuple(state_dict[key].shape)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoint_bounds import check_given, count_layers, read_shape
+from vargen.checkpoints import CheckpointError, build_strict, check_family, load_original
 from vargen.tokenizers.vq_checkpoints import infer_config, llamagen_to_taming, taming_to_llamagen
 
 if TYPE_CHECKING:
@@ -27,18 +27,15 @@ def read_multiscale_checkpoint(
     cls: type[MultiScaleVQTokenizer], checkpoint: str | Path | Mapping[str, Any], config: Mapping[str, Any]
 ) -> MultiScaleVQTokenizer:
     """Build a tokenizer from an official checkpoint; see ``MultiScaleVQTokenizer.from_original``."""
-    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-    if unknown := sorted(set(config) - known):
-        raise ValueError(f"unknown tokenizer setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    config = check_given(cls, config)
     state_dict = load_original(checkpoint, key="trainer.vae_local" if _is_training(checkpoint) else None)
     check_family(state_dict, FAMILY)
     native = to_native(state_dict)
-    model = cls(**{**infer_multiscale_config(native, config), **config})
-    rows = native.get(HITS)
-    if rows is not None and rows.shape != model.quantize.ema_vocab_hit_SV.shape:
-        native[HITS] = model.quantize.ema_vocab_hit_SV  # a statistic of another scale list
-    load_strict(model, native, family=FAMILY)
-    return model.eval()
+    settings = {**infer_multiscale_config(native, config), **config}
+    hits = (len(settings["scales"]), settings["codebook_size"])
+    if HITS in native and tuple(native[HITS].shape) != hits:
+        native[HITS] = torch.zeros(1).expand(hits)  # a statistic of another scale list
+    return build_strict(lambda: cls(**settings), native, family=FAMILY).eval()
 
 
 def _is_training(checkpoint: Any) -> bool:
@@ -55,7 +52,9 @@ def to_native(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
         if (fused := _FUSED.fullmatch(name)) is None:
             native[name] = value
             continue
-        for letter, part in zip("qkv", value.chunk(3), strict=True):
+        if value.ndim == 0 or len(value) % 3:
+            raise CheckpointError(f"{name} must hold queries, keys and values, got shape {tuple(value.shape)}")
+        for letter, part in zip("qkv", value.split(len(value) // 3), strict=True):
             native[f"{fused[1]}{letter}.{fused[2]}"] = part.contiguous()
     return native
 
@@ -82,23 +81,18 @@ def infer_multiscale_config(state_dict: Mapping[str, Tensor], given: Mapping[str
 
     config = infer_config(state_dict)
     config.pop("z_channels")
-    kernel = state_dict.get("post_quant_conv.weight")
-    if kernel is None:
-        raise CheckpointError("checkpoint does not fit MultiScaleVQTokenizer; missing key post_quant_conv.weight")
-    config["quant_conv_kernel_size"] = kernel.shape[-1]
+    config["quant_conv_kernel_size"] = read_shape(state_dict, "post_quant_conv.weight", 4)[-1]
     config.update(_phi_config(state_dict))
     if "scales" not in given:
-        hits = state_dict.get(HITS)
-        if hits is None or hits.shape[0] != len(SCALES_256):
+        if HITS not in state_dict or read_shape(state_dict, HITS, 2)[0] != len(SCALES_256):
             raise CheckpointError("the file does not tell its scales; pass scales=(1, 2, ...)")
         config["scales"] = SCALES_256
     return config
 
 
 def _phi_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
-    shared = {m[1] for k in state_dict if (m := re.match(r"quantize\.quant_resi\.qresi_ls\.(\d+)\.", k))}
-    if shared:
-        return {"num_phi": len(shared)}
+    if shared := count_layers(state_dict, "quantize.quant_resi.qresi_ls.", least=0):
+        return {"num_phi": shared}
     if "quantize.quant_resi.qresi.weight" in state_dict:
         return {"num_phi": 1}
     if any(k.startswith("quantize.quant_resi.") for k in state_dict):

@@ -132,8 +132,10 @@ class VideoFSQTokenizer(ModelMixin, ConfigMixin):
         Raises:
             ValueError: not such a checkpoint, missing or extra keys, wrong shapes.
         """
+        from vargen.checkpoint_bounds import check_given
         from vargen.checkpoints import check_family, load_original, load_strict
 
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, "nbp-tokenizer")
         with torch.device("meta"):  # the checkpoint's own tensors take the places

@@ -5,7 +5,6 @@ Letters: n levels of resolution.
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor
 
-from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoint_bounds import check_given, count_layers, read_shape
+from vargen.checkpoints import CheckpointError, build_strict, check_family, load_original
 from vargen.families import guess_family
 
 if TYPE_CHECKING:
@@ -31,15 +31,12 @@ def read_vq_checkpoint(
     cls: type[VQTokenizer], checkpoint: str | Path | Mapping[str, Any], config: Mapping[str, Any]
 ) -> VQTokenizer:
     """Build a tokenizer from an official checkpoint; see ``VQTokenizer.from_original``."""
-    known = set(inspect.signature(cls.__init__).parameters) - {"self"}
-    if unknown := sorted(set(config) - known):
-        raise ValueError(f"unknown tokenizer setting {unknown[0]!r}; known: {', '.join(sorted(known))}")
+    config = check_given(cls, config)
     state_dict = load_original(checkpoint)
     check_family(state_dict, FAMILIES)
     state_dict, family_config = to_native(state_dict)
-    model = cls(**{**infer_config(state_dict), **family_config, **config})
-    load_strict(model, state_dict, family=FAMILIES, ignore=IGNORED)
-    return model.eval()
+    settings = {**infer_config(state_dict), **family_config, **config}
+    return build_strict(lambda: cls(**settings), state_dict, family=FAMILIES, ignore=IGNORED).eval()
 
 
 def to_native(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -60,7 +57,7 @@ def to_native(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict
 def taming_to_llamagen(state_dict: Mapping[str, T]) -> dict[str, T]:
     """Rename taming's keys: the decoder's levels are counted from the other end, ``loss.*`` is dropped."""
     kept = {k: v for k, v in state_dict.items() if not k.startswith(TAMING_IGNORED)}
-    last = _count(kept, r"decoder\.up\.(\d+)\.") - 1
+    last = count_layers(kept, "decoder.up.", least=0) - 1
 
     def rename(key: str) -> str:
         key = re.sub(r"^(encoder|decoder)\.mid\.(\w+)\.", lambda m: f"{m[1]}.mid.{_MID.get(m[2], m[2])}.", key)
@@ -74,7 +71,7 @@ def taming_to_llamagen(state_dict: Mapping[str, T]) -> dict[str, T]:
 def llamagen_to_taming(state_dict: Mapping[str, T]) -> dict[str, T]:
     """Undo ``taming_to_llamagen``; what LlamaGen alone has (``quantize.codebook_used``) is dropped."""
     names = {index: name for name, index in _MID.items()}
-    last = _count(state_dict, r"decoder\.conv_blocks\.(\d+)\.") - 1
+    last = count_layers(state_dict, "decoder.conv_blocks.", least=0) - 1
 
     def rename(key: str) -> str:
         key = re.sub(r"^(encoder|decoder)\.mid\.(\d)\.", lambda m: f"{m[1]}.mid.{names[m[2]]}.", key)
@@ -91,33 +88,22 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     Raises:
         CheckpointError: a key is missing, or the widths are not multiples of the first one.
     """
-    num_levels = _count(state_dict, r"encoder\.conv_blocks\.(\d+)\.")
-    base, in_channels = _shape(state_dict, "encoder.conv_in.weight")[:2]
-    widths = [_shape(state_dict, f"encoder.conv_blocks.{i}.res.0.conv2.weight")[0] for i in range(num_levels)]
-    if not widths or any(w % base for w in widths):
+    num_levels = count_layers(state_dict, "encoder.conv_blocks.")
+    base, in_channels = read_shape(state_dict, "encoder.conv_in.weight", 4)[:2]
+    widths = [read_shape(state_dict, f"encoder.conv_blocks.{i}.res.0.conv2.weight", 4)[0] for i in range(num_levels)]
+    if any(w % base for w in widths):
         raise CheckpointError(f"encoder widths {widths} are not multiples of the first convolution's {base} channels")
     attention: bool | str = "encoder.mid.1.q.weight" in state_dict
     if attention and f"encoder.conv_blocks.{num_levels - 1}.attn.0.q.weight" not in state_dict:
         attention = "mid"
-    codebook_size, codebook_dim = _shape(state_dict, "quantize.embedding.weight")
+    codebook_size, codebook_dim = read_shape(state_dict, "quantize.embedding.weight", 2)
     return {
         "in_channels": in_channels,
         "base_channels": base,
         "channel_multipliers": [w // base for w in widths],
-        "num_res_blocks": _count(state_dict, r"encoder\.conv_blocks\.0\.res\.(\d+)\."),
-        "z_channels": _shape(state_dict, "encoder.conv_out.weight")[0],
+        "num_res_blocks": count_layers(state_dict, "encoder.conv_blocks.0.res."),
+        "z_channels": read_shape(state_dict, "encoder.conv_out.weight", 4)[0],
         "codebook_size": codebook_size,
         "codebook_dim": codebook_dim,
         "attention": attention,
     }
-
-
-def _count(state_dict: Mapping[str, Any], pattern: str) -> int:
-    """One more than the largest index that the pattern finds."""
-    return 1 + max((int(m[1]) for k in state_dict if (m := re.match(pattern, k))), default=-1)
-
-
-def _shape(state_dict: Mapping[str, Tensor], key: str) -> tuple[int, ...]:
-    if key not in state_dict:
-        raise CheckpointError(f"checkpoint does not fit VQTokenizer; missing key {key}")
-    return tuple(state_dict[key].shape)

@@ -1,47 +1,38 @@
 """Read published checkpoint files without running code from them, and load them strictly.
 
-Every failure is one ``CheckpointError`` line that names the file and the next step.
+Every failure is one ``CheckpointError`` line that names the file and the next step. What a file may hold is bounded in
+``vargen.checkpoint_bounds``; files are opened in ``vargen.checkpoint_files``.
 """
 
 from __future__ import annotations
 
-import argparse
-import pickle
-import pickletools
-import re
-import warnings
-import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from fnmatch import fnmatchcase
+from functools import reduce
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from vargen.checkpoint_bounds import (
+    MAX_CONTAINERS,
+    MAX_DEPTH,
+    MAX_NAME,
+    WEIGHT_DTYPES,
+    CheckpointError,
+    check_tensors,
+)
+from vargen.checkpoint_files import read_checkpoint_file
 from vargen.families import get_family, guess_family
+
+__all__ = ["CheckpointError", "build_strict", "check_family", "check_fit", "load_original", "load_strict"]
 
 CONTAINER_KEYS = ("model", "state_dict", "module", "model_state_dict", "trainer", "var_wo_ddp", "sd")
 PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
 _SHOWN = 3  # names printed of a long list
 
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit."""
-
-
-class _Inert:
-    """Stands in for a class that training frameworks leave in their files; holds nothing and does nothing."""
-
-
-# classes that a checkpoint may contain: plain attribute bags, and names read as inert stand-ins
-_INERT_NAMES = (
-    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-    "lightning.pytorch.callbacks.model_checkpoint.ModelCheckpoint",
-)
-_ALLOWED: list[Any] = [argparse.Namespace, *((_Inert, name) for name in _INERT_NAMES)]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def load_original(checkpoint: str | Path | Mapping[str, Any], *, key: str | None = None) -> dict[str, Tensor]:
@@ -58,115 +49,56 @@ def load_original(checkpoint: str | Path | Mapping[str, Any], *, key: str | None
         Names to tensors, on the CPU when read from a file.
 
     Raises:
-        CheckpointError: file missing, truncated, not a checkpoint, or holding pickled code; ``key`` absent; no tensors.
+        CheckpointError: file missing, truncated, not a checkpoint, or holding pickled code; ``key`` absent; no tensors;
+            more of anything than ``vargen.checkpoint_bounds`` allows.
     """
+    content: Mapping[str, Any]
     if isinstance(checkpoint, Mapping):
-        name, content = "the state dict", checkpoint
+        name, content, size = "the state dict", checkpoint, None
+    elif isinstance(checkpoint, str | Path):
+        name = str(checkpoint)
+        content, size = read_checkpoint_file(Path(checkpoint))
     else:
-        name, content = str(checkpoint), _read(Path(checkpoint))
+        raise CheckpointError(f"a checkpoint is a path or a state dict, got a {type(checkpoint).__name__}")
     if key is not None:
         content = _descend(content, key, name)
-    state_dict = _unwrap(content)
+    state_dict = _unwrap(content, name, set(), 0)
     if not state_dict:
         raise CheckpointError(f"{name} holds no tensors at its top level or under {', '.join(CONTAINER_KEYS[:4])}")
+    check_tensors(state_dict, name, size)
     return _strip_prefixes(state_dict)
 
 
-def _read(path: Path) -> Mapping[str, Any]:
-    if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in (".safetensors", ".pt", ".pth", ".ckpt", ".bin"))
-        if len(found) != 1:
-            raise CheckpointError(f"{path} is a folder with {len(found)} checkpoint files; name one of them")
-        path = found[0]
-    if not path.is_file():
-        raise CheckpointError(f"no checkpoint file {path}")
-    with path.open("rb") as file:
-        head = file.read(64)
-    header = int.from_bytes(head[:8], "little")
-    if head[8:9] == b"{" and header < 1 << 32:
-        return _read_safetensors(path, header)
-    if head.startswith(b"PK") or head.startswith(b"\x80"):
-        return _read_torch(path)
-    raise CheckpointError(f"{path} is not a checkpoint: {_describe(head)}")
-
-
-def _describe(head: bytes) -> str:
-    if not head:
-        return "the file is empty"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the file itself"
-    if head.lstrip().lower().startswith((b"<!doctype", b"<html")):
-        return "it is a web page; the download went wrong"
-    return "neither safetensors nor a torch file"
-
-
-def _read_safetensors(path: Path, header: int) -> Mapping[str, Any]:
-    try:
-        return load_file(path)
-    except (SafetensorError, ValueError, OSError) as error:
-        if path.stat().st_size < 8 + header or "incomplete" in str(error).lower():
-            raise CheckpointError(f"{path} is truncated; download or copy it again") from error
-        raise CheckpointError(f"{path} is not a valid safetensors file: {_one_line(error)}") from error
-
-
-def _read_torch(path: Path) -> Mapping[str, Any]:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_ALLOWED):
-            warnings.simplefilter("ignore")  # about pickle protocols; what cannot be read is reported below
-            content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path) or None)
-    except pickle.UnpicklingError as error:
-        refused = re.search(r"(?:GLOBAL|class|function|global:?) `?([A-Za-z_][\w.]*\.[\w.]*\w)", str(error))
-        name = refused[1] if refused else _first_global(path)
-        if name is None:
-            raise CheckpointError(f"{path} is damaged or not a checkpoint: {_one_line(error)}") from error
-        raise CheckpointError(
-            f"checkpoint {path} contains pickled code ({name}), refused; convert it to safetensors"
-        ) from error
-    except (EOFError, RuntimeError, OSError, ValueError, KeyError, IndexError, AttributeError, TypeError) as error:
-        if isinstance(error, EOFError) or re.search("central directory|unexpected EOF|truncat|file size", str(error)):
-            raise CheckpointError(f"{path} is truncated; download or copy it again") from error
-        raise CheckpointError(f"{path} is not a checkpoint that torch can read: {_one_line(error)}") from error
-    if isinstance(content, Mapping):
-        return content
-    raise CheckpointError(f"{path} holds a {type(content).__name__}, expected a dictionary of tensors")
-
-
-def _first_global(path: Path) -> str | None:
-    """Name the first object that a bare pickle refers to, without executing anything."""
-    strings: list[str] = []
-    try:
-        for opcode, argument, _ in pickletools.genops(path.read_bytes()):
-            if opcode.name == "GLOBAL":
-                return str(argument).replace(" ", ".")
-            if opcode.name == "STACK_GLOBAL" and len(strings) >= 2:
-                return ".".join(strings[-2:])
-            if isinstance(argument, str):
-                strings.append(argument)
-    except (ValueError, OSError):
-        pass
-    return None
-
-
-def _one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+def _entries(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The named entries; of a dictionary from a file not through methods, which the file could have replaced."""
+    items = dict.items(content) if isinstance(content, dict) else content.items()
+    return {name: value for name, value in items if isinstance(name, str)}
 
 
 def _descend(content: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any]:
     for part in key.split("."):
-        inner = content.get(part)
+        entries = _entries(content)
+        inner = entries.get(part)
         if not isinstance(inner, Mapping):
-            present = ", ".join(str(k) for k, v in content.items() if isinstance(v, Mapping)) or "none"
-            raise CheckpointError(f"{name} has no weights under {key!r}; containers present: {present}")
+            present = [k for k, v in entries.items() if isinstance(v, Mapping)]
+            raise CheckpointError(
+                f"{name} has no weights under {key[:MAX_NAME]!r}; containers present: {_shown(present) or 'none'}"
+            )
         content = inner
     return content
 
 
-def _unwrap(content: Mapping[str, Any]) -> dict[str, Tensor]:
+def _unwrap(content: Mapping[str, Any], name: str, seen: set[int], depth: int) -> dict[str, Tensor]:
+    """The first tensors found; a container that is met again, inside itself or elsewhere, was searched already."""
+    if depth > MAX_DEPTH or len(seen) >= MAX_CONTAINERS:
+        raise CheckpointError(f"{name} nests containers more than {MAX_DEPTH} deep; save the state dict alone")
+    seen.add(id(content))
+    entries = _entries(content)
     for key in CONTAINER_KEYS:
-        if isinstance(content.get(key), Mapping) and (found := _unwrap(content[key])):
+        inner = entries.get(key)
+        if isinstance(inner, Mapping) and id(inner) not in seen and (found := _unwrap(inner, name, seen, depth + 1)):
             return found
-    return {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
+    return {k: v.detach() for k, v in entries.items() if isinstance(v, Tensor)}
 
 
 def _strip_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -197,6 +129,43 @@ def check_family(state_dict: Mapping[str, Any], family: str | Collection[str]) -
         raise CheckpointError(f"expected a {wanted}, but the checkpoint looks like a {guess.title} ({guess.loader})")
 
 
+def check_fit(
+    module: nn.Module,
+    state_dict: Mapping[str, Tensor],
+    *,
+    family: str | Collection[str] | None = None,
+    ignore: Collection[str] = (),
+) -> dict[str, Tensor]:
+    """Compare a state dict with what a module holds; arguments and errors as in ``load_strict``.
+
+    Returns:
+        What is not ignored.
+    """
+    given = {k: v for k, v in state_dict.items() if not any(fnmatchcase(k, p) for p in ignore)}
+    expected, title = module.state_dict(), type(module).__name__
+    missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
+    if missing or extra:
+        if family is not None:
+            check_family(state_dict, family)
+        named = {"missing": missing, "unexpected": extra}
+        parts = [f"{len(n)} {word} key{'s'[: len(n) > 1]}: {_shown(n)}" for word, n in named.items() if n]
+        raise CheckpointError(f"checkpoint does not fit {title}; {'; '.join(parts)}")
+    wrong = [k for k in expected if expected[k].shape != given[k].shape]
+    if wrong:
+        k = wrong[0]
+        raise CheckpointError(
+            f"checkpoint does not fit {title}: {k} is {tuple(given[k].shape)} in the file, "
+            f"the model expects {tuple(expected[k].shape)}" + (f" ({len(wrong) - 1} more differ)" * (len(wrong) > 1))
+        )
+    for k, value in expected.items():
+        allowed = WEIGHT_DTYPES if value.is_floating_point() else (value.dtype,)
+        if given[k].dtype not in allowed:
+            names = ", ".join(str(dtype).removeprefix("torch.") for dtype in allowed)
+            got = str(given[k].dtype).removeprefix("torch.")
+            raise CheckpointError(f"checkpoint does not fit {title}: {k} is {got} in the file; convert it to {names}")
+    return given
+
+
 def load_strict(
     module: nn.Module,
     state_dict: Mapping[str, Tensor],
@@ -206,7 +175,8 @@ def load_strict(
 ) -> None:
     """Load a state dict whose keys and shapes must be exactly those of the module.
 
-    A module on the meta device takes over the tensors as they are; others keep their dtype and device.
+    A module on the meta device takes over the tensors as they are, in one precision: where a file mixes several, in the
+    one that holds them all. Other modules keep their dtype and device.
 
     Args:
         module: receives the weights.
@@ -215,22 +185,48 @@ def load_strict(
         ignore: ``fnmatch`` patterns of keys to drop from ``state_dict``.
 
     Raises:
-        CheckpointError: missing or extra keys (named), wrong shapes (both shown), wrong family.
+        CheckpointError: missing or extra keys (named), wrong shapes (both shown), numbers of a kind that layers cannot
+            hold, wrong family.
     """
-    given = {k: v for k, v in state_dict.items() if not any(fnmatchcase(k, p) for p in ignore)}
-    expected = module.state_dict()
-    missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
-    if missing or extra:
-        if family is not None:
-            check_family(state_dict, family)
-        named = {"missing": missing, "unexpected": extra}
-        parts = [f"{len(n)} {word} key{'s'[: len(n) > 1]}: {_shown(n)}" for word, n in named.items() if n]
-        raise CheckpointError(f"checkpoint does not fit {type(module).__name__}; {'; '.join(parts)}")
-    wrong = [k for k in expected if expected[k].shape != given[k].shape]
-    if wrong:
-        k = wrong[0]
-        raise CheckpointError(
-            f"checkpoint does not fit {type(module).__name__}: {k} is {tuple(given[k].shape)} in the file, "
-            f"the model expects {tuple(expected[k].shape)}" + (f" ({len(wrong) - 1} more differ)" * (len(wrong) > 1))
-        )
-    module.load_state_dict(given, strict=True, assign=any(v.is_meta for v in expected.values()))
+    given = check_fit(module, state_dict, family=family, ignore=ignore)
+    assign = any(v.is_meta for v in module.state_dict().values())
+    module.load_state_dict(_taken_over(given) if assign else given, strict=True, assign=assign)
+
+
+def build_strict(
+    make: Callable[[], Module],
+    state_dict: Mapping[str, Tensor],
+    *,
+    family: str | Collection[str] | None = None,
+    ignore: Collection[str] = (),
+) -> Module:
+    """Build a module that keeps its own dtype and load it; nothing is allocated before the state dict is seen to fit.
+
+    Args:
+        make: builds the module, twice: first on the meta device.
+        state_dict, family, ignore: as in ``load_strict``.
+
+    Raises:
+        CheckpointError: as ``load_strict``.
+    """
+    with torch.device("meta"):
+        skeleton = make()
+    check_fit(skeleton, state_dict, family=family, ignore=ignore)
+    module = make()
+    load_strict(module, state_dict, family=family, ignore=ignore)
+    return module
+
+
+def _taken_over(given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that can become parameters: one floating dtype, and memory that no other of them uses."""
+    floating = {v.dtype for v in given.values() if v.is_floating_point()}
+    dtype = reduce(torch.promote_types, floating) if floating else None
+    taken: dict[str, Tensor] = {}
+    used: set[int] = set()
+    for name, value in given.items():
+        value = (value.to(dtype) if dtype and value.is_floating_point() else value).contiguous()
+        address = value.untyped_storage().data_ptr()
+        shared = not value.is_meta and value.numel() > 0 and address in used
+        taken[name] = value.clone() if shared else value
+        used.add(address)
+    return taken

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.checkpoint_bounds import count_layers, read_shape
 from vargen.checkpoints import CheckpointError, load_original, load_strict
 
 Source = str | Path | Mapping[str, Tensor]
@@ -68,15 +69,15 @@ def load_meta_chameleon(
     loaded = load_original(checkpoint)
     if "layers.0.attention.wq.weight" not in loaded or "layers.0.attention.q_normalization.weight" not in loaded:
         raise CheckpointError("expected Meta's layout of Chameleon (layers.0.attention.wq, q_normalization, ...)")
-    head_dim = len(loaded["layers.0.attention.q_normalization.weight"])
-    rows, width = loaded["layers.0.attention.wq.weight"].shape
+    head_dim = read_shape(loaded, "layers.0.attention.q_normalization.weight", 1)[0]
+    rows, width = read_shape(loaded, "layers.0.attention.wq.weight", 2)
     sizes = {
-        "vocab_size": len(loaded["tok_embeddings.weight"]),
+        "vocab_size": read_shape(loaded, "tok_embeddings.weight", 2)[0],
         "hidden_size": width,
-        "intermediate_size": len(loaded["layers.0.feed_forward.w1.weight"]),
-        "num_hidden_layers": 1 + max(int(key.split(".")[1]) for key in loaded if key.startswith("layers.")),
+        "intermediate_size": read_shape(loaded, "layers.0.feed_forward.w1.weight", 2)[0],
+        "num_hidden_layers": count_layers(loaded, "layers."),
         "num_attention_heads": rows // head_dim,
-        "num_key_value_heads": len(loaded["layers.0.attention.wk.weight"]) // head_dim,
+        "num_key_value_heads": read_shape(loaded, "layers.0.attention.wk.weight", 2)[0] // head_dim,
         "bos_token_id": 0,
         "pad_token_id": 1,
         "eos_token_id": 2,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from vargen.adapters.base import TransformersBackbone
 from vargen.adapters.layouts import fill, lines
 from vargen.adapters.pixels import TamingPixels
+from vargen.checkpoint_bounds import read_shape
 from vargen.checkpoints import load_original
 from vargen.protocols import Layout
 
@@ -127,6 +128,9 @@ class Emu35Backbone(TransformersBackbone):
         if self.vq_decoder is None:
             return None
         weights = load_original(self.vq_decoder)
+        read_shape(weights, "quantize.embedding.weight", 2)
+        read_shape(weights, "post_quant_conv.weight", 4)
+        read_shape(weights, "post_quant_conv.bias", 1)
         table, kernel = weights["quantize.embedding.weight"], weights["post_quant_conv.weight"]
         codebook = nn.Embedding.from_pretrained(table)
         conv = nn.Conv2d(kernel.shape[1], kernel.shape[0], 1)

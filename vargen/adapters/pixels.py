@@ -5,16 +5,18 @@ Letters: B images, h w code grid, H W pixels.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from vargen.checkpoints import load_original, load_strict
+from vargen.checkpoint_bounds import count_layers, read_shape
+from vargen.checkpoints import build_strict, load_original
 from vargen.tokenizers.conv import ConvDecoder
+from vargen.tokenizers.settings import LEVELS
 from vargen.tokenizers.vq_checkpoints import taming_to_llamagen
 
 
@@ -122,19 +124,19 @@ def taming_decoder(weights: str | Path | Mapping[str, Tensor]) -> ConvDecoder:
     found = load_original(weights)
     named = {key[key.index("decoder.") :]: value for key, value in found.items() if "decoder." in key}
     state = {key.removeprefix("decoder."): value for key, value in taming_to_llamagen(named).items()}
-    levels = 1 + max((int(m[1]) for key in state if (m := re.match(r"conv_blocks\.(\d+)\.", key))), default=-1)
+    levels = count_layers(state, "conv_blocks.", least=0, most=LEVELS[-1])
     if levels == 0 or "conv_in.weight" not in state:
         raise ValueError("vq_decoder holds no decoder.* of a taming VQGAN (expected decoder.conv_in, decoder.up.*)")
-    widths = [state[f"conv_blocks.{i}.res.0.conv2.weight"].shape[0] for i in reversed(range(levels))]
-    blocks = 1 + max(int(m[1]) for key in state if (m := re.match(r"conv_blocks\.0\.res\.(\d+)\.", key)))
-    decoder = ConvDecoder(
-        out_channels=state["conv_out.weight"].shape[0],
+    widths = [read_shape(state, f"conv_blocks.{i}.res.0.conv2.weight", 4)[0] for i in reversed(range(levels))]
+    blocks = count_layers(state, "conv_blocks.0.res.", most=64)
+    make = partial(
+        ConvDecoder,
+        out_channels=read_shape(state, "conv_out.weight", 4)[0],
         base_channels=widths[0],
         channel_multipliers=[width // widths[0] for width in widths],
         num_res_blocks=blocks - 1,
-        z_channels=state["conv_in.weight"].shape[1],
+        z_channels=read_shape(state, "conv_in.weight", 4)[1],
         num_groups=32,
         attention="conv_blocks.0.attn.0.q.weight" in state or "mid",
     )
-    load_strict(decoder, state)
-    return decoder.eval().requires_grad_(False)
+    return build_strict(make, state).eval().requires_grad_(False)

@@ -19,6 +19,7 @@ from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.backbones.rope import rotate
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, infer_config
+from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 
 
@@ -37,6 +38,7 @@ class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: igno
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> AnyOrderTransformer:
         """Load a RandAR checkpoint strictly; arguments as in ``LlamaGenTransformer.from_original``."""
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, "randar")
         with torch.device("meta"):  # the checkpoint's own tensors take the places

@@ -26,7 +26,8 @@ from vargen.backbones.discrete_settings import EAGLE
 from vargen.backbones.eagle_drafts import EagleDrafts
 from vargen.backbones.primitive import RMSNorm
 from vargen.backbones.rope import constant_rows, grid_table, rotate, spread
-from vargen.checkpoints import CheckpointError, load_original
+from vargen.checkpoint_bounds import check_given, count_layers, read_shape
+from vargen.checkpoints import CheckpointError, build_strict, load_original
 from vargen.checks import checked
 
 PUBLISHED_HEADS = {1280: 20}  # width -> heads: LlamaGen-XL, the only size with a published drafter
@@ -140,16 +141,14 @@ class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
             CheckpointError: not such a file, missing or extra keys, wrong shapes.
             ValueError: ``grid_size`` or ``num_heads`` missing.
         """
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         config = {**infer_config(state_dict), **config}
         if "grid_size" not in config:
             raise ValueError("give grid_size=(height, width) in codes, for example (16, 16); the file does not tell")
         if "num_heads" not in config:
             raise ValueError(f"give num_heads; only the width {config['dim']} is in the file")
-        model = cls(**config)
-        _check_keys(state_dict, dict(model.state_dict()))
-        model.load_state_dict(state_dict)
-        return model.eval()
+        return build_strict(lambda: cls(**config), state_dict).eval()
 
     @property
     def num_pairs(self) -> int:
@@ -244,24 +243,12 @@ def infer_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
         raise CheckpointError(
             f"not an EAGLE drafter: it lacks {', '.join(missing)}; pass a file published with LANTERN"
         )
-    num_codes, dim = state_dict["embed_tokens.weight"].shape
-    layers = {key.split(".")[1] for key in state_dict if key.startswith("layers.")}
+    num_codes, dim = read_shape(state_dict, "embed_tokens.weight", 2)
     config = {
         "dim": dim,
         "codebook_size": num_codes,
-        "ffn_dim": state_dict["layers.0.mlp.gate_proj.weight"].shape[0],
-        "num_layers": len(layers),
+        "ffn_dim": read_shape(state_dict, "layers.0.mlp.gate_proj.weight", 2)[0],
+        "num_layers": count_layers(state_dict, "layers."),
         "bias": "fc.bias" in state_dict,
     }
     return {**config, "num_heads": PUBLISHED_HEADS[dim]} if dim in PUBLISHED_HEADS else config
-
-
-def _check_keys(state_dict: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    missing, extra = sorted(expected.keys() - state_dict.keys()), sorted(state_dict.keys() - expected.keys())
-    if missing or extra:
-        raise CheckpointError(
-            f"not an EAGLE drafter: missing {missing[:3] or 'nothing'}, unknown {extra[:3] or 'nothing'}"
-        )
-    for key, value in expected.items():
-        if state_dict[key].shape != value.shape:
-            raise CheckpointError(f"{key} has shape {list(state_dict[key].shape)}, expected {list(value.shape)}")

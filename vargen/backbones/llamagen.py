@@ -21,6 +21,7 @@ from vargen.backbones.primitive import RMSNorm, TransformerBlock
 from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.sizes import RECOMPUTED, infer_config, size_config, swiglu_dim
 from vargen.backbones.window import WindowBackbone
+from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
 
@@ -138,6 +139,7 @@ class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ign
             config: ``grid_size`` always, ``num_heads`` unless width and depth are those of a published size; anything
                 else overrides what the shapes tell.
         """
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, FAMILIES)
         config = infer_config(state_dict, config)

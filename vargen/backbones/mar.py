@@ -32,6 +32,7 @@ from vargen.backbones.mar_blocks import (
     mar_size_config,
 )
 from vargen.backbones.window import PreparedCondition
+from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
 from vargen.checks import checked
 
@@ -161,6 +162,7 @@ class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: igno
             config: heads where the width is not a published one, ``patch_size`` unless 1, ``num_sampling_steps``; anything
                 else overrides what the shapes tell.
         """
+        config = check_given(cls, config)
         try:
             state_dict = load_original(checkpoint, key="model_ema")
         except CheckpointError as error:

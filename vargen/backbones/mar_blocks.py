@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vargen.backbones.cache import Attend
+from vargen.checkpoint_bounds import CheckpointError, count_layers, read_shape
 
 # name -> width, depth of either transformer, heads, blocks and width of the head
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
@@ -115,24 +116,27 @@ def infer_mar_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any])
         raise ValueError(
             f"not a MAR checkpoint: it lacks {', '.join(missing)}; pass a state dict in the official layout"
         )
-    encoder_dim, token_dim = state_dict["z_proj.weight"].shape
-    decoder_dim = state_dict["decoder_embed.weight"].shape[0]
-    num_tokens = state_dict["diffusion_pos_embed_learned"].shape[1]
+    encoder_dim, token_dim = read_shape(state_dict, "z_proj.weight", 2)
+    decoder_dim = read_shape(state_dict, "decoder_embed.weight", 2)[0]
+    num_tokens = read_shape(state_dict, "diffusion_pos_embed_learned", 3)[1]
+    buffer_size = read_shape(state_dict, "encoder_pos_embed_learned", 3)[1] - num_tokens
+    if buffer_size < 1:
+        raise CheckpointError(f"encoder_pos_embed_learned holds no condition in front of its {num_tokens} tokens")
     patch_size = given.get("patch_size", 1)
     config: dict[str, Any] = {
         "grid_size": _grid(num_tokens, given),
         "latent_channels": token_dim // patch_size**2,
         "encoder_dim": encoder_dim,
-        "encoder_depth": _count(state_dict, "encoder_blocks."),
+        "encoder_depth": count_layers(state_dict, "encoder_blocks."),
         "decoder_dim": decoder_dim,
-        "decoder_depth": _count(state_dict, "decoder_blocks."),
-        "mlp_ratio": state_dict["encoder_blocks.0.mlp.fc1.weight"].shape[0] / encoder_dim,
-        "buffer_size": state_dict["encoder_pos_embed_learned"].shape[1] - num_tokens,
-        "head_depth": _count(state_dict, "diffloss.net.res_blocks."),
-        "head_width": state_dict["diffloss.net.input_proj.weight"].shape[0],
+        "decoder_depth": count_layers(state_dict, "decoder_blocks."),
+        "mlp_ratio": read_shape(state_dict, "encoder_blocks.0.mlp.fc1.weight", 2)[0] / encoder_dim,
+        "buffer_size": buffer_size,
+        "head_depth": count_layers(state_dict, "diffloss.net.res_blocks."),
+        "head_width": read_shape(state_dict, "diffloss.net.input_proj.weight", 2)[0],
     }
     if "class_emb.weight" in state_dict:
-        config["num_classes"] = state_dict["class_emb.weight"].shape[0]
+        config["num_classes"] = read_shape(state_dict, "class_emb.weight", 2)[0]
     heads = {dim: heads for dim, _, heads, *_ in SIZES.values()}
     for part, dim in (("encoder", encoder_dim), ("decoder", decoder_dim)):
         name = f"{part}_num_heads"
@@ -149,7 +153,3 @@ def _grid(num_tokens: int, given: Mapping[str, Any]) -> tuple[int, int]:
     if side * side != num_tokens:
         raise ValueError(f"grid_size cannot be read off {num_tokens} tokens; pass grid_size=(height, width)")
     return side, side
-
-
-def _count(state_dict: Mapping[str, Any], prefix: str) -> int:
-    return 1 + max((int(k[len(prefix) :].split(".")[0]) for k in state_dict if k.startswith(prefix)), default=-1)

@@ -26,6 +26,7 @@ from vargen.backbones.nar_sizes import infer_nar_config, nar_size_config
 from vargen.backbones.primitive import RMSNorm, TransformerBlock
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, swiglu_dim
+from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
 from vargen.protocols import neighbors
@@ -134,6 +135,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
             config: ``grid_size`` always, ``num_heads`` unless width and depth are those of a published size; anything
                 else overrides what the shapes tell.
         """
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, FAMILIES)
         config = infer_nar_config(state_dict, config)

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from vargen.backbones.sizes import SIZES, infer_config
+from vargen.checkpoint_bounds import CheckpointError, count_layers, read_shape
 
 # name: layers below the first head, heads, width
 IMAGE_SIZES: dict[str, tuple[int, int, int]] = {**SIZES, "M": (18, 16, 1024)}
@@ -43,21 +44,23 @@ def infer_nar_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any])
     if video:
         given = _video_grid(state_dict, given)
     extra = 2 if video else 1  # blocks above the first head
-    depth = 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith("layers.")), default=0) - extra
-    width = state_dict["tok_embeddings.weight"].shape[-1]
+    depth = count_layers(state_dict, "layers.") - extra
+    if depth < 1:
+        raise CheckpointError(f"the checkpoint has {depth + extra} layers, its heads alone need {extra}")
+    width = read_shape(state_dict, "tok_embeddings.weight", 2)[1]
     sizes = VIDEO_SIZES if video else IMAGE_SIZES
     heads = {(dim, layers): count for layers, count, dim in sizes.values()}
     if "num_heads" not in given and (width, depth) in heads:
         given["num_heads"] = heads[width, depth]
-    # the keys that LlamaGen's reader looks for, under the names of NAR's first head
-    alias = {"output.weight": state_dict["output_R.weight"]} if video else {}
+    # what LlamaGen's reader looks for; video models have a head for each axis instead
+    alias = {"output.weight": state_dict["output_D.weight"]} if video else {}
     config = infer_config({**state_dict, **alias}, given)
     config.pop("num_kv_heads")
     return {**config, "num_layers": depth, **{k: v for k, v in given.items() if k == "num_layers"}}
 
 
 def _video_grid(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
-    slots = state_dict["abs_pe"].shape[1] - 1
+    slots = read_shape(state_dict, "abs_pe", 3)[1] - 1
     grid = tuple(given.get("grid_size") or ())
     if len(grid) != 3 or grid[0] * grid[1] * grid[2] != slots:
         got = f"got {grid}" if grid else "none was given"

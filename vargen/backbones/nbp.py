@@ -28,6 +28,7 @@ from vargen.backbones.nbp_sizes import infer_nbp_config, nbp_size_config, offici
 from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.scheduled import ScheduledBackbone
 from vargen.backbones.window import PreparedCondition, WindowBackbone
+from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
 from vargen.protocols import block_order
@@ -156,6 +157,7 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, ModelMixin, ConfigMixin)
             config: ``num_heads`` unless the width is that of a published size, ``codebook_size``, ``grid_size`` and
                 ``block`` unless they are those of the published models; anything else overrides what the shapes tell.
         """
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, "nbp")
         weights = official_weights(state_dict)

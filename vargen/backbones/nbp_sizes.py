@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vargen.checkpoint_bounds import count_layers, read_shape
+
 SIZES: dict[str, tuple[int, int, int]] = {  # layers, heads, width; the official scripts say base, xl and 3b
     "XL": (24, 16, 1536),
     "XXL": (24, 32, 2048),
@@ -41,11 +43,11 @@ def infer_nbp_config(weights: Mapping[str, Tensor], given: Mapping[str, Any]) ->
     missing = [k for k in ("tok_emb.weight", "pos_emb", "uncond_embedding") if k not in weights]
     if missing:
         raise ValueError(f"not an NBP checkpoint: it lacks {', '.join(PREFIX + k for k in missing)}")
-    rows, dim = weights["tok_emb.weight"].shape
-    layers = 1 + max((int(k.split(".")[1]) for k in weights if k.startswith("blocks.")), default=-1)
-    tokens = weights["uncond_embedding"].shape[0]
+    rows, dim = read_shape(weights, "tok_emb.weight", 2)
+    layers = count_layers(weights, "blocks.")
+    tokens = read_shape(weights, "uncond_embedding", 2, least=0)[0]
     config: dict[str, Any] = {"dim": dim, "num_layers": layers, "num_condition_tokens": tokens}
-    config["max_positions"] = weights["pos_emb"].shape[1]
+    config["max_positions"] = read_shape(weights, "pos_emb", 3)[1]
     heads = given.get("num_heads") or {(d, n): h for n, h, d in SIZES.values()}.get((dim, layers))
     if heads is None:
         raise ValueError(f"num_heads cannot be read off the shapes (width {dim}, {layers} layers); pass num_heads=...")

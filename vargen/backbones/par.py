@@ -20,6 +20,7 @@ from vargen.backbones.discrete_settings import PAR
 from vargen.backbones.llamagen import ConditionType, LlamaGenTransformer
 from vargen.backbones.scheduled import ScheduledBackbone, padding_mask
 from vargen.backbones.sizes import RECOMPUTED, infer_config
+from vargen.checkpoint_bounds import check_given, read_shape
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
 
@@ -80,9 +81,10 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> PARTransformer:
         """Load an official checkpoint strictly; arguments as in ``LlamaGenTransformer.from_original``."""
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, "par")
-        config = infer_config(state_dict, {"group_size": len(state_dict[_SPECIAL]) + 1, **config})
+        config = infer_config(state_dict, {"group_size": read_shape(state_dict, _SPECIAL, 2)[0] + 1, **config})
         config.pop("num_kv_heads")
         with torch.device("meta"):  # the checkpoint's own tensors take the places
             model = cls(**config)

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
+from vargen.checkpoint_bounds import CheckpointError, count_layers, read_shape
+
 # name: layers, heads, width (paper, table 1 and the official model registry)
 SIZES: dict[str, tuple[int, int, int]] = {
     "B": (12, 12, 768),
@@ -46,8 +48,8 @@ def infer_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
     """Read a LlamaGen configuration off the shapes; ``given`` settles what shapes cannot tell.
 
     Raises:
-        ValueError: ``num_heads`` is neither given nor implied by a published size, ``grid_size`` is missing, or the
-            keys are not those of LlamaGen.
+        ValueError: ``num_heads`` is neither given nor implied by a published size, ``grid_size`` is missing, the keys are
+            not those of LlamaGen, or layers or shapes are none that a model has.
     """
     given = {k: v for k, v in given.items() if v is not None}
     missing = [
@@ -57,10 +59,10 @@ def infer_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
         raise ValueError(
             f"not a LlamaGen checkpoint: it lacks {', '.join(missing)}; pass a state dict in the official layout"
         )
-    num_codes, dim = state_dict["tok_embeddings.weight"].shape
-    num_layers = 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("layers."))
+    num_codes, dim = read_shape(state_dict, "tok_embeddings.weight", 2)
+    num_layers = count_layers(state_dict, "layers.")
     config: dict[str, Any] = {"codebook_size": num_codes, "dim": dim, "num_layers": num_layers}
-    config["ffn_dim"] = state_dict["layers.0.feed_forward.w1.weight"].shape[0]
+    config["ffn_dim"] = read_shape(state_dict, "layers.0.feed_forward.w1.weight", 2)[0]
     heads = {(d, layers): h for layers, h, d in SIZES.values()}
     config["num_heads"] = given.get("num_heads") or heads.get((dim, num_layers))
     if config["num_heads"] is None:
@@ -71,22 +73,29 @@ def infer_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> 
         raise ValueError(
             "grid_size cannot be read off the shapes; pass grid_size=(height, width) in codes, e.g. (16, 16)"
         )
-    head_dim = dim // config["num_heads"]
-    config["num_kv_heads"] = (
-        state_dict["layers.0.attention.wqkv.weight"].shape[0] // head_dim - config["num_heads"]
-    ) // 2
+    config["num_kv_heads"] = _kv_heads(state_dict, dim, config["num_heads"])
     return {**config, **_infer_condition(state_dict, given), **given}
+
+
+def _kv_heads(state_dict: Mapping[str, Tensor], dim: int, num_heads: int) -> int:
+    if dim % num_heads:
+        raise ValueError(f"num_heads must divide the width {dim} of the checkpoint, got {num_heads}")
+    rows = read_shape(state_dict, "layers.0.attention.wqkv.weight", 2)[0]
+    found = (rows // (dim // num_heads) - num_heads) // 2
+    if found < 1:
+        raise CheckpointError(f"layers.0.attention.wqkv.weight has {rows} rows, too few for {num_heads} heads")
+    return found
 
 
 def _infer_condition(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     if "cls_embedding.uncond_embedding" in state_dict:
-        tokens, width = state_dict["cls_embedding.uncond_embedding"].shape
+        tokens, width = read_shape(state_dict, "cls_embedding.uncond_embedding", 2)
         return {"condition_type": "caption", "caption_dim": width, "num_condition_tokens": tokens}
     if "cls_embedding.embedding_table.weight" not in state_dict:
         raise ValueError("not a LlamaGen checkpoint: it has no cls_embedding")
-    rows = state_dict["cls_embedding.embedding_table.weight"].shape[0]
+    rows = read_shape(state_dict, "cls_embedding.embedding_table.weight", 2)[0]
     if "cls_embedding.slot_embedding.weight" in state_dict:
-        slots = state_dict["cls_embedding.slot_embedding.weight"].shape[0]
+        slots = read_shape(state_dict, "cls_embedding.slot_embedding.weight", 2)[0]
         return {"condition_type": "attributes", "num_attributes": rows, "num_condition_tokens": slots}
     if given.get("num_classes") == rows:
         return {"condition_type": "class", "class_dropout_prob": 0.0}  # trained without a null label

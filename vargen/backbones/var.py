@@ -27,6 +27,7 @@ from vargen.backbones.discrete_settings import VAR
 from vargen.backbones.scales import ScaleBackbone, ScaleCondition
 from vargen.backbones.var_blocks import HeadNorm, LabelEmbedding, VARBlock, modulation
 from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
+from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked, pair_of
 
@@ -166,6 +167,7 @@ class VARTransformer(ScaleBackbone, ModelMixin, ConfigMixin):  # type: ignore[mi
             config: ``scales`` where the file lacks ``lvl_1L``, ``num_heads`` where there are neither attention scales nor
                 a published width; anything else overrides what the shapes tell.
         """
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, "var")
         config = infer_var_config(state_dict, config)

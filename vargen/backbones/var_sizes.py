@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from vargen.checkpoint_bounds import count_layers, read_shape
+from vargen.checks import MAX_POSITIONS
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
@@ -42,22 +46,22 @@ def infer_var_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any])
         raise ValueError(
             f"not a VAR checkpoint: it lacks {', '.join(missing)}; pass a state dict in the official layout"
         )
-    dim, codebook_dim = state_dict["word_embed.weight"].shape
+    dim, codebook_dim = read_shape(state_dict, "word_embed.weight", 2)
     config: dict[str, Any] = {
         "dim": dim,
-        "num_layers": 1 + max(int(k.split(".")[1]) for k in state_dict if k.startswith("blocks.")),
-        "codebook_size": state_dict["head.weight"].shape[0],
+        "num_layers": count_layers(state_dict, "blocks."),
+        "codebook_size": read_shape(state_dict, "head.weight", 2)[0],
         "codebook_dim": codebook_dim,
-        "mlp_ratio": state_dict["blocks.0.ffn.fc1.weight"].shape[0] / dim,
+        "mlp_ratio": read_shape(state_dict, "blocks.0.ffn.fc1.weight", 2)[0] / dim,
         "shared_aln": "shared_ada_lin.1.weight" in state_dict,
         "attn_l2_norm": "blocks.0.attn.scale_mul_1H11" in state_dict,
     }
     if "class_emb.weight" in state_dict:
-        config["num_classes"] = state_dict["class_emb.weight"].shape[0] - 1
+        config["num_classes"] = read_shape(state_dict, "class_emb.weight", 2)[0] - 1
     elif "attribute_emb.slot_embedding.weight" in state_dict:
         config["condition_type"] = "attributes"
-        config["num_attributes"] = state_dict["attribute_emb.embedding_table.weight"].shape[0]
-        config["num_condition_tokens"] = state_dict["attribute_emb.slot_embedding.weight"].shape[0]
+        config["num_attributes"] = read_shape(state_dict, "attribute_emb.embedding_table.weight", 2)[0]
+        config["num_condition_tokens"] = read_shape(state_dict, "attribute_emb.slot_embedding.weight", 2)[0]
     config["num_heads"] = given.get("num_heads") or _num_heads(state_dict, config)
     config["scales"] = given.get("scales") or _scales(state_dict)
     return {**config, **given}
@@ -65,21 +69,30 @@ def infer_var_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any])
 
 def _num_heads(state_dict: Mapping[str, Tensor], config: Mapping[str, Any]) -> int:
     if config["attn_l2_norm"]:
-        return state_dict["blocks.0.attn.scale_mul_1H11"].shape[1]
+        return read_shape(state_dict, "blocks.0.attn.scale_mul_1H11", 4)[1]
     if config["dim"] == HEAD_DIM * config["num_layers"]:
         return config["num_layers"]
     raise ValueError(f"num_heads cannot be read off the shapes (width {config['dim']}); pass num_heads=...")
 
 
 def _scales(state_dict: Mapping[str, Tensor]) -> list[int]:
-    if "lvl_1L" in state_dict and not state_dict["lvl_1L"].is_meta:
-        sides = [round(n**0.5) for n in state_dict["lvl_1L"].flatten().bincount().tolist()]
-        if sum(side**2 for side in sides) == state_dict["lvl_1L"].numel():
+    length, count = read_shape(state_dict, "pos_1LC", 3)[1], read_shape(state_dict, "lvl_embed.weight", 2)[0]
+    levels = state_dict.get("lvl_1L")
+    if levels is not None and _are_levels(levels, length, count):
+        sides = [round(n**0.5) for n in levels.flatten().bincount().tolist()]
+        if sum(side**2 for side in sides) == length:
             return sides
-    length, count = state_dict["pos_1LC"].shape[1], state_dict["lvl_embed.weight"].shape[0]
     for scales in (SCALES_256, SCALES_512):
         if (length, count) == (sum(s * s for s in scales), len(scales)):
             return list(scales)
     raise ValueError(
         f"scales cannot be read off the shapes ({length} positions in {count} scales); pass scales=(1, 2, ...)"
     )
+
+
+def _are_levels(levels: Tensor, length: int, count: int) -> bool:
+    """Whether the buffer holds the number of a scale for each position, so that it may be counted."""
+    if levels.is_meta or levels.dtype != torch.int64 or levels.numel() != length or length > MAX_POSITIONS:
+        return False
+    low, high = (int(level) for level in levels.aminmax())
+    return 0 <= low and high < count

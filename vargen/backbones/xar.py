@@ -24,6 +24,7 @@ from vargen.backbones.diffusion_head import TimeEmbedding
 from vargen.backbones.primitive import RMSNorm
 from vargen.backbones.rope import grid_table, rotate, spread
 from vargen.backbones.var_blocks import LabelEmbedding
+from vargen.checkpoint_bounds import check_given, count_layers, read_shape
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
 
@@ -145,6 +146,7 @@ class XARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> XARTransformer:
         """Load an official checkpoint strictly; sizes are inferred, ``num_heads`` is needed for unpublished widths."""
+        config = check_given(cls, config)
         state_dict = load_original(checkpoint)
         check_family(state_dict, "xar")
         with torch.device("meta"):
@@ -275,23 +277,19 @@ def infer_xar_config(state_dict: Any, given: dict[str, Any]) -> dict[str, Any]:
     Raises:
         ValueError: ``num_heads`` is neither given nor that of a published width.
     """
-    dim, channels = state_dict["z_proj.weight"].shape
+    dim, channels = read_shape(state_dict, "z_proj.weight", 2)
     heads = {width: count for width, _, count in SIZES.values()}
-    side = round(state_dict["encoder_pos_embed_learned"].shape[1] ** 0.5)
+    side = round(read_shape(state_dict, "encoder_pos_embed_learned", 3)[1] ** 0.5)
     if "num_heads" not in given and dim not in heads:
         raise ValueError(f"num_heads cannot be read off the shapes (width {dim}); pass num_heads=...")
-
-    def depth(prefix: str) -> int:
-        return 1 + max((int(k.split(".")[1]) for k in state_dict if k.startswith(prefix)), default=-1)
-
     config: dict[str, Any] = {
         "grid_size": (side, side),
         "latent_channels": channels,
         "dim": dim,
-        "encoder_depth": depth("encoder_blocks."),
-        "decoder_depth": depth("decoder_blocks."),
+        "encoder_depth": count_layers(state_dict, "encoder_blocks."),
+        "decoder_depth": count_layers(state_dict, "decoder_blocks."),
         "num_heads": heads.get(dim),
-        "num_classes": state_dict["class_emb.weight"].shape[0] - 1,
+        "num_classes": read_shape(state_dict, "class_emb.weight", 2)[0] - 1,
     }
     return {**config, **given}
 

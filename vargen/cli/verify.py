@@ -51,6 +51,7 @@ def _rows(report: Any) -> list[tuple[str, str]]:
         ("missing keys", _some(report.missing)),
         ("extra keys", _some(report.extra)),
         ("wrong shapes", _some(wrong)),
+        ("wrong dtypes", _some(report.wrong_dtypes)),
         ("NaN or infinite", _some(report.not_finite)),
     ]
     if report.note:

@@ -35,14 +35,15 @@ class VerifyReport:
     extra: list[str] = field(default_factory=list)
     wrong_shapes: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # key -> (in the file, expected)
     not_finite: list[str] = field(default_factory=list)
+    wrong_dtypes: list[str] = field(default_factory=list)  # keys whose numbers no layer can hold: integers, float8, ...
     dtypes: dict[str, int] = field(default_factory=dict)  # dtype -> number of entries
     note: str = ""
 
     @property
     def ok(self) -> bool:
         """Whether the file is what its family and size promise."""
-        clean = not (self.missing or self.extra or self.wrong_shapes or self.not_finite or self.note)
-        return clean and self.expected_parameters in (None, self.num_parameters)
+        differences = (self.missing, self.extra, self.wrong_shapes, self.wrong_dtypes, self.not_finite, self.note)
+        return not any(differences) and self.expected_parameters in (None, self.num_parameters)
 
 
 Builder = Callable[[Mapping[str, Tensor]], Manifest]

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
-from vargen.checkpoints import CheckpointError
+from vargen.checkpoint_bounds import count_layers, read_shape
 from vargen.manifests.base import Manifest, Shape
 
 # name -> (layers, heads, width, hidden width of the feed-forward, parameters c2i, parameters t2i); llamagen table 1
@@ -61,9 +60,8 @@ def llamagen_shapes(
 
 def llamagen_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     """LlamaGen transformers; sizes that were never published are inferred from shapes."""
-    layers = [int(m[1]) for k in state_dict if (m := re.match(r"layers\.(\d+)\.", k))]
-    num_layers = 1 + max(layers)
-    vocabulary, width = state_dict["tok_embeddings.weight"].shape
+    num_layers = count_layers(state_dict, "layers.")
+    vocabulary, width = read_shape(state_dict, "tok_embeddings.weight", 2)
     text = any(k.startswith("cls_embedding.cap_proj.") for k in state_dict)
     size = next((n for n, (depth, _, d, *_) in LLAMAGEN_SIZES.items() if (depth, d) == (num_layers, width)), None)
     buffers = ("cls_embedding.uncond_embedding",)
@@ -73,17 +71,12 @@ def llamagen_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
         condition = LLAMAGEN_CAPTION if text else (LLAMAGEN_CLASSES,)
         shapes = llamagen_shapes(num_layers, width, hidden, LLAMAGEN_VOCABULARY, condition)
         return Manifest(shapes, size, counts[text], buffers, optional)
-    w1 = state_dict.get("layers.0.feed_forward.w1.weight")
+    hidden = read_shape(state_dict, "layers.0.feed_forward.w1.weight", 2)[0]
     key = "cls_embedding.uncond_embedding" if text else "cls_embedding.embedding_table.weight"
-    if w1 is None or key not in state_dict:
-        raise CheckpointError(
-            f"cannot infer the sizes: {'layers.0.feed_forward.w1.weight' if w1 is None else key} is missing"
-        )
-    rows = tuple(state_dict[key].shape)
-    condition = (rows[0], rows[1]) if text else (rows[0],)
-    return Manifest(
-        llamagen_shapes(num_layers, width, w1.shape[0], vocabulary, condition), None, None, buffers, optional
-    )
+    rows, columns = read_shape(state_dict, key, 2)
+    condition = (rows, columns) if text else (rows,)
+    shapes = llamagen_shapes(num_layers, width, hidden, vocabulary, condition)
+    return Manifest(shapes, None, None, buffers, optional)
 
 
 def vq_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:

@@ -17,14 +17,12 @@ MAR_PARAMETERS = {"base": 207_924_768, "large": 478_326_304, "huge": 942_403_104
 
 def kl_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     """Keys and shapes of a KL autoencoder in the latent-diffusion layout."""
-    from diffusers import AutoencoderKL
-
-    from vargen.tokenizers.kl import infer_kl_config, to_latent_diffusion
+    from vargen.tokenizers.kl import build_autoencoder, infer_kl_config, to_latent_diffusion
 
     config = infer_kl_config(state_dict)
     published = config["block_out_channels"] == KL16_WIDTHS and config["latent_channels"] == 16
     with torch.device("meta"):  # one norm group: changes no shape and fits every width
-        model = AutoencoderKL(**{**config, "norm_num_groups": 1})
+        model = build_autoencoder({**config, "norm_num_groups": 1})
     shapes = {name: tuple(value.shape) for name, value in to_latent_diffusion(model.state_dict()).items()}
     size, count = (KL16_NAME, KL16_PARAMETERS) if published else (None, None)
     return Manifest(shapes, size, count, optional=("loss.*",))

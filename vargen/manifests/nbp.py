@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vargen.checkpoint_bounds import read_shape
 from vargen.manifests.base import Manifest
 
 # size -> parameters with text (UCF-101 files) and of frame prediction (Kinetics-600 files), without the tokenizer in
@@ -26,9 +27,9 @@ def nbp_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     from vargen.backbones.nbp_sizes import PREFIX, SIZES, TEXT, infer_nbp_config, official_weights
 
     weights = official_weights(state_dict)
-    rows = weights["tok_emb.weight"].shape[0]
+    rows = read_shape(weights, "tok_emb.weight", 2)[0]
     given = {"num_heads": 1}  # changes no shape
-    if weights["uncond_embedding"].shape[0] and rows not in TEXT:
+    if read_shape(weights, "uncond_embedding", 2, least=0)[0] and rows not in TEXT:
         given["codebook_size"] = max(rows - 1 - 16, 1)  # how the vocabulary divides changes no shape either
     config = infer_nbp_config(weights, given)
     size = next((name for name, (n, _, d) in SIZES.items() if (n, d) == (config["num_layers"], config["dim"])), None)

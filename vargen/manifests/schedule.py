@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.checkpoint_bounds import read_shape
 from vargen.manifests.base import Manifest
 
 # size -> parameters, class-to-image and text-to-image (buffers left out)
@@ -55,7 +56,7 @@ def nar_video_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     from vargen.backbones.nar import NARTransformer
     from vargen.backbones.nar_sizes import VIDEO_DEFAULTS, VIDEO_SIZES, infer_nar_config
 
-    slots = state_dict["abs_pe"].shape[1] - 1 if "abs_pe" in state_dict else 1
+    slots = read_shape(state_dict, "abs_pe", 3)[1] - 1
     config = infer_nar_config(state_dict, {"grid_size": (1, 1, slots), **_any_heads(state_dict)})
     size = _named(VIDEO_SIZES, config, NAR_VIDEO_PARAMETERS)
     if size:
@@ -68,8 +69,7 @@ def par_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     from vargen.backbones.par import PARTransformer
     from vargen.backbones.sizes import SIZES, infer_config
 
-    table = state_dict.get("spe_tok_embeddings.special_embeddings.weight")
-    group = len(table) + 1 if table is not None else 4
+    group = read_shape(state_dict, "spe_tok_embeddings.special_embeddings.weight", 2)[0] + 1
     given = {"grid_size": (8 * group, 8 * group), "group_size": group, **_any_heads(state_dict)}
     config = infer_config(state_dict, given)
     config.pop("num_kv_heads")
@@ -89,7 +89,7 @@ def randar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
 
 def _any_heads(state_dict: Mapping[str, Tensor]) -> dict[str, int]:
     """A number of heads that fits the width: it changes no shape."""
-    return {"num_heads": max(1, state_dict["tok_embeddings.weight"].shape[-1] // 4)}
+    return {"num_heads": max(1, read_shape(state_dict, "tok_embeddings.weight", 2)[1] // 4)}
 
 
 def _named(

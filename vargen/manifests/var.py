@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from vargen.checkpoint_bounds import CheckpointError, read_shape
 from vargen.manifests.base import Manifest, Shape
 
 # size -> parameters, buffers left out; d12 was never released
@@ -18,6 +19,7 @@ VAR_PARAMETERS = {
     "d30": 2_010_020_356,
     "d36": 2_353_893_904,
 }
+MAX_SCALES = 64  # as ``check_scales`` allows
 VAE_NAME, VAE_CHANNELS, VAE_PARAMETERS = "vae_ch160v4096z32", 160, 108_948_355
 
 
@@ -40,7 +42,9 @@ def var_tokenizer_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     from vargen.tokenizers.multiscale_checkpoints import HITS, infer_multiscale_config, to_native, to_official
     from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
 
-    rows = state_dict[HITS].shape[0] if HITS in state_dict else 1
+    rows = read_shape(state_dict, HITS, 2)[0] if HITS in state_dict else 1
+    if rows > MAX_SCALES:
+        raise CheckpointError(f"{HITS} counts {rows} scales, at most {MAX_SCALES} are allowed")
     scales = list(range(1, rows + 1))  # shapes depend on how many there are only
     config = infer_multiscale_config(to_native(state_dict), {"scales": scales})
     published = config["base_channels"] == VAE_CHANNELS

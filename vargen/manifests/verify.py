@@ -10,10 +10,13 @@ from typing import Any
 
 from torch import Tensor
 
+from vargen.checkpoint_bounds import WEIGHT_DTYPES
 from vargen.checkpoints import CheckpointError, load_original
 from vargen.families import get_family, guess_family
 from vargen.files import atomic_dir
 from vargen.manifests.base import Builder, Manifest, VerifyReport
+
+_BLOCK = 2**22  # numbers looked at together
 
 
 def _later(module: str, name: str) -> Builder:
@@ -101,6 +104,7 @@ def _compare(state_dict: Mapping[str, Tensor], manifest: Manifest, found: dict[s
         missing=sorted(manifest.shapes.keys() - given.keys()),
         extra=sorted(given.keys() - manifest.shapes.keys()),
         wrong_shapes={k: (given[k], manifest.shapes[k]) for k in sorted(both) if given[k] != manifest.shapes[k]},
+        wrong_dtypes=[k for k in sorted(both) if state_dict[k].dtype not in WEIGHT_DTYPES],
     )
 
 
@@ -113,7 +117,14 @@ def _numel(state_dict: Mapping[str, Tensor], left_out: tuple[str, ...]) -> int:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    return tensor.is_meta or bool(tensor.isfinite().all())
+    """Look at a tensor block by block: the answers for all of it at once would need memory of their own."""
+    if tensor.is_meta or not tensor.numel():
+        return True
+    if tensor.numel() <= _BLOCK:
+        return bool((tensor if tensor.dtype in WEIGHT_DTYPES else tensor.float()).isfinite().all())
+    axis = max(range(tensor.ndim), key=tensor.shape.__getitem__)
+    rows = max(1, tensor.shape[axis] * _BLOCK // tensor.numel())
+    return all(_is_finite(part) for part in tensor.split(rows, dim=axis))
 
 
 def convert_checkpoint(
