@@ -83,4 +83,6 @@ def check_prompt(text: Any, name: str = "a prompt", longest: int = MAX_CHARACTER
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name} holds half a character (a lone surrogate) at place {error.start}; remove it") from None
+        raise ValueError(
+            f"{name} holds half a character (a lone surrogate) at place {error.start}; remove it"
+        ) from None

@@ -93,9 +93,7 @@ class ClassConditioner(Conditioner):
             if found := self._ids.get(_plain(label)):
                 if len(found) > 1:
                     choices = " or ".join(f"{self.class_names[index]} ({index})" for index in found)
-                    raise ValueError(
-                        f"class name {shown(label)} may mean {choices}; write it exactly or give the id"
-                    )
+                    raise ValueError(f"class name {shown(label)} may mean {choices}; write it exactly or give the id")
                 return found[0]
             if not re.fullmatch(r"\s*-?\d+\s*", label):
                 raise ValueError(self._unknown(label))
