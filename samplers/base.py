@@ -15,13 +15,14 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any, ClassVar, Protocol, Self
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
-from vargen.checks import check_choice, check_integer, check_names, check_number
+from vargen.checks import check_choice, check_integer, check_names, check_number, shown
 from vargen.outputs import Guarantee, SamplerOutput
 
 
@@ -67,7 +68,9 @@ class Sampler(SchedulerMixin, ConfigMixin):
 
     def __post_init__(self) -> None:
         self.check()
-        settings = {name: getattr(self, name) for name in self.setting_names()}
+        settings = {name: _plain(getattr(self, name)) for name in self.setting_names()}
+        for name, value in settings.items():
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "_internal_dict", FrozenDict({"_class_name": type(self).__name__, **settings}))
 
     def check(self) -> None:
@@ -183,7 +186,14 @@ class Sampler(SchedulerMixin, ConfigMixin):
                 f"offers {', '.join(sorted(offered)) or 'none of it'}. Samplers that fit: {', '.join(fitting) or 'none'}"
             )
         if self.top_k > (num_codes := int(backbone.codebook_size)):
-            raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {self.top_k} (0 is off)")
+            raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(self.top_k)} (0 is off)")
+
+
+def _plain(value: Any) -> Any:
+    """A fraction or a number of numpy as Python's own: tensors do not multiply with every kind, JSON does not hold them."""
+    if type(value) in (bool, int, float):
+        return value
+    return int(value) if isinstance(value, Integral) else float(value) if isinstance(value, Real) else value
 
 
 def known_samplers() -> list[type[Sampler]]:

@@ -12,10 +12,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from enum import IntEnum
+from operator import index
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from vargen.checks import shown
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # the constants of the paper's reference code (Random123)
@@ -247,34 +251,47 @@ def image_seeds(
         ``num_images`` integers in [0, 2^64).
 
     Raises:
-        ValueError: seed and generator together, a list of the wrong length, a seed that is no integer in [0, 2^64).
+        ValueError: as ``check_seeds``.
     """
-    if seed is not None and generator is not None:
-        raise ValueError("give seed or generator, not both")
+    check_seeds(seed, generator, num_images)
     if isinstance(generator, list | tuple):
-        if len(generator) != num_images:
-            raise ValueError(f"generator is a list of {len(generator)}, but {num_images} images are asked for")
         return [_draw_seed(one) for one in generator]
     if generator is not None:
         return [_draw_seed(generator) for _ in range(num_images)]
     if isinstance(seed, list | tuple):
-        if len(seed) != num_images:
-            raise ValueError(f"seed is a list of {len(seed)}, but {num_images} images are asked for")
-        return [_check_seed(one) for one in seed]
-    base = int(torch.randint(1 << 62, ())) if seed is None else _check_seed(seed)
+        return [index(one) for one in seed]
+    base = int(torch.randint(1 << 62, ())) if seed is None else index(seed)
     return [(base + i) % (1 << 64) for i in range(num_images)]
 
 
+def check_seeds(seed: Any, generator: Any, num_images: int) -> None:
+    """Check the seeds of a call without drawing any.
+
+    Raises:
+        ValueError: seed and generator together, a list of the wrong length, a seed that is no integer in [0, 2^64),
+            something else than generators.
+    """
+    if seed is not None and generator is not None:
+        raise ValueError("give seed or generator, not both")
+    for name, given in (("generator", generator), ("seed", seed)):
+        if isinstance(given, list | tuple) and len(given) != num_images:
+            raise ValueError(f"{name} is a list of {len(given)}, but {num_images} images are asked for")
+    for one in generator if isinstance(generator, list | tuple) else [] if generator is None else [generator]:
+        if not isinstance(one, torch.Generator):
+            raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(one).__name__}")
+    for one in seed if isinstance(seed, list | tuple) else [] if seed is None else [seed]:
+        _check_seed(one)
+
+
 def _draw_seed(generator: torch.Generator) -> int:
-    if not isinstance(generator, torch.Generator):
-        raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(generator).__name__}")
     draw = torch.randint(-(1 << 63), (1 << 63) - 1, (), generator=generator, device=generator.device)
     return int(draw) % (1 << 64)
 
 
-def _check_seed(seed: int) -> int:
-    if isinstance(seed, bool) or not hasattr(seed, "__index__"):
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed!r}")
-    if not 0 <= int(seed) < 1 << 64:
-        raise ValueError(f"seed must be an integer in [0, 2**64), got {seed}")
-    return int(seed)
+def _check_seed(seed: Any) -> None:
+    try:
+        whole = -1 if isinstance(seed, bool) else index(seed)
+    except TypeError:  # arrays have __index__ too
+        whole = -1
+    if not 0 <= whole < 1 << 64:
+        raise ValueError(f"seed must be an integer in [0, 2**64), got {shown(seed)}")

@@ -73,12 +73,17 @@ class AttributeConditioner(Conditioner):
             [P, T] int64 ids.
 
         Raises:
-            ValueError: an empty prompt, unknown words (the nearest are shown), class labels instead of prompts.
+            ValueError: an empty or too long prompt, unknown words (the nearest are shown), class labels instead of
+                prompts.
         """
         if class_labels is not None:
             raise ValueError("this model is described in words, not by class labels; give prompt='...'")
         rows = [self.vocabulary.parse_prompt(prompt) for prompt in one_of(prompts, None)]
         return torch.from_numpy(np.stack(rows).astype(np.int64))
+
+    def check(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> None:
+        """Read the prompts, which takes no network."""
+        self.encode(prompts, class_labels)
 
     def complete(self, condition: Tensor, seeds: Sequence[int]) -> Tensor:
         """Fill the zeros of ``[B, T]`` ids, row i by ``seeds[i]``; without ``fill`` nothing changes."""

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Self
 from diffusers import ConfigMixin
 from torch import Tensor
 
+MAX_CHARACTERS = 10_000  # of a prompt; conditioners that read less allow less
+
 
 class Conditioner(ConfigMixin):
     """Base of the conditioners: calling convention, and saving inside a pipeline folder.
@@ -27,10 +29,16 @@ class Conditioner(ConfigMixin):
         """Turn prompts or class labels into a condition."""
         raise NotImplementedError
 
+    def check(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> None:
+        """Raise ``ValueError`` for what ``encode`` refuses, without the work of a network."""
+        one_of(prompts, class_labels)
+
     def __call__(self, items: Any) -> Any:
         """Turn one prompt or label, or a list of them, into a condition; numbers are labels, texts are prompts."""
         if isinstance(items, Tensor):
             items = items.tolist()
+        if not isinstance(items, str | Integral | list | tuple | range):
+            raise ValueError(f"a conditioner takes a prompt, a label or a list of them, got {type(items).__name__}")
         listed: list[Any] = [items] if isinstance(items, str | Integral) else list(items)
         if listed and all(isinstance(item, Integral) for item in listed):
             return self.encode(class_labels=listed)
@@ -50,12 +58,31 @@ def one_of(prompts: Sequence[Any] | None, class_labels: Sequence[Any] | None) ->
     """Return whichever was given and is not empty.
 
     Raises:
-        ValueError: both, neither, or an empty list.
+        ValueError: both, neither, or an empty list; a prompt that is no text or too long.
     """
     if (prompts is None) == (class_labels is None):
         raise ValueError(f"give either prompts or class_labels, got {'both' if prompts is not None else 'neither'}")
     given = prompts if prompts is not None else class_labels
     assert given is not None
-    if isinstance(given, str) or not len(given):
-        raise ValueError(f"a conditioner takes a list with at least one entry, got {given!r}")
+    if not isinstance(given, list | tuple | range):
+        raise ValueError(f"a conditioner takes a list with at least one entry, got {type(given).__name__}")
+    if not given:
+        raise ValueError("a conditioner takes a list with at least one entry, got an empty one")
+    if prompts is not None:
+        for prompt in prompts:
+            check_prompt(prompt)
     return given
+
+
+def check_prompt(text: Any, name: str = "a prompt", longest: int = MAX_CHARACTERS) -> None:
+    """Raise ``ValueError`` for a prompt that is no text that can be written down, or too long."""
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a text, got {type(text).__name__}")
+    if len(text) > longest:
+        raise ValueError(f"{name} may have {longest} characters, got {len(text)}; shorten it")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{name} holds half a character (a lone surrogate) at place {error.start}; remove it"
+        ) from None

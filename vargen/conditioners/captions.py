@@ -13,12 +13,17 @@ def clean_caption(text: str) -> str:
 
     Raises:
         ImportError: ftfy, beautifulsoup4 or transformers is missing.
+        ValueError: mark-up that cannot be read.
     """
     missing = [name for name in ("transformers", "ftfy", "bs4") if find_spec(name) is None]
     if missing:
         raise ImportError(f"cleaning captions needs {', '.join(missing)}; install them with pip install vargen[text]")
+    from bs4 import ParserRejectedMarkup
     from diffusers import PixArtAlphaPipeline
 
     # the method reads one class attribute of its pipeline, no instance is needed
     clean = PixArtAlphaPipeline._clean_caption
-    return clean(PixArtAlphaPipeline, clean(PixArtAlphaPipeline, text))
+    try:
+        return clean(PixArtAlphaPipeline, clean(PixArtAlphaPipeline, text))
+    except ParserRejectedMarkup:
+        raise ValueError("a caption holds mark-up that cannot be read, such as '<!['; write it without") from None

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from numbers import Integral
 from typing import Any
 
@@ -15,7 +14,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
 from vargen.checks import MAX_ROWS, Settings, check_list, check_text, checked, shown
-from vargen.conditioners.base import Conditioner, one_of
+from vargen.conditioners.base import Conditioner, check_prompt, one_of
+from vargen.data.nearest_words import NearestPhrases
+
+MAX_CHARACTERS = 200  # of a class name that is looked up; those of ImageNet have at most 30
 
 
 def check_class_names(name: str, value: Any) -> str | tuple[str, ...]:
@@ -79,22 +81,27 @@ class ClassConditioner(Conditioner):
         """
         return torch.tensor([self._id(label) for label in one_of(prompts, class_labels)], dtype=torch.int64)
 
+    def check(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> None:
+        """Look the labels up, which takes no network."""
+        self.encode(prompts, class_labels)
+
     def _id(self, label: int | str) -> int:
         if isinstance(label, str):
             if label in self._exact:
                 return self._exact[label]
+            check_prompt(label, "a class name", MAX_CHARACTERS)
             if found := self._ids.get(_plain(label)):
                 if len(found) > 1:
                     choices = " or ".join(f"{self.class_names[index]} ({index})" for index in found)
-                    raise ValueError(f"class name {label!r} may mean {choices}; write it exactly or give the id")
+                    raise ValueError(f"class name {shown(label)} may mean {choices}; write it exactly or give the id")
                 return found[0]
             if not re.fullmatch(r"\s*-?\d+\s*", label):
                 raise ValueError(self._unknown(label))
             label = int(label)
         if isinstance(label, bool) or not isinstance(label, Integral):
-            raise ValueError(f"class label must be an integer or a class name, got {label!r}")
+            raise ValueError(f"class label must be an integer or a class name, got {shown(label)}")
         if not 0 <= label < self.num_classes:
-            raise ValueError(f"class label must be in 0..{self.num_classes - 1}, got {label}")
+            raise ValueError(f"class label must be in 0..{self.num_classes - 1}, got {shown(label)}")
         return int(label)
 
     def _unknown(self, name: str) -> str:
@@ -102,10 +109,14 @@ class ClassConditioner(Conditioner):
         if not plain:
             return "the class name is empty; give a name or an id"
         near = [known for known in self._ids if plain in known.split()]  # "retriever": all of them
-        near += difflib.get_close_matches(plain, self._ids, n=3, cutoff=0.6)
-        shown = [self.class_names[index] for known in dict.fromkeys(near) for index in self._ids[known]][:5]
-        hint = f"; nearest known: {', '.join(map(repr, shown))}" if shown else ""
-        return f"unknown class name {name!r}{hint}; ids 0..{self.num_classes - 1} work too"
+        near += self._nearest.search([plain])[0]
+        names = [self.class_names[index] for known in dict.fromkeys(near) for index in self._ids[known]][:5]
+        hint = f"; nearest known: {', '.join(map(repr, names))}" if names else ""
+        return f"unknown class name {shown(name)}{hint}; ids 0..{self.num_classes - 1} work too"
+
+    @cached_property
+    def _nearest(self) -> NearestPhrases:
+        return NearestPhrases(self._ids)
 
 
 @lru_cache(maxsize=1)

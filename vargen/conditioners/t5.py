@@ -20,8 +20,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
-from vargen.conditioners.base import Conditioner, one_of
+from vargen.conditioners.base import Conditioner, check_prompt, one_of
 from vargen.conditioners.captions import clean_caption
+
+MAX_CHARACTERS = 2000  # of a caption, of which 120 tokens are read; cleaning takes time with the square
 
 
 def _together(c: Any) -> None:
@@ -98,25 +100,37 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
             features [P, T, C], zero where padded, and mask [P, T] bool, both on the encoder's device.
 
         Raises:
-            ValueError: an empty caption, class labels instead of captions.
+            ValueError: an empty or too long caption, mark-up that cannot be read, class labels instead of captions.
         """
-        if class_labels is not None:
-            raise ValueError("this model reads captions, not class labels; give prompt='...'")
-        captions = [self.clean(prompt) for prompt in one_of(prompts, None)]
+        captions = self._clean_all(prompts, class_labels)
         size = self.config.batch_size
         parts = [self._encode_batch(captions[i : i + size]) for i in range(0, len(captions), size)]
         features, masks = zip(*parts, strict=True)
         return torch.cat(features), torch.cat(masks)
+
+    def check(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> None:
+        """Clean the captions, without encoding them."""
+        self._clean_all(prompts, class_labels)
 
     def forward(self, items: Any) -> tuple[Tensor, Tensor]:
         """Encode one caption or several."""
         return Conditioner.__call__(self, items)
 
     def clean(self, prompt: str) -> str:
-        """Prepare one caption for the tokenizer."""
+        """Prepare one caption for the tokenizer.
+
+        Raises:
+            ValueError: an empty caption, more than 2000 characters, mark-up that cannot be read.
+        """
+        check_prompt(prompt, "a caption", MAX_CHARACTERS)
         if not prompt.strip():
             raise ValueError("a caption is empty; describe the image in words")
         return clean_caption(prompt) if self.config.clean else prompt.lower().strip()
+
+    def _clean_all(self, prompts: Any, class_labels: Any) -> list[str]:
+        if class_labels is not None:
+            raise ValueError("this model reads captions, not class labels; give prompt='...'")
+        return [self.clean(prompt) for prompt in one_of(prompts, None)]
 
     @torch.no_grad()
     def _encode_batch(self, captions: list[str]) -> tuple[Tensor, Tensor]:

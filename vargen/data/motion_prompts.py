@@ -8,14 +8,15 @@ among those that the clips show.
 
 from __future__ import annotations
 
-import difflib
 import re
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vargen.data import prompts
 from vargen.data.atlas import UNSPECIFIED, HeroAtlas
+from vargen.data.nearest_words import NearestPhrases
 
 MOTIONS = (
     "walking left",
@@ -106,11 +107,12 @@ def parse_prompt(text: str) -> NDArray[np.int64]:
         (s,) ids; 0 for what the text does not mention.
 
     Raises:
-        ValueError: empty text, unknown words or parts that the clips do not show (the nearest known ones are named), two
-            motions, two parts for one slot.
+        ValueError: no text, empty or too long text, unknown words or parts that the clips do not show (the nearest known
+            ones are named), two motions, two parts for one slot.
     """
+    prompts.check_text(text)
     motion, rest = _take_motion(text)
-    if motion == UNSPECIFIED or re.search(r"[a-z]", rest):
+    if motion == UNSPECIFIED or re.search(r"[^\W_]", rest):
         hero = _parse_hero(rest if motion != UNSPECIFIED else text, motion != UNSPECIFIED)
     else:
         hero = np.full(len(HeroAtlas.load().slots), UNSPECIFIED, dtype=np.int64)
@@ -137,12 +139,12 @@ def complete(attributes: ArrayLike, seeds: ArrayLike) -> NDArray[np.int64]:
 def _parse_hero(text: str, has_motion: bool) -> NDArray[np.int64]:
     try:
         return prompts.parse_prompt(text)
-    except ValueError as error:
-        if has_motion and "names no part" in str(error):  # "somebody jumping": anybody
+    except prompts.NamesNothingError:
+        if has_motion:  # "somebody jumping": anybody
             return np.full(len(HeroAtlas.load().slots), UNSPECIFIED, dtype=np.int64)
-        words = re.findall(r"[a-z]+", text.lower())
-        near = [m for w in words for m in difflib.get_close_matches(w, _single_words(), n=1, cutoff=0.8)]
-        if str(error).startswith("unknown word") and near:
+        raise
+    except prompts.UnknownWordsError as error:
+        if any(_motion_words().search(error.words[: prompts.MAX_NAMED], n=1, cutoff=0.8)):
             raise ValueError(f"{error}; motions are {', '.join(map(repr, MOTIONS))}") from None
         raise
 
@@ -156,7 +158,7 @@ def _check_shown(hero: NDArray[np.int64]) -> None:
         name = atlas.part(attribute).name
         if name not in shown:
             everything = [part for parts in PARTS.values() for part in parts]
-            near = list(shown) or difflib.get_close_matches(name, everything, n=3, cutoff=0.0)
+            near = list(shown) or NearestPhrases(everything).search([name], cutoff=0.0)[0]
             raise ValueError(f"moving heroes do not have {name!r}; nearest known: {', '.join(map(repr, near))}")
 
 
@@ -208,10 +210,12 @@ def _stem(word: str) -> str:
     return word
 
 
+@lru_cache(maxsize=1)
 def _stems() -> frozenset[str]:
     return frozenset(word for phrases in _VERBS.values() for phrase in phrases for word in phrase.split())
 
 
+@lru_cache(maxsize=1)
 def _table() -> dict[tuple[str, ...], str]:
     return {
         tuple(word for word in phrase.split() if word not in _BETWEEN): motion
@@ -220,5 +224,6 @@ def _table() -> dict[tuple[str, ...], str]:
     }
 
 
-def _single_words() -> list[str]:
-    return sorted(_stems() | set(_FORMS))
+@lru_cache(maxsize=1)
+def _motion_words() -> NearestPhrases:
+    return NearestPhrases(sorted(_stems() | set(_FORMS)))

@@ -8,15 +8,23 @@ The phrase table holds every part's name and aliases (`atlas.json`). A generic w
 
 from __future__ import annotations
 
-import difflib
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vargen.data.atlas import UNSPECIFIED, HeroAtlas
+from vargen.data.nearest_words import NearestPhrases
+
+# bounds of a prompt; of 20,000 captions with all eleven slots the longest has 192 characters and 35 words
+MAX_CHARACTERS = 1000
+MAX_WORDS = 100
+# bounds of an error message
+MAX_NAMED = 3  # unknown words that it names
+MAX_SHOWN = 40  # characters of the prompt in one place
 
 # words that take no article: plurals and materials
 _NO_ARTICLE = frozenset({
@@ -37,6 +45,7 @@ _SUBJECTS = frozenset({
     "priestess", "prince", "princess", "queen", "ranger", "rogue", "samurai", "soldier", "thief", "viking", "warrior",
     "witch", "wizard",
 })  # fmt: skip
+_TOKEN = re.compile(r"[^\W_]+")
 _NEGATIONS = frozenset({"no", "without", "lacking", "minus", "not"})
 _KEEP_NEGATION = frozenset({"a", "an", "the", "any", "wearing", "holding", "carrying", "having"})
 _SPELLINGS = {
@@ -58,7 +67,19 @@ _SPELLINGS = {
 class _Phrases:
     ids: dict[tuple[str, ...], int]  # normalised words -> part id or none id
     longest: int
-    spoken: dict[str, int] = field(repr=False)  # as written, for suggestions
+    spoken: NearestPhrases  # as written, for suggestions
+
+
+class UnknownWordsError(ValueError):
+    """A prompt holds words that say nothing about a hero: `words`, as they were written."""
+
+    def __init__(self, message: str, words: list[str]) -> None:
+        super().__init__(message)
+        self.words = words
+
+
+class NamesNothingError(ValueError):
+    """A prompt holds known words only, but no part of a hero."""
 
 
 def caption(attributes: ArrayLike, *, empty: bool = False) -> str:
@@ -104,16 +125,32 @@ def parse_prompt(text: str) -> NDArray[np.int64]:
         (s,) ids; 0 for slots that the text does not mention.
 
     Raises:
-        ValueError: empty text, unknown words (the nearest known phrases are named), two parts for one slot, a
-            negation without a part or of the base.
+        ValueError: no text, empty text, more than 1000 characters or 100 words, unknown words (the nearest known phrases
+            of the first three are named), two parts for one slot, a negation without a part or of the base.
     """
+    check_text(text)
+    return np.array(_parse(text), dtype=np.int64)
+
+
+def check_text(text: Any) -> None:
+    """Raise ``ValueError`` for a prompt that is no text, or longer than any hero takes to describe."""
+    if not isinstance(text, str):
+        raise ValueError(f"a prompt must be a text, got {type(text).__name__}")
+    if len(text) > MAX_CHARACTERS:
+        raise ValueError(f"a prompt may have {MAX_CHARACTERS} characters, got {len(text)}; name the parts only")
+    if (count := len(_TOKEN.findall(text))) > MAX_WORDS:
+        raise ValueError(f"a prompt may have {MAX_WORDS} words, got {count}; name the parts only")
+
+
+@lru_cache(maxsize=256)  # a web page reads a prompt before it waits for its turn, and again when it draws
+def _parse(text: str) -> tuple[int, ...]:
     atlas = HeroAtlas.load()
     words, originals = _words(text)
     if not words:
         raise ValueError("the prompt is empty; describe a hero, for example 'deep elf with a red cloak'")
     mentions, unknown = _mentions(words)
     if unknown:
-        raise ValueError(_unknown_message(unknown, words, originals))
+        raise _unknown_words(unknown, words, originals)
     attributes = np.full(len(atlas.slots), UNSPECIFIED, dtype=np.int64)
     spoken: dict[int, str] = {}
     for attribute, phrase in mentions:
@@ -124,8 +161,9 @@ def parse_prompt(text: str) -> NDArray[np.int64]:
             )
         attributes[slot], spoken[slot] = attribute, phrase
     if not mentions and not _SUBJECTS.intersection(words):
-        raise ValueError(f"the prompt {text.strip()!r} names no part of a hero; try 'deep elf with a red cloak'")
-    return attributes
+        shown = _cut(text.strip())
+        raise NamesNothingError(f"the prompt {shown!r} names no part of a hero; try 'deep elf with a red cloak'")
+    return tuple(attributes.tolist())
 
 
 def _mentions(words: list[str]) -> tuple[list[tuple[int, str]], list[int]]:
@@ -208,7 +246,7 @@ def _phrases() -> _Phrases:
         key = tuple(_words(phrase)[0])
         if ids.setdefault(key, attribute) != attribute:
             raise ValueError(f"atlas.json: the phrase {phrase!r} stands for two parts")
-    return _Phrases(ids, max(map(len, ids)), spoken)
+    return _Phrases(ids, max(map(len, ids)), NearestPhrases(spoken))
 
 
 def _longest_match(words: list[str], position: int, phrases: _Phrases) -> tuple[int, int]:
@@ -219,14 +257,22 @@ def _longest_match(words: list[str], position: int, phrases: _Phrases) -> tuple[
     return 0, UNSPECIFIED
 
 
-def _unknown_message(unknown: list[int], words: list[str], originals: list[str]) -> str:
-    near: list[str] = []
-    spoken = list(_phrases().spoken)
+def _unknown_words(unknown: list[int], words: list[str], originals: list[str]) -> UnknownWordsError:
+    first: dict[str, int] = {}  # word as it was written -> its first place
     for position in unknown:
+        first.setdefault(originals[position], position)
+    named = list(first)[:MAX_NAMED]
+    searched: list[str] = []
+    for position in (first[word] for word in named):
         after = words[position + 1] if position + 1 < len(words) else ","
         whole = [f"{words[position]} {after}"] if after != "," and after not in _FILLERS else []
-        for phrase in [*whole, words[position]]:  # "yellow hat": phrases like the pair, then like the word
-            near += difflib.get_close_matches(phrase, spoken, n=3, cutoff=0.6)
-    hint = f"; nearest known: {', '.join(map(repr, dict.fromkeys(near)))}" if near else ""
-    names = ", ".join(repr(word) for word in dict.fromkeys(originals[position] for position in unknown))
-    return f"unknown word{'s' if len(unknown) > 1 else ''} in the prompt: {names}{hint}"
+        searched += [*whole, words[position]]  # "yellow hat": phrases like the pair, then like the word
+    near = dict.fromkeys(phrase for found in _phrases().spoken.search(searched) for phrase in found)
+    hint = f"; nearest known: {', '.join(map(repr, list(near)[: 3 * MAX_NAMED]))}" if near else ""
+    more = f" and {len(first) - len(named)} more" if len(first) > len(named) else ""
+    listed = ", ".join(repr(_cut(word)) for word in named) + more
+    return UnknownWordsError(f"unknown word{'s' * (len(first) > 1)} in the prompt: {listed}{hint}", list(first))
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= MAX_SHOWN else text[: MAX_SHOWN - 3] + "..."

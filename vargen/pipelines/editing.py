@@ -40,11 +40,12 @@ def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tens
         raise ValueError(f"image and mask_image need a next-scale model, got a {type(tokenizer).__name__}")
     height, width = tokenizer.scales[-1]
     size = (height * tokenizer.downsample, width * tokenizer.downsample)
+    for name, given in (("image", image), ("mask_image", mask_image)):
+        for found in map(_sides, given if isinstance(given, list | tuple) else [given]):
+            if found not in (None, size):
+                got = "x".join(map(str, found))
+                raise ValueError(f"{name} must have {size[0]}x{size[1]} pixels (height x width), got {got}")
     pixels, mask = _read_images(image), _read_mask(mask_image)
-    for name, found in (("image", pixels), ("mask_image", mask)):
-        if found.shape[-2:] != size:
-            got = "x".join(map(str, found.shape[-2:]))
-            raise ValueError(f"{name} must have {size[0]}x{size[1]} pixels (height x width), got {got}")
     if mask.shape[0] not in (1, pixels.shape[0]):
         raise ValueError(f"mask_image must hold 1 or {pixels.shape[0]} masks, one an image, got {mask.shape[0]}")
     cells = (mask > REDRAWN).unflatten(2, (width, -1)).unflatten(1, (height, -1))  # P h f w f
@@ -65,10 +66,19 @@ def forced_codes(tokenizer: Any, edit: tuple[Tensor, Tensor], num_prompts: int, 
     return tuple(part.expand(num_prompts, -1).repeat_interleave(times, dim=0) for part in kept)
 
 
+def _sides(image: Any) -> tuple[int, ...] | None:
+    """Height and width, before pixels are touched; None for what has none."""
+    if isinstance(image, Image.Image):
+        return image.height, image.width
+    return tuple(image.shape[-2:]) if isinstance(image, Tensor) and image.ndim > 1 else None
+
+
 def _read_images(image: Any) -> Tensor:
-    if isinstance(image, Image.Image) or (isinstance(image, list | tuple) and isinstance(image[0], Image.Image)):
-        return from_pil(image)
-    if not isinstance(image, Tensor) or image.ndim not in (3, 4) or not image.is_floating_point():
+    listed = image if isinstance(image, list | tuple) else [image]
+    if listed and all(isinstance(one, Image.Image) for one in listed):
+        return from_pil(listed)
+    right = isinstance(image, Tensor) and image.ndim in (3, 4) and image.is_floating_point() and not image.is_meta
+    if not right or image.shape[-3] != 3 or not len(image):
         raise ValueError(f"image must be PIL images or a float tensor [P, 3, H, W] in [0, 1], got {_name(image)}")
     pixels = image if image.ndim == 4 else image[None]
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
@@ -80,8 +90,10 @@ def _read_mask(mask: Any) -> Tensor:
     if isinstance(mask, Image.Image):
         grey = mask.convert("L")
         return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, grey.height, grey.width) / 255
-    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3):
+    if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or mask.is_complex() or mask.is_meta:
         raise ValueError(f"mask_image must be a PIL image or a tensor [H, W] or [P, H, W], got {_name(mask)}")
+    if bool(mask.isnan().any()):
+        raise ValueError("mask_image must hold numbers, white (1 or True) where to draw anew; got NaN")
     return mask.float() if mask.ndim == 3 else mask.float()[None]
 
 

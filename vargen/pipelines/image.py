@@ -197,15 +197,18 @@ class ImagePipeline(DiffusionPipeline):
             callback_on_step_end,
             callback_on_step_end_tensor_inputs,
             self._callback_tensor_inputs,
+            return_dict,
         )
         self._check_components()
         if self.tokenizer is None and output_type != "codes":
             raise ValueError("this pipeline has no pixel decoder; use output_type='codes'")
-        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        changes = {name: value for name, value in given.items() if value is not None} | sampler_overrides
+        shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        changes = {name: value for name, value in shared.items() if value is not None} | sampler_overrides
         sampler = self.sampler.replace(**changes) if changes else self.sampler
         sampler.check_backbone(self.backbone)
         edit = read_edit(self.tokenizer, image, mask_image)
+        given = prompt if prompt is not None else class_labels if class_labels is not None else edit and edit[0]
+        inputs.check_rows(given, num_images_per_prompt, seed, generator)
 
         with inputs.evaluating(self._modules()):
             # 2. Conditions and seeds, one row an image
@@ -221,8 +224,9 @@ class ImagePipeline(DiffusionPipeline):
 
             # 3. Draw codes, 4. decode them
             watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
-            drawn = self._draw(sampler, (condition, kept), seeds, batch_size or len(seeds), watch)
-            images = None if output_type == "codes" else self._to_images(drawn, output_type, batch_size)
+            at_once = min(batch_size or len(seeds), len(seeds))
+            drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch)
+            images = None if output_type == "codes" else self._to_images(drawn, output_type, at_once)
         tokens = drawn.latents if is_continuous(self.backbone) else drawn.codes
         codes = split_codes(cast(Tensor, tokens), self.backbone)
         output = ImagePipelineOutput(images=images, codes=codes, seeds=seeds, stats=drawn.stats)
@@ -318,13 +322,13 @@ class ImagePipeline(DiffusionPipeline):
             return SamplerOutput(None, seeds, stats, tokens)
         return SamplerOutput(tokens, seeds, stats)
 
-    def _to_images(self, drawn: SamplerOutput, output_type: str, batch_size: int | None) -> Any:
+    def _to_images(self, drawn: SamplerOutput, output_type: str, batch_size: int) -> Any:
         decode, rows = self.decode_codes, drawn.codes
         if drawn.latents is not None:  # what was summed or drawn itself: codes need not tell all of it
             decode = decode if is_continuous(self.backbone) else self.tokenizer.decode_latents
             rows = drawn.latents
         assert isinstance(rows, Tensor)
-        images = torch.cat([decode(part) for part in rows.split(batch_size or len(rows))])
+        images = torch.cat([decode(part) for part in rows.split(batch_size)])
         if output_type == "pil":
             return to_pil(images)
         pixels = (images.float() / 2 + 0.5).clamp(0, 1).cpu()

@@ -13,9 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vargen.checks import check_flag, shown
+from vargen.conditioners.base import check_prompt
 from vargen.outputs import DecodeStats, Guarantee
+from vargen.random import check_seeds
 
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
+MAX_IMAGES = 2**16  # of one call: more than FID's 50,000, and few enough that conditions and seeds are no burden
+_INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _WEAKEST_LAST: tuple[Guarantee, ...] = ("exact", "relaxed", "heuristic")
 
 
@@ -26,25 +31,56 @@ def check_options(
     callback: Callable[..., Any] | None,
     callback_inputs: Sequence[str],
     known_callback_inputs: Sequence[str],
+    return_dict: bool = True,
 ) -> None:
     """Raise ``ValueError`` for options of a pipeline call that are out of range."""
-    if output_type not in OUTPUT_TYPES:
-        raise ValueError(f"output_type must be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {output_type!r}")
-    check_count("num_images_per_prompt", num_images_per_prompt)
+    if not isinstance(output_type, str) or output_type not in OUTPUT_TYPES:
+        raise ValueError(f"output_type must be one of {', '.join(map(repr, OUTPUT_TYPES))}, got {shown(output_type)}")
+    check_flag("return_dict", return_dict)
+    check_count("num_images_per_prompt", num_images_per_prompt, MAX_IMAGES)
     if batch_size is not None:
         check_count("batch_size", batch_size)
     if callback is not None and not callable(callback):
         raise ValueError(f"callback_on_step_end must be callable, got {type(callback).__name__}")
-    unknown = [name for name in callback_inputs if name not in known_callback_inputs]
+    if not isinstance(callback_inputs, list | tuple):
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be a list of names, got {shown(callback_inputs)}")
+    unknown = [name for name in callback_inputs if not isinstance(name, str) or name not in known_callback_inputs]
     if unknown:
         known = ", ".join(known_callback_inputs)
-        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {', '.join(unknown)}")
+        raise ValueError(f"callback_on_step_end_tensor_inputs must be among {known}, got {shown(unknown)}")
 
 
-def check_count(name: str, value: Any) -> None:
-    """Raise ``ValueError`` unless a number is an integer of at least 1."""
+def check_count(name: str, value: Any, most: int | None = None) -> None:
+    """Raise ``ValueError`` unless a number is an integer of at least 1, and at most so many."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-        raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
+    if most is not None and value > most:
+        raise ValueError(f"{name} must be at most {most}, got {shown(value)}; call the pipeline several times")
+
+
+def check_rows(given: Any, times: int, seed: Any, generator: Any) -> None:
+    """Raise ``ValueError`` for more images than one call draws, or seeds that are not theirs.
+
+    Args:
+        given: prompts, class labels or whatever the call has one of for each row; of another type it is passed over,
+            its own check refuses it.
+        times: images of each.
+        seed, generator: those of the call.
+    """
+    if isinstance(given, str | Integral | None):
+        rows = 1
+    elif isinstance(given, list | tuple) or (isinstance(given, Tensor) and given.ndim):
+        rows = len(given)
+    elif isinstance(given, range):
+        rows = len(given[: MAX_IMAGES + 1])
+    else:
+        return
+    if rows * times > MAX_IMAGES:
+        raise ValueError(
+            f"one call draws at most {MAX_IMAGES} images, got {rows} times {times}; call it several times"
+        )
+    if rows:
+        check_seeds(seed, generator, rows * times)
 
 
 def check_dtype(modules: dict[str, nn.Module]) -> None:
@@ -62,12 +98,13 @@ def read_prompts(prompt: Any) -> list[str]:
     """Return the prompts as a list of non-empty strings."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
-        raise ValueError(f"prompt must be a string or a list of strings, got {_brief(prompt)}")
+        raise ValueError(f"prompt must be a string or a list of strings, got {_described(prompt)}")
     if not prompts:
         raise ValueError("prompt is an empty list; give at least one prompt")
     for index, text in enumerate(prompts):
+        where = f"prompt {index} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
+        check_prompt(text, where)
         if not text.strip():
-            where = f"prompt {index} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
             raise ValueError(f"{where} is empty; describe the image in words")
     return list(prompts)
 
@@ -75,15 +112,20 @@ def read_prompts(prompt: Any) -> list[str]:
 def read_class_labels(labels: Any) -> list[int | str]:
     """Return class labels (ids, or names for conditioners that know names) as a list."""
     if isinstance(labels, Tensor):
-        if labels.is_floating_point() or labels.dtype == torch.bool or labels.ndim > 1:
+        whole = labels.dtype in _INTEGERS and labels.ndim <= 1
+        if not whole or labels.is_meta or labels.numel() > MAX_IMAGES:
             raise ValueError(f"class_labels must be integers [P], got {labels.dtype} {tuple(labels.shape)}")
         labels = labels.tolist()
     listed = [labels] if isinstance(labels, (str, Integral)) else labels
+    if isinstance(listed, range):
+        listed = listed[: MAX_IMAGES + 1]  # its length may be beyond len()
     if not isinstance(listed, (list, tuple, range)) or not len(listed):
-        raise ValueError(f"class_labels must be an integer, a name, or a list of them, got {_brief(labels)}")
+        raise ValueError(f"class_labels must be an integer, a name, or a list of them, got {_described(labels)}")
+    if len(listed) > MAX_IMAGES:
+        raise ValueError(f"one call draws at most {MAX_IMAGES} images, got more class_labels; call it several times")
     for label in listed:
         if isinstance(label, bool) or not isinstance(label, (str, Integral)):
-            raise ValueError(f"class_labels must be integers or names, got {label!r}")
+            raise ValueError(f"class_labels must be integers or names, got {shown(label)}")
     return [label if isinstance(label, str) else int(label) for label in listed]
 
 
@@ -91,15 +133,18 @@ def class_ids(labels: Sequence[int | str], num_classes: int | None) -> Tensor:
     """Turn integer class labels into ``[P]`` int64, for pipelines without a conditioner."""
     for label in labels:
         if isinstance(label, str):
-            raise ValueError(f"class_labels must be integers for this pipeline (it has no conditioner), got {label!r}")
-        if label < 0 or (num_classes is not None and label >= num_classes):
+            raise ValueError(
+                f"class_labels must be integers for this pipeline (it has no conditioner), got {shown(label)}"
+            )
+        if not 0 <= label < (2**63 if num_classes is None else num_classes):
             allowed = "at least 0" if num_classes is None else f"in 0..{num_classes - 1}"
-            raise ValueError(f"class_labels must be {allowed}, got {label}")
+            raise ValueError(f"class_labels must be {allowed}, got {shown(label)}")
     return torch.tensor(labels, dtype=torch.int64)
 
 
 def repeat_condition(condition: Any, times: int) -> Any:
     """Repeat every row ``times`` times, prompt-major; conditions are tensors or tuples of tensors (P first)."""
+    check_count("the number of images", condition_rows(condition) * times, MAX_IMAGES)
     return _map(condition, lambda rows: rows.repeat_interleave(times, dim=0))
 
 
@@ -171,6 +216,5 @@ def _join(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.cat(present) if len(present) == len(tensors) else None
 
 
-def _brief(value: Any) -> str:
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 60 else text[:57] + '...'}"
+def _described(value: Any) -> str:
+    return f"{type(value).__name__} {shown(value)}"

@@ -6,11 +6,13 @@ Letters: P prompts, B = P * num_videos_per_prompt clips, prompt-major, T frames,
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
+from vargen.checks import shown
 from vargen.images import to_pil
 from vargen.outputs import SamplerOutput
 from vargen.pipelines import inputs
@@ -112,18 +114,20 @@ class VideoPipeline(ImagePipeline):
             ValueError: an argument out of range, before any work; see each one.
         """
         # 1. Check everything
-        known, wanted = self._callback_tensor_inputs, tuple(callback_on_step_end_tensor_inputs)
-        inputs.check_options(output_type, 1, batch_size, callback_on_step_end, wanted, known)
-        inputs.check_count("num_videos_per_prompt", num_videos_per_prompt)
+        known, wanted = self._callback_tensor_inputs, callback_on_step_end_tensor_inputs
+        inputs.check_options(output_type, 1, batch_size, callback_on_step_end, wanted, known, return_dict)
+        inputs.check_count("num_videos_per_prompt", num_videos_per_prompt, inputs.MAX_IMAGES)
         self._check_components()
         fps = self.config.fps if fps is None else fps
         check_fps(fps)
-        shown = self._code_frames(num_frames)
-        given = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-        changes = {name: value for name, value in given.items() if value is not None} | sampler_overrides
+        length = self._code_frames(num_frames)
+        shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+        changes = {name: value for name, value in shared.items() if value is not None} | sampler_overrides
         sampler = self.sampler.replace(**changes) if changes else self.sampler
         sampler.check_backbone(self.backbone)
-        clips = read_frames(frames)
+        clips = read_frames(frames, self._frame_size())
+        given = prompt if prompt is not None else class_labels if class_labels is not None else clips
+        inputs.check_rows(given, num_videos_per_prompt, seed, generator)
 
         with inputs.evaluating(self._modules()):
             # 2. Conditions and seeds, one row a clip
@@ -138,10 +142,11 @@ class VideoPipeline(ImagePipeline):
                 condition = inputs.complete_condition(self.conditioner, condition, seeds)
 
             # 3. Draw codes, 4. decode them
-            watch = VideoWatch(self, callback_on_step_end, wanted, wanted=shown)
-            drawn = self._draw(sampler, (condition, kept), seeds, batch_size or len(seeds), watch)
-            codes = cast(Tensor, drawn.codes).unflatten(1, tuple(self.backbone.grid_size))[:, :shown]
-            videos = None if output_type == "codes" else self._to_frames(codes, output_type, batch_size)
+            watch = VideoWatch(self, callback_on_step_end, tuple(wanted), wanted=length)
+            at_once = min(batch_size or len(seeds), len(seeds))
+            drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch)
+            codes = cast(Tensor, drawn.codes).unflatten(1, tuple(self.backbone.grid_size))[:, :length]
+            videos = None if output_type == "codes" else self._to_frames(codes, output_type, at_once)
         output = VideoPipelineOutput(frames=videos, codes=codes, seeds=seeds, stats=drawn.stats, fps=fps)
         return output if return_dict else (videos, codes, seeds, drawn.stats)
 
@@ -172,13 +177,17 @@ class VideoPipeline(ImagePipeline):
             raise ValueError("this model continues given frames; pass them as frames=...")
         return torch.empty(len(clips), 0, dtype=torch.int64, device=self.backbone.device)
 
+    def _frame_size(self) -> tuple[int, int]:
+        (h, w), (fh, fw) = self.backbone.grid_size[1:], self.tokenizer.downsample
+        return h * fh, w * fw
+
     def _code_frames(self, num_frames: int | None) -> int:
         """Code frames that a call shows."""
         allowed = [self.tokenizer.num_frames(k + 1) for k in range(self.backbone.grid_size[0])]
         if num_frames is None:
             return len(allowed)
-        if num_frames not in allowed:
-            raise ValueError(f"num_frames must be one of {', '.join(map(str, allowed))}, got {num_frames!r}")
+        if isinstance(num_frames, bool) or not isinstance(num_frames, Integral) or num_frames not in allowed:
+            raise ValueError(f"num_frames must be one of {', '.join(map(str, allowed))}, got {shown(num_frames)}")
         return allowed.index(num_frames) + 1
 
     def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Any) -> SamplerOutput:
@@ -187,8 +196,8 @@ class VideoPipeline(ImagePipeline):
             part.stats.notes.clear()
         return part
 
-    def _to_frames(self, codes: Tensor, output_type: str, batch_size: int | None) -> Any:
-        videos = torch.cat([self.decode_codes(part.flatten(1)) for part in codes.split(batch_size or len(codes))])
+    def _to_frames(self, codes: Tensor, output_type: str, batch_size: int) -> Any:
+        videos = torch.cat([self.decode_codes(part.flatten(1)) for part in codes.split(batch_size)])
         if output_type == "pil":
             return [to_pil(clip.transpose(0, 1)) for clip in videos]
         pixels = (videos.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2).cpu()  # B T 3 H W

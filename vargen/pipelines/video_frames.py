@@ -19,6 +19,7 @@ from diffusers.utils import BaseOutput, export_to_gif, export_to_video
 from PIL import Image
 from torch import Tensor
 
+from vargen.checks import shown
 from vargen.display import as_images, clips_html, stats_line
 from vargen.files import atomic_write
 from vargen.images import from_pil
@@ -129,52 +130,66 @@ def check_video_path(path: str | PathLike[str]) -> Path:
 def check_fps(fps: Any) -> None:
     """Raise ``ValueError`` for a rate that GIF players cannot show."""
     if isinstance(fps, bool) or not isinstance(fps, int) or not 1 <= fps <= 100:
-        raise ValueError(f"fps must be an integer in 1..100, got {fps!r}")
+        raise ValueError(f"fps must be an integer in 1..100, got {shown(fps)}")
 
 
-def read_frames(frames: Any) -> Tensor | None:
+def read_frames(frames: Any, sides: tuple[int, int]) -> Tensor | None:
     """Given first frames as ``[P, T0, 3, H, W]`` in [-1, 1].
 
     Args:
         frames: PIL image or images of one clip, a list of such lists, or a float tensor ``[T0, 3, H, W]`` or
             ``[P, T0, 3, H, W]`` (array: channels last) in [0, 1].
+        sides: (H, W) of the model.
 
     Raises:
-        ValueError: another type or shape, clips of different lengths, values out of range.
+        ValueError: another type or shape, other sides than the model's, clips of different lengths, values out of range.
     """
     if frames is None:
         return None
     if isinstance(frames, Image.Image):
         frames = [frames]
     if isinstance(frames, np.ndarray):
-        frames = torch.from_numpy(frames).movedim(-1, -3)
+        if frames.ndim not in (4, 5) or frames.dtype not in (np.float16, np.float32, np.float64):
+            raise ValueError(
+                f"frames must be float [P, T, H, W, 3] in [0, 1], got {frames.dtype} {list(frames.shape)}"
+            )
+        frames = torch.from_numpy(np.ascontiguousarray(frames)).movedim(-1, -3)
     if isinstance(frames, Tensor):
-        if frames.ndim not in (4, 5) or frames.shape[-3] != 3 or not frames.is_floating_point():
+        right = frames.ndim in (4, 5) and frames.is_floating_point() and not frames.is_meta
+        if not right or frames.shape[-3] != 3 or not len(frames):
             raise ValueError(
                 f"frames must be float [P, T, 3, H, W] in [0, 1], got {frames.dtype} {list(frames.shape)}"
             )
+        _check_sides(frames.shape[-2:], sides)
         if not bool(((frames >= 0) & (frames <= 1)).all()):
             raise ValueError("frames must lie in [0, 1], as output_type='pt' returns them; got values beyond, or NaN")
         return (frames if frames.ndim == 5 else frames[None]).float() * 2 - 1
     if not isinstance(frames, list | tuple) or not frames:
         raise ValueError(f"frames must be PIL images, lists of them or a tensor, got {type(frames).__name__}")
     clips = [frames] if isinstance(frames[0], Image.Image) else list(frames)
+    for clip in clips:
+        if not isinstance(clip, list | tuple) or not clip or not all(isinstance(one, Image.Image) for one in clip):
+            raise ValueError(f"frames must be PIL images, lists of them or a tensor, got a list of {shown(clip)}")
+        for image in clip:
+            _check_sides((image.height, image.width), sides)
     if len({len(clip) for clip in clips}) != 1:
         raise ValueError("frames must hold clips of one length; cut them to the shortest")
     return torch.stack([from_pil(clip) for clip in clips])
+
+
+def _check_sides(found: Sequence[int], sides: tuple[int, int]) -> None:
+    if tuple(found) != sides:
+        got = "x".join(map(str, found))
+        raise ValueError(f"frames must have {sides[0]}x{sides[1]} pixels (height x width), got {got}")
 
 
 def given_codes(tokenizer: Any, clips: Tensor, grid_size: tuple[int, ...], num_prompts: int, times: int) -> Tensor:
     """Codes that a call holds: ``[B, N]``, -1 where free.
 
     Raises:
-        ValueError: other sides than the model's, a number of frames that is no prefix, not one clip a prompt.
+        ValueError: a number of frames that is no prefix, not one clip a prompt.
     """
     t, h, w = grid_size
-    sides = (h * tokenizer.downsample[0], w * tokenizer.downsample[1])
-    if tuple(clips.shape[-2:]) != sides:
-        got = "x".join(map(str, clips.shape[-2:]))
-        raise ValueError(f"frames must have {sides[0]}x{sides[1]} pixels (height x width), got {got}")
     allowed = [tokenizer.num_frames(k) for k in range(1, t)]
     if clips.shape[1] not in allowed:
         raise ValueError(f"frames must hold {', '.join(map(str, allowed))} frames, got {clips.shape[1]}")

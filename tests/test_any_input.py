@@ -1,0 +1,255 @@
+"""Whatever is given to a conditioner or to the call of a pipeline: a result, or one line that the library wrote itself.
+
+What is tried: prompts of any characters (controls, lone surrogates, other scripts and their digits), of known words in any
+order and number, of mark-up, up to ten thousand characters; and for every argument of the calls values of other types, NaN,
+integers of hundreds and thousands of digits, negative ones, arrays and tensors of any shape, lists of other lengths. The
+sampler is stopped at its door, where the call has checked everything and allocated what depends on its arguments.
+"""
+
+from __future__ import annotations
+
+import linecache
+import math
+import resource
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from decimal import Decimal
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from tests.test_video import tiny_video_pipeline
+from tests.tiny import tiny_hero_pipeline, tiny_pipeline, tiny_scale_pipeline
+from vargen.conditioners.attributes import AttributeConditioner
+from vargen.conditioners.class_labels import ClassConditioner
+from vargen.conditioners.t5 import T5CaptionConditioner
+from vargen.pipelines.inputs import MAX_IMAGES
+
+ROOT = Path(__file__).parents[1]
+SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+MEGABYTE = 2**20
+LIMIT = 200 * MEGABYTE  # what one test may add to the memory of the process
+
+
+class AtTheDoor(Exception):
+    """The call has checked everything and now asks for codes of so many images."""
+
+
+def at_the_door(*_: Any, seeds: list[int], **__: Any) -> None:
+    raise AtTheDoor(len(seeds))
+
+
+def peak() -> int:
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+@pytest.fixture(autouse=True)
+def bounded_memory() -> Any:
+    before = peak()
+    yield
+    assert peak() - before < LIMIT
+
+
+def taken_or_refused(call: Callable[[], Any]) -> Any:
+    """Run a call; it may return, reach the sampler, or be refused in one short printable line of the library's own."""
+    number = 1
+    try:
+        return call()
+    except AtTheDoor as reached:
+        number = reached.args[0]
+    except ValueError as error:
+        message = str(error)
+        assert message.isprintable(), message
+        assert 0 < len(message) < 500, message
+        raiser = traceback.extract_tb(error.__traceback__)[-1]
+        place = f"{raiser.filename}:{raiser.lineno} says {message!r}"
+        assert Path(raiser.filename).is_relative_to(ROOT), place
+        assert ".venv" not in raiser.filename, place
+        statement = linecache.getline(raiser.filename, raiser.lineno or 0)[raiser.colno or 0 :]
+        assert statement.startswith("raise "), place  # and not Python or numpy at that line
+    assert 1 <= number <= MAX_IMAGES
+    return None
+
+
+# prompts
+
+characters = st.characters(exclude_categories=()) | st.sampled_from(
+    "\x00\x1b\n\r\t\x7f\u202e\u2028\ud800\ufeff'\u2019,;-_"
+)
+KNOWN = """deep elf red cloak great sword no not without or nor hat bald unarmed dwarf hero wizard the with walking left
+jumps jumping walks to fading away rises from ground purpel 3 12 4.5 1e9 \u0663\u0664 golden retriever cardigan 207 -1"""
+words = st.sampled_from(KNOWN.split())
+markup = st.sampled_from(
+    [
+        "<![",
+        "<!",
+        "<b>",
+        "</b>",
+        "<a ",
+        "&amp;",
+        "&#x0;",
+        "&#99999999999;",
+        "http://",
+        "www.",
+        "a.",
+        "@",
+        "-",
+        "#1",
+        "\\n",
+    ]
+)
+texts = st.one_of(
+    st.text(characters, max_size=40),
+    st.lists(words, max_size=12).map(" ".join),
+    st.lists(words | markup | st.text(characters, max_size=5), max_size=12).map("".join),
+    st.tuples(words | markup | characters, st.integers(1, 2500)).map(lambda pair: pair[0] * pair[1]),
+    st.integers(0, 5000).map(lambda digits: "9" * digits),
+)
+
+
+def caption_conditioner() -> T5CaptionConditioner:
+    class Encoder(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
+            return (input_ids[..., None].float(),)
+
+    class Batch(dict):
+        __getattr__ = dict.__getitem__
+
+        def to(self, device: Any) -> Any:
+            return self
+
+    def tokenize(captions: list[str], max_length: int, **_: Any) -> Any:
+        lengths = torch.tensor([[min(len(caption.encode()), max_length)] for caption in captions])
+        mask = (torch.arange(max_length) < lengths).long()
+        return Batch(input_ids=mask, attention_mask=mask)
+
+    return T5CaptionConditioner(text_encoder=Encoder(), tokenizer=tokenize)
+
+
+@pytest.fixture(scope="module")
+def conditioners() -> dict[str, Any]:
+    made = {"heroes": AttributeConditioner("heroes"), "motion": AttributeConditioner("motion")}
+    return made | {"classes": ClassConditioner(), "captions": caption_conditioner()}
+
+
+@pytest.mark.parametrize("name", ["heroes", "motion", "classes", "captions"])
+def test_any_prompt_is_read_or_refused(conditioners: dict[str, Any], name: str) -> None:
+    conditioner = conditioners[name]
+    if name == "captions":
+        pytest.importorskip("ftfy")
+        pytest.importorskip("bs4")
+
+    @settings(SETTINGS, max_examples=100 if name == "captions" else 300)
+    @given(text=texts)
+    def read(text: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the cleaner, about captions that look like file names
+            rows = taken_or_refused(lambda: conditioner.encode(prompts=[text]))
+            if rows is not None:
+                assert len(rows[0] if isinstance(rows, tuple) else rows) == 1
+
+    read()
+
+
+# calls of pipelines
+
+huge = st.sampled_from([10**400, -(10**400), 10**5000, 2**63, 2**64 - 1, 2**64, -(2**63), 10**9, 10**18])
+numbers = st.one_of(
+    st.integers(-3, 20),
+    st.integers(),
+    huge,
+    st.floats(),
+    st.booleans(),
+    st.complex_numbers(),
+    st.fractions(),
+    st.sampled_from([Fraction(10**400, 3), Decimal("NaN"), Decimal(2), 1e-320, math.nan, math.inf]),
+    st.sampled_from([np.float32(0.5), np.float64("nan"), np.int8(3), np.uint64(2**64 - 1), np.bool_(True)]),
+)
+shapes = st.lists(st.integers(0, 8), max_size=5).map(tuple)
+dtypes = st.sampled_from([torch.float32, torch.float16, torch.int64, torch.int8, torch.bool, torch.complex64])
+arrays = st.one_of(
+    st.builds(torch.zeros, shapes, dtype=dtypes),
+    st.builds(lambda shape: torch.full(shape, math.nan), shapes),
+    st.builds(lambda shape, kind: np.zeros(shape, dtype=kind), shapes, st.sampled_from("fdilO?FU")),
+    st.sampled_from(
+        [
+            torch.zeros(3, device="meta"),
+            torch.zeros(3, 8, 8, device="meta"),
+            torch.zeros(1).expand(10**9),
+            np.broadcast_to(np.int64(1), (10**9,)),
+            np.zeros((3, 8, 8, 3), dtype=">f4"),
+            np.zeros((3, 8, 8, 3))[:, ::-1],
+            torch.eye(3).to_sparse(),
+            torch.zeros(0, 3, 8, 8),
+            torch.zeros(2, 3, 3, 8, 8),
+            torch.rand(2, 3, 8, 8),
+            torch.ones(8, 8),
+        ]
+    ),
+)
+pictures = st.sampled_from(
+    [Image.new(mode, size) for mode in ("RGB", "L", "RGBA", "I;16") for size in ((8, 8), (3, 9))]
+)
+scalars = st.one_of(
+    numbers, texts, arrays, pictures, st.none(), st.binary(max_size=9), st.builds(object), st.builds(torch.Generator)
+)
+ranges = st.sampled_from([range(0), range(3), range(10**12), range(10**400), range(5, -5, -1)])
+mappings = st.dictionaries(st.text(max_size=3), numbers, max_size=3)
+anything = st.one_of(
+    scalars,
+    ranges,
+    mappings,
+    st.lists(scalars, max_size=3),
+    st.lists(scalars, max_size=3).map(tuple),
+    st.lists(st.lists(scalars, max_size=2), max_size=2),
+    st.lists(pictures, max_size=4),
+    st.integers(0, 10**5).map(lambda length: [3] * length),
+    st.frozensets(st.integers(), max_size=3),
+    st.sampled_from([len, print, int, iter([]), slice(None), "codes", "pil", ["codes"], ["num_committed"]]),
+)
+CALL = """prompt class_labels guidance_scale temperature top_k top_p seed generator output_type return_dict
+callback_on_step_end callback_on_step_end_tensor_inputs batch_size"""
+SHARED = CALL.split()
+OF_IMAGES = [*SHARED, "image", "mask_image", "num_images_per_prompt"]
+OF_VIDEOS = [*SHARED, "frames", "num_frames", "num_videos_per_prompt", "fps"]
+
+
+@pytest.fixture(scope="module")
+def pipelines() -> dict[str, tuple[Any, list[str], dict[str, Any]]]:
+    """The pipelines, their arguments, and those of a call that is right."""
+    hole = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(8, 8)}
+    return {
+        "classes": (tiny_pipeline(), OF_IMAGES, {"class_labels": 3}),
+        "heroes": (tiny_hero_pipeline(), OF_IMAGES, {"prompt": ["deep elf with a red cloak", "orc"]}),
+        "scales": (tiny_scale_pipeline(), OF_IMAGES, {"class_labels": 3, **hole}),
+        "videos": (tiny_video_pipeline(), OF_VIDEOS, {"class_labels": [1, 2]}),
+    }
+
+
+@pytest.mark.parametrize("name", ["classes", "heroes", "scales", "videos"])
+def test_any_argument_is_taken_or_refused(
+    pipelines: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, arguments, right = pipelines[name]
+    monkeypatch.setattr(type(pipe.sampler), "sample", at_the_door)
+
+    @settings(SETTINGS, max_examples=300)
+    @given(changes=st.dictionaries(st.sampled_from(arguments), anything, min_size=1, max_size=2))
+    def call(changes: dict[str, Any]) -> None:
+        state = torch.get_rng_state()
+        call = right | {"seed": 0} | changes
+        taken_or_refused(lambda: pipe(**call))
+        if call["seed"] is not None:
+            assert torch.equal(state, torch.get_rng_state())
+
+    call()
