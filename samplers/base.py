@@ -24,6 +24,8 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+import vargen
+from vargen.folders import Stored, shown
 from vargen.outputs import Guarantee, SamplerOutput
 
 MAX_SEED = 2**64
@@ -42,7 +44,7 @@ Callback = Callable[[int, Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler(SchedulerMixin, ConfigMixin):
+class Sampler(Stored, SchedulerMixin, ConfigMixin):
     """Base of all samplers: shared settings, configuration format, checks and the common loop.
 
     Args:
@@ -194,9 +196,9 @@ def check_names(given: Any, known: Sequence[str], owner: str) -> None:
     """Raise ``ValueError`` for the first name that is not a setting, naming the nearest one."""
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
+            near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.0)
             raise ValueError(
-                f"{owner} has no setting {name!r}; did you mean {near[0]!r}? Settings: {', '.join(known)}"
+                f"{owner} has no setting {shown(name)}; did you mean {near[0]!r}? Settings: {', '.join(known)}"
             )
 
 
@@ -230,8 +232,8 @@ def check_integer(name: str, value: Any, *, low: int, high: int | None = None, h
 def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of the allowed words; the nearest one is shown."""
     if value not in allowed:
-        near = difflib.get_close_matches(str(value), allowed, n=1, cutoff=0.0)[0]
-        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}; did you mean {near!r}?")
+        near = difflib.get_close_matches(shown(value).strip("'"), allowed, n=1, cutoff=0.0)[0]
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {shown(value)}; did you mean {near!r}?")
 
 
 def check_seeds(seeds: Sequence[int] | Tensor | int, num_images: int) -> list[int]:
@@ -261,7 +263,7 @@ def known_samplers() -> list[type[Sampler]]:
 
 
 def find_sampler(name: str) -> type[Sampler]:
-    """Return the sampler class of that name; an unknown name raises and shows the nearest."""
-    classes = {cls.__name__: cls for cls in known_samplers()}
+    """Return the public sampler class of that name; an unknown name raises and shows the nearest."""
+    classes = {cls.__name__: cls for cls in known_samplers() if cls.__name__ in vargen._names}
     check_choice("sampler", name, list(classes))
     return classes[name]

@@ -18,6 +18,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.folders import Stored
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.kmeans import kmeans, refine
@@ -45,7 +46,7 @@ class MultiScaleVQTokenizerOutput(MultiScaleVQEncoderOutput):
     images: Tensor | None = None  # [B, in_channels, H, W], unclamped
 
 
-class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
+class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
     """Images to codes over scales and back.
 
     The defaults are the published model ``vae_ch160v4096z32``. ``encoder_type="patch"`` has no learned encoder: features

@@ -19,6 +19,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.folders import Stored
 from vargen.tokenizers.checks import check_range, half_precision_explained
 from vargen.tokenizers.video_fsq_blocks import (
     CausalConv3d,
@@ -48,7 +49,7 @@ class VideoTokenizerOutput(VideoEncoderOutput):
     videos: Tensor | None = None  # [B, 3, T, H, W], unclamped
 
 
-class VideoFSQTokenizer(ModelMixin, ConfigMixin):
+class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
     """Clips to a grid of codes and back, causally: a code depends on its own and earlier frames only.
 
     Args:

@@ -10,7 +10,6 @@ Letters: D width, H heads, d head width.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from torch import Tensor
 
 from vargen.checkpoints import CheckpointError, load_original, load_strict
+from vargen.folders import REFUSED_SETTINGS, read_json
 
 Source = str | Path | Mapping[str, Tensor]
 
@@ -37,6 +37,7 @@ INNER = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+VOCABULARY_BYTES = 64 << 20  # of a tokenizer file; 65 k names and their merges take 5 MB
 PLACEHOLDER = ("<reserved08707>", "<image>")  # the name of Meta's vocabulary, and that of transformers
 
 
@@ -130,8 +131,8 @@ def load_lumina(folder: str | Path, vqgan: Source | None = None, **options: Any)
         raise ValueError(
             f"{folder} holds no config.json; download the snapshot of Alpha-VLLM/Lumina-mGPT-7B-768 first"
         )
-    stored = json.loads(path.read_text())
-    for name in ("mask_image_logits", "dropout", "architectures", "auto_map", "model_type"):
+    stored = read_json(path)
+    for name in ("mask_image_logits", "dropout", "architectures", "model_type", *REFUSED_SETTINGS):
         stored.pop(name, None)
     config = ChameleonConfig(**stored)
     state: dict[str, Tensor] = {}
@@ -159,7 +160,7 @@ def _vocabulary(source: str | Path | Mapping[str, int]) -> dict[str, int]:
     if isinstance(source, Mapping):
         names = dict(source)
     else:
-        names = json.loads(Path(source).read_text())["model"]["vocab"]
+        names = read_json(source, VOCABULARY_BYTES)["model"]["vocab"]
     old, new = PLACEHOLDER
     if new not in names and old in names:
         names[new] = names.pop(old)

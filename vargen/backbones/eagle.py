@@ -26,6 +26,7 @@ from vargen.backbones.eagle_drafts import EagleDrafts
 from vargen.backbones.primitive import RMSNorm
 from vargen.backbones.rope import constant_rows, grid_table, rotate, spread
 from vargen.checkpoints import CheckpointError, load_original
+from vargen.folders import Stored
 
 PUBLISHED_HEADS = {1280: 20}  # width -> heads: LlamaGen-XL, the only size with a published drafter
 
@@ -78,7 +79,7 @@ class EagleLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class EagleDrafter(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A drafter that stands on the hidden states of one backbone.
 
     Args:

@@ -21,12 +21,13 @@ from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.sizes import RECOMPUTED, infer_config, size_config, swiglu_dim
 from vargen.backbones.window import WindowBackbone
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.folders import Stored
 
 ConditionType = Literal["class", "caption", "attributes"]
 FAMILIES = ("llamagen-c2i", "llamagen-t2i")
 
 
-class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LlamaGenTransformer(WindowBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Causal transformer: condition, then the codes of a grid row by row; position i predicts code i.
 
     Args:

@@ -32,9 +32,10 @@ from vargen.backbones.mar_blocks import (
 )
 from vargen.backbones.window import PreparedCondition
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
+from vargen.folders import Stored
 
 
-class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Encoder over known tokens, decoder over all positions, diffusion head.
 
     Args:

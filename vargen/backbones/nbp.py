@@ -28,12 +28,13 @@ from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.scheduled import ScheduledBackbone
 from vargen.backbones.window import PreparedCondition, WindowBackbone
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.folders import Stored
 from vargen.protocols import block_order
 
 NBPConditionType = Literal["text", "none", "class", "attributes"]
 
 
-class NBPTransformer(ScheduledBackbone, WindowBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a video block by block.
 
     The published models read one vocabulary (text, special tokens and codes) that is also what their head predicts; other

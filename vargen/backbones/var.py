@@ -27,11 +27,12 @@ from vargen.backbones.scales import ScaleBackbone, ScaleCondition
 from vargen.backbones.var_blocks import HeadNorm, LabelEmbedding, VARBlock, modulation
 from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.folders import Stored
 
 FIRST_SHARPNESS = 1.0  # logarithm: the spread of features around their mean is about exp(-1)
 
 
-class VARTransformer(ScaleBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Block-causal transformer: condition, then scale after scale, each predicted in one forward pass.
 
     Args:

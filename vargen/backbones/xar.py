@@ -24,6 +24,7 @@ from vargen.backbones.primitive import RMSNorm
 from vargen.backbones.rope import grid_table, rotate, spread
 from vargen.backbones.var_blocks import LabelEmbedding
 from vargen.checkpoints import check_family, load_original, load_strict
+from vargen.folders import Stored
 
 # name -> width, depth of either half, heads
 SIZES: dict[str, tuple[int, int, int]] = {"B": (768, 8, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
@@ -83,7 +84,7 @@ class XARSession:
         self.cache, self.labels, self.branches = cache, labels, branches
 
 
-class XARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Block-causal flow transformer over cells.
 
     Args:
