@@ -22,7 +22,9 @@ from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
+import vargen
 from vargen.checks import check_choice, check_integer, check_names, check_number, shown
+from vargen.folders import Stored
 from vargen.outputs import Guarantee, SamplerOutput
 
 
@@ -39,7 +41,7 @@ Callback = Callable[[int, Any], None]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sampler(SchedulerMixin, ConfigMixin):
+class Sampler(Stored, SchedulerMixin, ConfigMixin):
     """Base of all samplers: shared settings, configuration format, checks and the common loop.
 
     Args:
@@ -212,7 +214,7 @@ def known_samplers() -> list[type[Sampler]]:
 
 
 def find_sampler(name: str) -> type[Sampler]:
-    """Return the sampler class of that name; an unknown name raises and shows the nearest."""
-    classes = {cls.__name__: cls for cls in known_samplers()}
+    """Return the public sampler class of that name; an unknown name raises and shows the nearest."""
+    classes = {cls.__name__: cls for cls in known_samplers() if cls.__name__ in vargen._names}
     check_choice("sampler", name, list(classes))
     return classes[name]

@@ -15,14 +15,14 @@ import vargen
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("checks", "outputs", "protocols", "random")  # modules of vargen that everyone may import
-FILES = ("files", "checkpoints", "families", "manifests", "hub")  # reading and writing models
+FILES = ("files", "folders", "classes", "checkpoints", "families", "manifests", "hub")  # reading and writing models
 LIGHT = ("vargen", "vargen.checks", "vargen.registry", "vargen.cli.main")
 
 # room -> rooms and modules of vargen that it may import beside itself and the core
 ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "tokenizers": ("kernels", *FILES),
-    "samplers": ("kernels",),
+    "samplers": ("kernels", "folders"),
     "backbones": ("kernels", *FILES),
     "conditioners": ("data", *FILES),
     "data": FILES,

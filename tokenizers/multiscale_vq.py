@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.checks import checked, pair_of
+from vargen.folders import Stored
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.kmeans import kmeans, refine
@@ -47,7 +48,7 @@ class MultiScaleVQTokenizerOutput(MultiScaleVQEncoderOutput):
     images: Tensor | None = None  # [B, in_channels, H, W], unclamped
 
 
-class MultiScaleVQTokenizer(ModelMixin, ConfigMixin):
+class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
     """Images to codes over scales and back.
 
     The defaults are the published model ``vae_ch160v4096z32``. ``encoder_type="patch"`` has no learned encoder: features

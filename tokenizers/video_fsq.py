@@ -20,6 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.checks import checked
+from vargen.folders import Stored
 from vargen.tokenizers.checks import check_range, half_precision_explained
 from vargen.tokenizers.settings import VIDEO_FSQ
 from vargen.tokenizers.video_fsq_blocks import (
@@ -50,7 +51,7 @@ class VideoTokenizerOutput(VideoEncoderOutput):
     videos: Tensor | None = None  # [B, 3, T, H, W], unclamped
 
 
-class VideoFSQTokenizer(ModelMixin, ConfigMixin):
+class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
     """Clips to a grid of codes and back, causally: a code depends on its own and earlier frames only.
 
     Args:

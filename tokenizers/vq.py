@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.checks import checked
+from vargen.folders import Stored
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.quantizers import VectorQuantizer
@@ -55,7 +56,7 @@ class VQTokenizerOutput(VQEncoderOutput):
     images: Tensor | None = None  # [B, in_channels, H, W], unclamped
 
 
-class VQTokenizer(ModelMixin, ConfigMixin):
+class VQTokenizer(Stored, ModelMixin, ConfigMixin):
     """Images to a grid of codes and back.
 
     ``encoder_type="patch"`` has no learned encoder: a latent is the raw patch of f x f pixels (f = ``downsample``,

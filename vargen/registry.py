@@ -7,13 +7,13 @@ is cheap: no torch.
 from __future__ import annotations
 
 import difflib
-import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import vargen
+from vargen.folders import read_json
 
 MODELS_FOLDER = Path(vargen.__file__).parent / "assets" / "models"
 INDEX_FILE = "model_index.json"
@@ -44,8 +44,8 @@ def shipped_models() -> list[ShippedModel]:
 
 
 def _read_model(folder: Path) -> ShippedModel:
-    index = json.loads((folder / INDEX_FILE).read_text())
-    components = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and entry[1]}
+    index = read_json(folder / INDEX_FILE)
+    components = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and all(entry)}
     pipeline = index.get("_class_name", ShippedModel.pipeline)
     return ShippedModel(folder.name, folder, components, _summary(folder / CARD_FILE), pipeline)
 

@@ -10,7 +10,6 @@ Letters: D width, H heads, d head width.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from vargen.checkpoint_bounds import count_layers, read_shape
 from vargen.checkpoints import CheckpointError, load_original, load_strict
+from vargen.folders import REFUSED_SETTINGS, read_json
 
 Source = str | Path | Mapping[str, Tensor]
 
@@ -38,6 +38,7 @@ INNER = {
     "attention_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
 }
+VOCABULARY_BYTES = 64 << 20  # of a tokenizer file; 65 k names and their merges take 5 MB
 PLACEHOLDER = ("<reserved08707>", "<image>")  # the name of Meta's vocabulary, and that of transformers
 
 
@@ -131,8 +132,8 @@ def load_lumina(folder: str | Path, vqgan: Source | None = None, **options: Any)
         raise ValueError(
             f"{folder} holds no config.json; download the snapshot of Alpha-VLLM/Lumina-mGPT-7B-768 first"
         )
-    stored = json.loads(path.read_text())
-    for name in ("mask_image_logits", "dropout", "architectures", "auto_map", "model_type"):
+    stored = read_json(path)
+    for name in ("mask_image_logits", "dropout", "architectures", "model_type", *REFUSED_SETTINGS):
         stored.pop(name, None)
     config = ChameleonConfig(**stored)
     state: dict[str, Tensor] = {}
@@ -160,7 +161,7 @@ def _vocabulary(source: str | Path | Mapping[str, int]) -> dict[str, int]:
     if isinstance(source, Mapping):
         names = dict(source)
     else:
-        names = json.loads(Path(source).read_text())["model"]["vocab"]
+        names = read_json(source, VOCABULARY_BYTES)["model"]["vocab"]
     old, new = PLACEHOLDER
     if new not in names and old in names:
         names[new] = names.pop(old)

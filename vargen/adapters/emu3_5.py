@@ -9,7 +9,6 @@ The authors' remote code does not import under transformers 5; ``load_emu35`` re
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from vargen.adapters.layouts import fill, lines
 from vargen.adapters.pixels import TamingPixels
 from vargen.checkpoint_bounds import read_shape
 from vargen.checkpoints import load_original
+from vargen.folders import REFUSED_SETTINGS, read_json
 from vargen.protocols import Layout
 
 TEMPLATE = "<|extra_203|>You are a helpful assistant for t2i task. USER: {text} ASSISTANT: <|extra_100|>"
@@ -145,7 +145,8 @@ def emu35_config(stored: Mapping[str, Any]) -> Any:
     """A ``Qwen3Config`` from the ``config.json`` of the authors' checkpoint (``rope_theta`` has moved)."""
     from transformers import Qwen3Config
 
-    kept = {key: value for key, value in stored.items() if key not in ("auto_map", "architectures", "model_type")}
+    dropped = ("architectures", "model_type", *REFUSED_SETTINGS)
+    kept = {key: value for key, value in stored.items() if key not in dropped}
     theta = kept.pop("rope_theta", None)
     kept.pop("rope_scaling", None)
     if theta is not None and "rope_parameters" not in kept:
@@ -168,7 +169,7 @@ def load_emu35(folder: str | Path, **options: Any) -> Any:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; download the snapshot of BAAI/Emu3.5-Image first")
-    stored = json.loads(path.read_text())
+    stored = read_json(path)
     if stored.get("rope_scaling"):
         raise ValueError(f"{path} scales rotary positions ({stored['rope_scaling']}), which this adapter does not map")
     return Qwen3ForCausalLM.from_pretrained(folder, config=emu35_config(stored), **options)

@@ -25,10 +25,11 @@ from vargen.backbones.rope import constant_rows, grid_table
 from vargen.backbones.sizes import swiglu_dim
 from vargen.backbones.window import WindowBackbone
 from vargen.checks import checked
+from vargen.folders import Stored
 from vargen.protocols import StepOut
 
 
-class CausalMARTransformer(ContinuousBackbone, WindowBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class CausalMARTransformer(ContinuousBackbone, WindowBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Causal transformer: condition, then tokens row by row; position i gives the state that token i is drawn from.
 
     Args:

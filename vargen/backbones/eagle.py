@@ -29,6 +29,7 @@ from vargen.backbones.rope import constant_rows, grid_table, rotate, spread
 from vargen.checkpoint_bounds import check_given, count_layers, read_shape
 from vargen.checkpoints import CheckpointError, build_strict, load_original
 from vargen.checks import checked
+from vargen.folders import Stored
 
 PUBLISHED_HEADS = {1280: 20}  # width -> heads: LlamaGen-XL, the only size with a published drafter
 
@@ -81,7 +82,7 @@ class EagleLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class EagleDrafter(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class EagleDrafter(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A drafter that stands on the hidden states of one backbone.
 
     Args:

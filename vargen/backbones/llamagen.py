@@ -24,12 +24,13 @@ from vargen.backbones.window import WindowBackbone
 from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
+from vargen.folders import Stored
 
 ConditionType = Literal["class", "caption", "attributes"]
 FAMILIES = ("llamagen-c2i", "llamagen-t2i")
 
 
-class LlamaGenTransformer(WindowBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class LlamaGenTransformer(WindowBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Causal transformer: condition, then the codes of a grid row by row; position i predicts code i.
 
     Args:

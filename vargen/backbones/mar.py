@@ -35,9 +35,10 @@ from vargen.backbones.window import PreparedCondition
 from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
 from vargen.checks import checked
+from vargen.folders import Stored
 
 
-class MARTransformer(ContinuousBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Encoder over known tokens, decoder over all positions, diffusion head.
 
     Args:

@@ -31,12 +31,13 @@ from vargen.backbones.window import PreparedCondition, WindowBackbone
 from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
+from vargen.folders import Stored
 from vargen.protocols import block_order
 
 NBPConditionType = Literal["text", "none", "class", "attributes"]
 
 
-class NBPTransformer(ScheduledBackbone, WindowBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a video block by block.
 
     The published models read one vocabulary (text, special tokens and codes) that is also what their head predicts; other

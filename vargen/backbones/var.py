@@ -30,11 +30,12 @@ from vargen.backbones.var_sizes import BUFFERS, SCALES_256, infer_var_config, va
 from vargen.checkpoint_bounds import check_given
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked, pair_of
+from vargen.folders import Stored
 
 FIRST_SHARPNESS = 1.0  # logarithm: the spread of features around their mean is about exp(-1)
 
 
-class VARTransformer(ScaleBackbone, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Block-causal transformer: condition, then scale after scale, each predicted in one forward pass.
 
     Args:

@@ -27,6 +27,7 @@ from vargen.backbones.var_blocks import LabelEmbedding
 from vargen.checkpoint_bounds import check_given, count_layers, read_shape
 from vargen.checkpoints import check_family, load_original, load_strict
 from vargen.checks import checked
+from vargen.folders import Stored
 
 # name -> width, depth of either half, heads
 SIZES: dict[str, tuple[int, int, int]] = {"B": (768, 8, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
@@ -86,7 +87,7 @@ class XARSession:
         self.cache, self.labels, self.branches = cache, labels, branches
 
 
-class XARTransformer(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Block-causal flow transformer over cells.
 
     Args:

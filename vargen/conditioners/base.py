@@ -13,10 +13,13 @@ from typing import Any, ClassVar, Self
 from diffusers import ConfigMixin
 from torch import Tensor
 
+from vargen.folders import Stored, check_component, one_line
+
 MAX_CHARACTERS = 10_000  # of a prompt; conditioners that read less allow less
 
 
-class Conditioner(ConfigMixin):
+
+class Conditioner(Stored, ConfigMixin):
     """Base of the conditioners: calling convention, and saving inside a pipeline folder.
 
     ``encode(prompts=None, class_labels=None)`` takes one of the two as a list and returns what the backbone's
@@ -49,9 +52,15 @@ class Conditioner(ConfigMixin):
         self.save_config(save_directory)
 
     @classmethod
-    def from_pretrained(cls, folder: str | PathLike[str], **_: Any) -> Self:
-        """Read a conditioner from a folder."""
-        return cls.from_config(cls.load_config(folder))
+    def from_pretrained(cls, folder: str | PathLike[str], **_: Any) -> Self:  # type: ignore[override]
+        """Read a conditioner from a folder.
+
+        Raises:
+            ValueError: the folder holds code, or settings that are missing, damaged or do not fit.
+        """
+        with one_line(folder):
+            check_component(folder, cls)
+            return cls.from_config(cls.load_config(folder))
 
 
 def one_of(prompts: Sequence[Any] | None, class_labels: Sequence[Any] | None) -> Sequence[Any]:

@@ -20,8 +20,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
+from vargen.classes import component_class
 from vargen.conditioners.base import Conditioner, check_prompt, one_of
 from vargen.conditioners.captions import clean_caption
+from vargen.folders import check_component, check_settings, one_line
 
 MAX_CHARACTERS = 2000  # of a caption, of which 120 tokens are read; cleaning takes time with the square
 
@@ -152,12 +154,10 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
             return
         if find_spec("transformers") is None:
             raise ImportError("encoding captions needs transformers; install it with pip install vargen[text]")
-        from transformers import AutoTokenizer, T5EncoderModel
-
         name = self.config.model_name
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(name)
-            encoder = T5EncoderModel.from_pretrained(name, dtype=self.dtype)
+            self.tokenizer = load_text_tokenizer(name)
+            encoder = load_text_encoder(name, dtype=self.dtype)
         except (OSError, ValueError) as error:
             raise OSError(f"cannot load the text encoder {name}: {str(error).splitlines()[0]}") from error
         self.text_encoder = encoder.to(self.device).eval()
@@ -170,19 +170,56 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
             self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
 
     @classmethod
-    def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:
-        """Read a conditioner from a folder; ``torch_dtype`` or ``dtype`` sets the dtype of its encoder."""
-        config = cls.load_config(folder)
+    def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:  # type: ignore[override]
+        """Read a conditioner from a folder; ``torch_dtype`` or ``dtype`` sets the dtype of its encoder.
+
+        Raises:
+            ValueError: as every conditioner; the same for encoder and tokenizer in the folder.
+        """
         dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
         parts = {}
-        if (Path(folder) / "text_encoder").is_dir():
-            from transformers import AutoTokenizer, T5EncoderModel
-
-            parts["text_encoder"] = T5EncoderModel.from_pretrained(Path(folder) / "text_encoder").eval()
-            parts["tokenizer"] = AutoTokenizer.from_pretrained(Path(folder) / "tokenizer")
-        settings, _, _ = cls.extract_init_dict(config)  # from_config would drop the objects
-        conditioner = cls(**settings, **parts)
+        with one_line(folder):
+            check_component(folder, cls)
+            config = cls.load_config(folder)
+            if (Path(folder) / "text_encoder").is_dir():
+                parts["text_encoder"] = load_text_encoder(Path(folder) / "text_encoder").eval()
+                parts["tokenizer"] = load_text_tokenizer(Path(folder) / "tokenizer")
+            settings, _, _ = cls.extract_init_dict(config)  # from_config would drop the objects
+            conditioner = cls(**settings, **parts)
         return conditioner if dtype is None else conditioner.to(dtype)
+
+
+def load_text_encoder(name: str | Path, **options: Any) -> Any:
+    """Load a ``T5EncoderModel`` from a folder or the Hub; its settings may not choose code to run.
+
+    Raises:
+        ValueError: they try to.
+    """
+    from transformers import T5Config, T5EncoderModel
+
+    if Path(name).is_dir():
+        check_component(name, T5EncoderModel)
+    settings, _ = T5Config.get_config_dict(name)
+    check_settings(Path(name) / "config.json", settings)
+    return T5EncoderModel.from_pretrained(name, **options)
+
+
+def load_text_tokenizer(name: str | Path) -> Any:
+    """Load the tokenizer of a T5 encoder from a folder or the Hub: one of the classes in ``vargen.classes``.
+
+    Raises:
+        ValueError: another class, or code of its own.
+    """
+    from transformers import AutoTokenizer
+    from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+    if Path(name).is_dir():
+        check_component(name, AutoTokenizer)
+    settings = get_tokenizer_config(name)
+    check_settings(Path(name) / "tokenizer_config.json", settings)
+    if settings.get("tokenizer_class") is not None:
+        component_class("transformers", settings["tokenizer_class"], slot="the tokenizer of captions")
+    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

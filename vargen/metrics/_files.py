@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from vargen.files import atomic_write
+from vargen.folders import read_json
 
 _CONFIG, _WEIGHTS = "classifier.json", "model.safetensors"
 
@@ -48,8 +49,9 @@ def read_classifier(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     path = Path(folder)
     if not (path / _CONFIG).is_file() or not (path / _WEIGHTS).is_file():
         return None
+    record = read_json(path / _CONFIG)
     state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path / _WEIGHTS).items()}
-    return json.loads((path / _CONFIG).read_text()), state
+    return record, state
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 
 from vargen.data.atlas import ATLAS_FOLDER
 from vargen.files import atomic_write
+from vargen.folders import read_json
 from vargen.hub import resolve_model
 from vargen.metrics.report import attribute_table, metric_table, read_report
 
@@ -88,7 +89,7 @@ def _summary(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         return "A model of vargen."
-    names = {k: v[1] for k, v in json.loads(index.read_text()).items() if isinstance(v, list) and v[1]}
+    names = {k: v[-1] for k, v in read_json(index).items() if isinstance(v, list) and v}
     backbone, tokenizer = names.get("backbone"), names.get("tokenizer")
     if not backbone or not tokenizer:
         return "A pipeline of vargen."

@@ -6,17 +6,20 @@ diffusers knows where classes may come from through a table of libraries; this m
 
 from __future__ import annotations
 
-import json
 import sys
-from importlib import import_module
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+import diffusers
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
-from safetensors import safe_open
 
 import vargen
+from vargen.checks import shown
+from vargen.classes import SLOTS, component_class
+from vargen.folders import check_component, is_plain_name, read_json
 
+INDEX_FILE = "model_index.json"
 SHARED_KEY = "_shared"  # in an index: component name -> pipeline folder beside this one that holds it
 _METHODS = ["save_pretrained", "from_pretrained"]
 
@@ -43,33 +46,115 @@ def register_library() -> None:
     vars(vargen)[PipelineComponent.__name__] = PipelineComponent  # diffusers looks base classes up on the library
 
 
-def read_index(folder: Path) -> dict[str, Any]:
-    """Read a pipeline folder's index and check it, before anything large is loaded.
+def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
+    """Read a pipeline folder's index and check everything it names, before anything is imported or loaded.
 
     Args:
         folder: holds `model_index.json` and one folder a component.
+        replaced: components that the caller has already; their folders may be missing.
 
     Returns:
         The index as a dictionary.
 
     Raises:
-        ValueError: no index, not JSON, another library's pipeline, an unknown class, or a component without its folder.
+        ValueError: no index, not JSON, malformed, another library's pipeline, a class that a folder may not name (see
+            ``vargen.classes``), or a component whose folder is missing or holds code.
     """
-    path = folder / "model_index.json"
+    path = folder / INDEX_FILE
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{folder} is not a pipeline folder: it has no model_index.json (it holds {found})")
-    try:
-        index = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); save the pipeline again") from None
-    if not isinstance(index, dict) or "_class_name" not in index:
-        raise ValueError(f"{path} is not a pipeline index: it names no _class_name")
+        raise ValueError(f"{folder} is not a pipeline folder: it has no {INDEX_FILE} (it holds {found})")
+    index = read_json(path)
+    classes = check_index(path, index)
     shared = shared_folders(folder, index)
-    for name, entry in index.items():
-        if not name.startswith("_") and isinstance(entry, list) and entry[0] is not None:
-            _check_component(shared.get(name, folder), name, *entry)
+    for name, kind in classes.items():
+        if name in replaced:
+            continue
+        place = shared.get(name, folder)
+        if not (place / name).is_dir():
+            raise ValueError(
+                f"{folder} lacks the folder {name!r} of its component {kind.__name__}; copy the whole pipeline folder"
+            )
+        stored = kind.__name__ if issubclass(kind, diffusers.ConfigMixin) else None
+        check_component(place / name, kind, within=place, name=stored)
     return index
+
+
+def check_index(path: Path, index: dict[str, Any]) -> dict[str, type]:
+    """Check what an index says, whatever lies beside it; the same for folders and for the Hub.
+
+    Returns:
+        The class of every component that it holds.
+
+    Raises:
+        ValueError: see ``read_index``.
+    """
+    if "_class_name" not in index:
+        raise ValueError(f"{path} is not a pipeline index: it names no _class_name")
+    stored = index["_class_name"]
+    if not isinstance(stored, str) or not stored.isidentifier() or len(stored) > 100:
+        raise ValueError(f"{path}: _class_name must be the name of one class, got {shown(stored)}")
+    if stored in diffusers.__all__:
+        raise ValueError(f"{path} is the index of a {stored} of diffusers; load it with diffusers.{stored}")
+    ignored = index.get("_ignore_files", [])
+    if not isinstance(ignored, list) or not all(isinstance(file, str) for file in ignored):
+        raise ValueError(f"{path}: _ignore_files must be a list of names, got {shown(ignored)}")
+    classes = {}
+    for name, entry in index.items():
+        if not name.startswith("_") and (kind := _entry_class(path, name, entry)) is not None:
+            classes[name] = kind
+    _check_shared(path, index.get(SHARED_KEY, {}), classes)
+    return classes
+
+
+def _entry_class(path: Path, name: str, entry: Any) -> type | None:
+    """Class of an entry of the index; None for a component that is left out and for a setting such as fps."""
+    if not name.isidentifier() or len(name) > 100:
+        raise ValueError(f"{path}: {shown(name)} is not the name of a component")
+    if name not in SLOTS and (entry is None or isinstance(entry, str | int | float)):
+        return None
+    if not isinstance(entry, list) or len(entry) != 2:
+        raise ValueError(f"{path}: {name} must be a list of a library and a class, got {shown(entry)}")
+    if entry == [None, None]:
+        return None
+    try:
+        kind = component_class(entry[0], entry[1], name)
+    except ValueError as error:
+        raise ValueError(f"{path.parent}: {error}") from None
+    if entry[0] not in pipeline_loading_utils.LOADABLE_CLASSES:
+        # diffusers looks base classes up on the module
+        vars(sys.modules[entry[0]]).setdefault(PipelineComponent.__name__, PipelineComponent)
+    return kind
+
+
+def _check_shared(path: Path, shared: Any, classes: dict[str, type]) -> None:
+    if not isinstance(shared, dict):
+        raise ValueError(f"{path}: {SHARED_KEY} must be an object of components and folders, got {shown(shared)}")
+    for name, other in shared.items():
+        if name not in classes:
+            raise ValueError(f"{path} shares {shown(name)}, which is none of its components")
+        if not isinstance(other, str) or not is_plain_name(other):
+            raise ValueError(
+                f"{path.parent}: {name} is shared with {shown(other)}, which is not the name of a folder beside it"
+            )
+
+
+def check_complete(folder: Path, index: dict[str, Any], wanted: Any, given: Collection[str]) -> None:
+    """Raise ``ValueError`` unless an index holds every component that the pipeline class ``wanted`` cannot do without.
+
+    Args:
+        folder: of the index.
+        index: checked by ``read_index``.
+        wanted: a class of pipelines.
+        given: components that the caller has already.
+    """
+    components, _ = wanted._get_signature_keys(wanted)
+    for name in sorted(components):
+        entry = index.get(name)
+        if entry is not None and not isinstance(entry, list):
+            raise ValueError(f"{folder}: {name} must be a list of a library and a class, got {shown(entry)}")
+        if name not in given and name not in wanted._optional_components and entry in (None, [None, None]):
+            raise ValueError(f"{folder} names no {name}, which a {wanted.__name__} needs; save the pipeline again")
 
 
 def check_class(folder: Path, index: dict[str, Any], wanted: str) -> None:
@@ -85,15 +170,13 @@ def check_class(folder: Path, index: dict[str, Any], wanted: str) -> None:
 def shared_folders(folder: Path, index: dict[str, Any]) -> dict[str, Path]:
     """Pipeline folders that lend components to this one: models over one tokenizer store it once.
 
-    `"_shared": {"tokenizer": "heroes32-mar"}` in the index means the folder of that name beside this one.
+    `"_shared": {"tokenizer": "heroes32-mar"}` in a checked index means the folder of that name beside this one.
 
     Raises:
-        ValueError: not the plain name of a folder, or there is none.
+        ValueError: there is none.
     """
     found = {}
     for name, other in index.get(SHARED_KEY, {}).items():
-        if Path(str(other)).name != other or other in ("", ".", ".."):
-            raise ValueError(f"{folder}: {name} is shared with {other!r}, which is not the name of a folder beside it")
         if not (folder.parent / other).is_dir():
             raise ValueError(f"{folder} takes its {name} from the folder {other} beside it; copy that folder too")
         found[name] = folder.parent / other
@@ -106,34 +189,16 @@ def load_shared(folder: Path, index: dict[str, Any], given: dict[str, Any]) -> d
     options = {name: value for name, value in dtype_argument(given).items() if name in ("dtype", "torch_dtype")}
     for name, other in shared_folders(folder, index).items():
         if name not in given:
-            library, class_name = index[name]
-            kind = getattr(import_module(library), class_name)
+            kind: Any = component_class(index[name][0], index[name][1], name)
             loaded[name] = kind.from_pretrained(other / name, **options)
     return loaded
 
 
-def _check_component(folder: Path, name: str, library: str, class_name: str) -> None:
-    if library == "vargen" and class_name not in vargen._names:
-        raise ValueError(
-            f"{folder}: {name} is a {class_name}, which this version of vargen ({vargen.__version__}) does not have; "
-            "it may come from a newer one"
-        )
-    if not (folder / name).is_dir():
-        raise ValueError(
-            f"{folder} lacks the folder {name!r} of its component {class_name}; copy the whole pipeline folder"
-        )
-    if library not in pipeline_loading_utils.LOADABLE_CLASSES:
-        _adopt_module(folder, name, library, class_name)
-
-
-def _adopt_module(folder: Path, name: str, library: str, class_name: str) -> None:
-    """Let diffusers accept a component class of the user's own module; it looks base classes up on the module."""
-    module = sys.modules.get(library)
-    if module is None:  # importing a module because a folder names it would run code that the user did not choose
-        raise ValueError(
-            f"{folder}: {name} is a {class_name} of the module {library}; import {library} before loading"
-        )
-    vars(module).setdefault(PipelineComponent.__name__, PipelineComponent)
+def check_options(options: Collection[str]) -> None:
+    """Raise ``ValueError`` for options of diffusers with which a folder brings code, or another index, of its own."""
+    for name in ("custom_pipeline", "trust_remote_code", "dduf_file", "load_connected_pipeline"):
+        if name in options:
+            raise ValueError(f"{name} is not for pipelines of vargen, whose folders hold no code; leave it out")
 
 
 def index_entry(component: Any) -> tuple[str | None, str | None]:
@@ -160,17 +225,3 @@ def dtype_argument(arguments: dict[str, Any]) -> dict[str, Any]:
         raise ValueError("give dtype or torch_dtype, not both; they mean the same")
     current = "dtype" if hasattr(pipeline_utils, "_resolve_dtype") else "torch_dtype"
     return {current if name in ("dtype", "torch_dtype") else name: value for name, value in arguments.items()}
-
-
-def explain_failure(folder: Path, error: Exception) -> str:
-    """Say in one line why a pipeline folder could not be loaded."""
-    for component in sorted(path.parent for path in folder.glob("*/config.json")):
-        if not any(component.glob("*.safetensors*")) and not any(component.glob("*.bin")):
-            return f"{component} holds no weights (*.safetensors); copy the whole pipeline folder"
-        for path in sorted(component.glob("*.safetensors")):
-            try:
-                with safe_open(path, framework="pt"):
-                    pass
-            except Exception as damage:  # safetensors raises an error class of its own, and OSError
-                return f"{path} is damaged ({' '.join(str(damage).split())}); copy it again"
-    return f"cannot load {folder}: {' '.join(str(error).split())}"

@@ -14,15 +14,19 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from vargen.folders import one_line, read_json
 from vargen.hub import resolve_model
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.components import (
+    INDEX_FILE,
     check_class,
+    check_complete,
+    check_index,
+    check_options,
     choose_drafter,
     dtype_argument,
-    explain_failure,
     index_entry,
     load_shared,
     read_index,
@@ -100,22 +104,35 @@ class ImagePipeline(DiffusionPipeline):
             pretrained_model_name_or_path: name of a shipped model (``vargen models`` lists them), a folder, or the id
                 of a repository on the Hugging Face Hub.
             kwargs: those of ``DiffusionPipeline.from_pretrained``; components given by name replace the stored ones.
-                ``dtype`` (default float32, whatever the files hold) works with every version of diffusers.
+                ``dtype`` (default float32, whatever the files hold) works with every version of diffusers. Options with
+                which a folder would run code of its own (``custom_pipeline``, ``trust_remote_code``) are refused.
 
         Raises:
-            ValueError: unknown name (the nearest are shown), incomplete folder, unknown component class.
+            ValueError: unknown name (the nearest are shown), incomplete or damaged folder, a folder that holds code or
+                names a class that it may not (``vargen.classes`` lists those it may); nothing was imported or loaded then.
         """
+        check_options(kwargs)
         found = resolve_model(str(pretrained_model_name_or_path))
-        folder = Path(found)
-        if not folder.is_dir():
-            return super().from_pretrained(found, **dtype_argument(kwargs))
-        index = read_index(folder)
-        check_class(folder, index, cls._stored_class)
-        try:
+        folder = Path(found) if Path(found).is_dir() else Path(cls.download(found, **dtype_argument(kwargs)))
+        with one_line(folder):
+            index = read_index(folder, kwargs)
+            check_class(folder, index, cls._stored_class)
+            check_complete(folder, index, cls, kwargs)
+            cls._check_settings(index)
             kwargs |= load_shared(folder, index, kwargs)
-            return super().from_pretrained(found, **dtype_argument(kwargs))
-        except OSError as error:
-            raise ValueError(explain_failure(folder, error)) from error
+            return super().from_pretrained(str(folder), **dtype_argument(kwargs))
+
+    @classmethod
+    def _check_settings(cls, index: dict[str, Any]) -> None:
+        """Raise ``ValueError`` for settings of the pipeline itself, before components are loaded."""
+
+    @classmethod
+    def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:
+        """What diffusers reads an index with, from folders and, before it downloads the rest, from the Hub."""
+        index = read_json(Path(json_file))
+        if Path(json_file).name == INDEX_FILE:
+            check_index(Path(json_file), index)
+        return index
 
     @classmethod
     def from_transformers(cls, model: nn.Module, processor: Any, *, sampler: Any = None, **options: Any) -> Self:

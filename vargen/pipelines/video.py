@@ -58,6 +58,10 @@ class VideoPipeline(ImagePipeline):
         self._interrupt = False
         self._check_components()
 
+    @classmethod
+    def _check_settings(cls, index: dict[str, Any]) -> None:
+        check_fps(index.get("fps", 8))
+
     @property
     def num_frames(self) -> int:
         """T, frames of a whole clip."""

@@ -6,7 +6,6 @@ then carries as much noise as the picture can bear, and what a backbone has to m
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from vargen.data.heroes import HeroesDataset
+from vargen.folders import check_component, one_line, read_json
 from vargen.training.sources import RECIPE_FILE, _component, read_run
 from vargen.training.tasks import Task, model_from, to_grid
 from vargen.training.vq import _psnr, _to_uint8
@@ -132,8 +132,10 @@ def measure_scale(model: AutoencoderKL, seed: int) -> float:
 
 
 def _from_folder(folder: Path) -> AutoencoderKL:
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8")) if folder.is_dir() else {}
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"no AutoencoderKL in {folder}; train one first with `vargen train heroes32-kl`")
-    model: AutoencoderKL = AutoencoderKL.from_pretrained(folder)
+    with one_line(folder):
+        check_component(folder, AutoencoderKL, name="AutoencoderKL")
+        model: AutoencoderKL = AutoencoderKL.from_pretrained(folder)
     return model
