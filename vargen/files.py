@@ -1,28 +1,197 @@
-"""Write files so that a failure damages nothing on disk: beside the target first, then renamed."""
+"""Files in and out: text and JSON from outside are bounded before they are parsed, a failed write damages nothing on disk.
+
+What is written goes beside the target first and is renamed then; what fails on the way names the file.
+"""
 
 from __future__ import annotations
 
+import errno
+import json
 import os
+import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from vargen.printable import printable, shown
+
+MAX_TEXT = 2**24  # bytes of a text file that is read whole
+MAX_DEPTH = 32  # containers inside one another
+MAX_NODES = 2**20  # values in all
+MAX_BITS = 128  # of an integer
+
+_HINTS = {
+    errno.ENOSPC: "; make room, or write to another disk",
+    errno.EDQUOT: "; make room, or write to another disk",
+    errno.EFBIG: "; raise the limit on the size of files (ulimit -f), or write to another disk",
+    errno.EROFS: "; write to another disk",
+}
+_REFUSALS = (*_HINTS, errno.EIO, errno.EPIPE)
+_UNSAID = "the disk is full, or the file too large"  # libraries that do not say which
+
+
+class WriteError(OSError, ValueError):
+    """The system refused to write a file: the disk is full, the file too large, the folder read-only.
+
+    ``filename`` is the file that was asked for, ``strerror`` the system's reason.
+    """
+
+    def __str__(self) -> str:
+        hint = _HINTS.get(self.errno, "") if self.errno is not None else ""
+        return f"cannot write {printable(self.filename)}: {printable(self.strerror)}{hint}"
+
+
+# --- reading
+
+
+def read_text(path: str | Path, *, limit: int = MAX_TEXT) -> str:
+    """Read a UTF-8 text file.
+
+    Args:
+        path: a regular file; pipes and devices, which might never end, are refused.
+        limit: bytes beyond which it is not read.
+
+    Raises:
+        ValueError: no such file, not a regular one, too large, not UTF-8, not readable.
+    """
+    file, name = Path(path), printable(path)
+    try:
+        if not file.is_file():
+            raise ValueError(f"{name} is not a file" if file.exists() else f"no file at {name}")
+        with file.open("rb") as stream:
+            data = stream.read(limit + 1)  # not more, whatever the size says
+        if len(data) > limit:
+            raise ValueError(f"{name} is larger than {limit:,} bytes; it is not the text file that is wanted here")
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {name}: {error.strerror or error}") from None
+
+
+def read_json(path: str | Path, *, limit: int = MAX_TEXT) -> Any:
+    """Read a JSON file whose content is bounded as ``check_plain`` says.
+
+    Raises:
+        ValueError: as ``read_text``; not JSON, nested too deeply, too many values, integers beyond all use.
+    """
+    return parse_json(read_text(path, limit=limit), printable(path))
+
+
+def parse_json(text: str, name: str) -> Any:
+    """Parse JSON under the bounds of ``check_plain``; ``name`` says in errors where it comes from."""
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise ValueError(f"{name} nests its values too deeply: more than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # not JSON, or an integer of thousands of digits
+        raise ValueError(f"{name} is not valid JSON: {printable(error)}") from None
+    check_plain(value, name)
+    return value
+
+
+def check_plain(value: Any, name: str) -> None:
+    """Refuse plain values (of JSON, TOML, ...) that would exhaust whatever walks over them.
+
+    Args:
+        value: dictionaries, lists, tuples and what they hold; other objects are not looked into.
+        name: what it is, for the error.
+
+    Raises:
+        ValueError: more than 32 levels, more than a million values (shared ones count each time), or an integer beyond 128
+            bits.
+    """
+    level, count = [value], 0
+    for _ in range(MAX_DEPTH):
+        below: list[Any] = []
+        for item in level:
+            if isinstance(item, int) and item.bit_length() > MAX_BITS:
+                raise ValueError(f"{name} holds {shown(item)}; integers have at most {MAX_BITS} bits")
+            children = item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
+            below.extend(children)
+            count += len(children)
+            if count > MAX_NODES:
+                raise ValueError(f"{name} holds more than {MAX_NODES:,} values")
+        if not below:
+            return
+        level = below
+    raise ValueError(f"{name} nests its values too deeply: more than {MAX_DEPTH} levels")
+
+
+# --- writing
 
 
 def _check_target(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; choose another name or allow overwriting (overwrite=True, --overwrite)")
+        raise ValueError(
+            f"{printable(path)} exists; choose another name or allow overwriting (overwrite=True, --overwrite)"
+        )
     parent = path.parent
     if not parent.is_dir():
-        raise ValueError(f"cannot write {path}: the folder {parent} does not exist")
+        raise ValueError(f"cannot write {printable(path)}: the folder {printable(parent)} does not exist")
     if not os.access(parent, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission to write in {parent}")
+        raise ValueError(f"cannot write {printable(path)}: no permission to write in {printable(parent)}")
 
 
 def _beside(path: Path) -> Path:
     # same folder, hence same file system, so that the rename is atomic; the suffix stays because writers read it
-    return path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
+    return path.with_name(f".{path.stem[:40]}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
+
+
+@contextmanager
+def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
+    """Turn what goes wrong while a file is written into a ``WriteError`` that names it.
+
+    The system's own errors about a full disk carry no name, and the libraries that write tensors, arrays and pictures have
+    errors of their own.
+
+    Args:
+        path: what is being written.
+        beside: where it is written before it gets its name; for a folder, the error names the file that was written last.
+
+    Raises:
+        WriteError: the system refused; errors about other files pass as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = beside if beside is not None else Path(path)
+        reason = _reason(error, own)
+        if reason is None:
+            raise
+        written = _named(error, own) or _last_written(own)
+        raise WriteError(*reason, str(Path(path) / written.relative_to(own))) from error
+
+
+def _reason(error: Exception, own: Path) -> tuple[int | None, str] | None:
+    """Number and text of the system's refusal to write ``own`` or a file in it; None where the error is another one."""
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return (error.errno, error.strerror or str(error)) if _named(error, own) else None
+        if error.errno in _REFUSALS:
+            return error.errno, error.strerror
+        return (None, _UNSAID) if type(error) is OSError and error.errno is None else None  # numpy, imageio
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", text)):
+        return int(number[1]), os.strerror(int(number[1]))
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|file write failed", text):
+        return None, _UNSAID
+    return None
+
+
+def _named(error: Exception, own: Path) -> Path | None:
+    """The file ``own`` or inside it that an error of the system names."""
+    name = getattr(error, "filename", None)
+    file = Path(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else None
+    return file if file is not None and (file == own or own in file.parents) else None
+
+
+def _last_written(own: Path) -> Path:
+    files = [file for file in own.rglob("*") if file.is_file()] if own.is_dir() else []
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=own)
 
 
 @contextmanager
@@ -35,6 +204,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
     Raises:
         ValueError: the file exists, or its folder is missing or not writable.
+        WriteError: the disk is full, or the file too large for the system or a limit.
 
     Example:
         >>> import tempfile
@@ -46,13 +216,14 @@ def atomic_write(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
+        raise ValueError(f"cannot write {printable(path)}: it is a folder")
     _check_target(path, overwrite)
     temporary = _beside(path)
     try:
-        yield temporary
-        _check_target(path, overwrite)  # someone else may have written it meanwhile
-        os.replace(temporary, path)
+        with writing(path, temporary):
+            yield temporary
+            _check_target(path, overwrite)  # someone else may have written it meanwhile
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,21 +241,27 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         ValueError: the folder exists and is not empty, or its parent is missing or not writable.
+        WriteError: the disk is full, or a file too large for the system or a limit.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"cannot write folder {path}: it is a file")
+        raise ValueError(f"cannot write folder {printable(path)}: it is a file")
     _check_target(path, overwrite or (path.is_dir() and not any(path.iterdir())))
     temporary = _beside(path)
-    temporary.mkdir()
     try:
-        yield temporary
-        if not path.exists():
-            temporary.rename(path)
-            return
-        for source in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            target = path / source.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
+        with writing(path, temporary):
+            temporary.mkdir()
+            yield temporary
+            _move_in(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_in(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    for source in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        target = path / source.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, target)
