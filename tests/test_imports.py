@@ -14,8 +14,8 @@ import pytest
 import vargen
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ("outputs", "protocols", "random")  # modules of vargen that everyone may import
-FILES = ("files", "checkpoints", "families", "manifests", "hub")  # reading and writing models
+CORE = ("outputs", "protocols", "random", "printable")  # modules of vargen that everyone may import
+FILES = ("files", "reading", "pictures", "checkpoints", "families", "manifests", "hub")  # reading and writing models
 LIGHT = ("vargen", "vargen.registry", "vargen.cli.main")
 
 # room -> rooms and modules of vargen that it may import beside itself and the core

@@ -1,27 +1,17 @@
-"""Files in and out: text and JSON from outside are bounded before they are parsed, a failed write damages nothing on disk.
-
-What is written goes beside the target first and is renamed then; what fails on the way names the file.
-"""
+"""Write files so that a failure damages nothing on disk: beside the target first, then renamed. What fails names the file."""
 
 from __future__ import annotations
 
 import errno
-import json
 import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from vargen.printable import printable, shown
-
-MAX_TEXT = 2**24  # bytes of a text file that is read whole
-MAX_DEPTH = 32  # containers inside one another
-MAX_NODES = 2**20  # values in all
-MAX_BITS = 128  # of an integer
+from vargen.printable import printable
 
 _HINTS = {
     errno.ENOSPC: "; make room, or write to another disk",
@@ -44,86 +34,6 @@ class WriteError(OSError, ValueError):
         return f"cannot write {printable(self.filename)}: {printable(self.strerror)}{hint}"
 
 
-# --- reading
-
-
-def read_text(path: str | Path, *, limit: int = MAX_TEXT) -> str:
-    """Read a UTF-8 text file.
-
-    Args:
-        path: a regular file; pipes and devices, which might never end, are refused.
-        limit: bytes beyond which it is not read.
-
-    Raises:
-        ValueError: no such file, not a regular one, too large, not UTF-8, not readable.
-    """
-    file, name = Path(path), printable(path)
-    try:
-        if not file.is_file():
-            raise ValueError(f"{name} is not a file" if file.exists() else f"no file at {name}")
-        with file.open("rb") as stream:
-            data = stream.read(limit + 1)  # not more, whatever the size says
-        if len(data) > limit:
-            raise ValueError(f"{name} is larger than {limit:,} bytes; it is not the text file that is wanted here")
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {name}: {error.strerror or error}") from None
-
-
-def read_json(path: str | Path, *, limit: int = MAX_TEXT) -> Any:
-    """Read a JSON file whose content is bounded as ``check_plain`` says.
-
-    Raises:
-        ValueError: as ``read_text``; not JSON, nested too deeply, too many values, integers beyond all use.
-    """
-    return parse_json(read_text(path, limit=limit), printable(path))
-
-
-def parse_json(text: str, name: str) -> Any:
-    """Parse JSON under the bounds of ``check_plain``; ``name`` says in errors where it comes from."""
-    try:
-        value = json.loads(text)
-    except RecursionError:
-        raise ValueError(f"{name} nests its values too deeply: more than {MAX_DEPTH} levels") from None
-    except ValueError as error:  # not JSON, or an integer of thousands of digits
-        raise ValueError(f"{name} is not valid JSON: {printable(error)}") from None
-    check_plain(value, name)
-    return value
-
-
-def check_plain(value: Any, name: str) -> None:
-    """Refuse plain values (of JSON, TOML, ...) that would exhaust whatever walks over them.
-
-    Args:
-        value: dictionaries, lists, tuples and what they hold; other objects are not looked into.
-        name: what it is, for the error.
-
-    Raises:
-        ValueError: more than 32 levels, more than a million values (shared ones count each time), or an integer beyond 128
-            bits.
-    """
-    level, count = [value], 0
-    for _ in range(MAX_DEPTH):
-        below: list[Any] = []
-        for item in level:
-            if isinstance(item, int) and item.bit_length() > MAX_BITS:
-                raise ValueError(f"{name} holds {shown(item)}; integers have at most {MAX_BITS} bits")
-            children = item.values() if isinstance(item, Mapping) else item if isinstance(item, list | tuple) else ()
-            below.extend(children)
-            count += len(children)
-            if count > MAX_NODES:
-                raise ValueError(f"{name} holds more than {MAX_NODES:,} values")
-        if not below:
-            return
-        level = below
-    raise ValueError(f"{name} nests its values too deeply: more than {MAX_DEPTH} levels")
-
-
-# --- writing
-
-
 def _check_target(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
         raise ValueError(
@@ -139,6 +49,19 @@ def _check_target(path: Path, overwrite: bool) -> None:
 def _beside(path: Path) -> Path:
     # same folder, hence same file system, so that the rename is atomic; the suffix stays because writers read it
     return path.with_name(f".{path.stem[:40]}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        ValueError: the system refuses, or a file is in the way.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot write into {printable(path)}: {reason}; choose another output folder") from error
 
 
 @contextmanager
@@ -172,7 +95,7 @@ def _reason(error: Exception, own: Path) -> tuple[int | None, str] | None:
         if error.filename is not None:
             return (error.errno, error.strerror or str(error)) if _named(error, own) else None
         if error.errno in _REFUSALS:
-            return error.errno, error.strerror
+            return error.errno, error.strerror or str(error)
         return (None, _UNSAID) if type(error) is OSError and error.errno is None else None  # numpy, imageio
     text = str(error)
     if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", text)):

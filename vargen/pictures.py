@@ -22,6 +22,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's names
 MAX_PIXELS = 2**26  # of a picture, or of all frames of a film together: 8192 x 8192
 MAX_FRAMES = 10_000
 MAX_BYTES = 2**30  # of a file
+BATCH_PIXELS = 2**24  # of pictures that are worked on together: 64 of 512 x 512
 _MAX_SCANS = 32  # of a progressive JPEG; usual are 10. Every one walks over all pixels, and may be 100 bytes long
 _TILE_TAGS = (322, 323)  # TIFF: width and height of a tile, which may be larger than the picture
 _SMALL_TILE = 2**20  # pixels of a tile that any picture may have
@@ -70,6 +71,16 @@ def open_frames(source: str | Path | IO[bytes], *, max_pixels: int = MAX_PIXELS)
                 )
             frames.append(frame.convert("RGB"))
     return frames
+
+
+def batch_count(wanted: int, height: int, width: int) -> int:
+    """Return how many pictures of a size are worked on together: at most ``wanted``, fewer where they are large.
+
+    Example:
+        >>> batch_count(64, 512, 512), batch_count(64, 4096, 4096), batch_count(64, 8192, 8192)
+        (64, 1, 1)
+    """
+    return max(1, min(wanted, BATCH_PIXELS // max(1, height * width)))
 
 
 class _Refused(Exception):
