@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from vargen.families import get_family, guess_family
+from vargen.printable import printable
 
 CONTAINER_KEYS = ("model", "state_dict", "module", "model_state_dict", "trainer", "var_wo_ddp", "sd")
 PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
@@ -29,7 +30,10 @@ _SHOWN = 3  # names printed of a long list
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read or does not fit."""
+    """A checkpoint that cannot be read or does not fit; names quoted from it cannot steer a terminal."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message))
 
 
 class _Inert:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vargen.images import Rounding, to_uint8
+from vargen.metrics.conditions import check_num
 from vargen.metrics.features import Progress, extract, extract_cached
 from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
@@ -18,9 +19,6 @@ from vargen.metrics.images import ImageSet, TensorImages, read_images
 from vargen.metrics.networks import FeatureNetwork, feature_network
 from vargen.metrics.report import Report, environment
 from vargen.metrics.results import FrechetResult, ReconstructionResult, protocol
-from vargen.printable import shown
-
-MAX_IMAGES = 1_000_000
 
 
 def psnr(squared_error: Tensor) -> float:
@@ -54,8 +52,9 @@ def evaluate_reconstruction(
         model: name for the report.
         progress: called as the work goes on.
     """
-    if not 2 <= num <= MAX_IMAGES:
-        raise ValueError(f"num must be in 2..{MAX_IMAGES}, got {shown(num)}")
+    if num < 2:
+        raise ValueError(f"num must be at least 2, got {num}")
+    check_num(num)
     heroes = draw_heroes(num, "reference") if str(reference) == "heroes" else None
     source: ImageSet = heroes.image_set("reference heroes") if heroes else read_images(reference)
     _check_size(source, num)
