@@ -16,6 +16,8 @@ from threading import Lock
 import torch
 from torch import Tensor
 
+from vargen.printable import printable
+
 CHUNK_BYTES = 1 << 22  # of the distances looked at together: they stay in a core's cache
 KEPT_TABLES = 4  # tables kept in memory between calls
 
@@ -113,9 +115,14 @@ def _read(path: Path, key: tuple[str, int]) -> Tensor | None:
 
 
 def _write(path: Path, table: Tensor, key: tuple[str, int]) -> None:
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(f".{path.name}")
-    save_file({"neighbors": table.cpu()}, beside, metadata={"metric": "l2", "codebook_sha256": key[0]})
-    beside.replace(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"neighbors": table.cpu()}, beside, metadata={"metric": "l2", "codebook_sha256": key[0]})
+        beside.replace(path)
+    except (OSError, SafetensorError) as error:  # a full disk, a limit on file sizes
+        beside.unlink(missing_ok=True)
+        raise ValueError(f"cannot write {printable(path)}: {printable(error)}") from error

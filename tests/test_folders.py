@@ -24,11 +24,12 @@ from vargen.checks import shown
 from vargen.classes import component_class
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.conditioners.t5 import T5CaptionConditioner
-from vargen.folders import MAX_BYTES, MAX_DEPTH, is_plain_name, read_json
+from vargen.folders import MAX_BYTES, is_plain_name, read_settings
 from vargen.folders import one_line as in_one_line
 from vargen.pipelines.components import read_index
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.video import VideoPipeline
+from vargen.reading import MAX_DEPTH
 from vargen.samplers.base import Sampler
 from vargen.samplers.next_token import NextTokenSampler
 from vargen.tokenizers.vq import VQTokenizer
@@ -359,12 +360,12 @@ class TestMalformedIndex:
     @pytest.mark.parametrize(
         ("content", "part"),
         [
-            (DEEP.encode(), "nested too deeply"),
-            (b'{"a":' * 500 + b"1" + b"}" * 500, f"nested more than {MAX_DEPTH} deep"),
-            (b'{"_class_name": ' + b"1" * 5000 + b"}", "an integer of 5000 digits"),
-            (b" " * (MAX_BYTES + 1), "larger than 4 MiB"),
-            (b'{"_class_name": "\xff"}', "not valid JSON"),
-            (b"\xff\xfe{\x00}\x00", "not valid JSON"),
+            (DEEP.encode(), "nests its values too deeply"),
+            (b'{"a":' * 500 + b"1" + b"}" * 500, f"more than {MAX_DEPTH} levels"),
+            (b'{"_class_name": ' + b"1" * 5000 + b"}", "not valid JSON"),
+            (b" " * (MAX_BYTES + 1), f"larger than {MAX_BYTES:,} bytes"),
+            (b'{"_class_name": "\xff"}', "not UTF-8 text"),
+            (b"\xff\xfe{\x00}\x00", "not UTF-8 text"),
             (b"null", "must hold a JSON object"),
             (b'"' + b"x" * 10_000 + b'"', "must hold a JSON object"),
             (b"", "not valid JSON"),
@@ -389,7 +390,7 @@ class TestMalformedIndex:
     def test_sparse_files_are_not_read_whole(self, saved: Path) -> None:
         with (saved / "model_index.json").open("wb") as file:
             file.truncate(1 << 40)
-        refused(saved, "larger than 4 MiB")
+        refused(saved, f"larger than {MAX_BYTES:,} bytes")
 
     @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
     def test_a_pipe_is_not_waited_for(self, saved: Path) -> None:
@@ -397,7 +398,7 @@ class TestMalformedIndex:
             kept = (saved / file).rename(saved / "kept")
             os.mkfifo(saved / file)
             refused(saved, file.split("/")[-1])
-            one_line(lambda file=file: read_json(saved / file), "no file")
+            one_line(lambda file=file: read_settings(saved / file), "is not a file")
             kept.replace(saved / file)
 
 

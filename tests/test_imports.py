@@ -14,8 +14,8 @@ import pytest
 import vargen
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ("checks", "outputs", "protocols", "random")  # modules of vargen that everyone may import
-FILES = ("files", "folders", "classes", "checkpoints", "families", "manifests", "hub")  # reading and writing models
+CORE = ("checks", "outputs", "printable", "protocols", "random")  # modules of vargen that everyone may import
+FILES = ("files", "folders", "classes", "reading", "pictures", "checkpoints", "families", "manifests", "hub")  # models on disk
 LIGHT = ("vargen", "vargen.checks", "vargen.registry", "vargen.cli.main")
 
 # room -> rooms and modules of vargen that it may import beside itself and the core

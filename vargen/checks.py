@@ -10,12 +10,13 @@ from __future__ import annotations
 import difflib
 import inspect
 import math
-import reprlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import wraps
 from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
+
+from vargen.printable import shown
 
 MAX_SEED = 2**64
 # what a configuration may ask for; published models stay far below
@@ -29,10 +30,6 @@ Check = Callable[[str, Any], Any]
 Rule = Callable[[Any], None]  # reads a namespace of all settings, raises ValueError for those that do not go together
 Init = TypeVar("Init", bound=Callable[..., Any])
 
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = 80
-_repr.maxlist = _repr.maxtuple = 12
-
 
 class Settings(NamedTuple):
     """What a constructor takes: a check for each argument, and rules over all of them."""
@@ -40,14 +37,6 @@ class Settings(NamedTuple):
     checks: Mapping[str, Check]
     rules: tuple[Rule, ...] = ()
     weights: Callable[..., int] | None = None  # about how many numbers the object holds, from some of the settings
-
-
-def shown(value: Any) -> str:
-    """A value for an error message: one line of bounded length, whatever it is."""
-    try:
-        return " ".join(_repr.repr(value).split())
-    except ValueError:  # Python refuses to write integers of more than 4300 digits
-        return f"a number of {value.bit_length()} bits" if isinstance(value, int) else f"a {type(value).__name__}"
 
 
 def nearest(word: Any, known: Iterable[Any]) -> str:

@@ -1,28 +1,120 @@
-"""Write files so that a failure damages nothing on disk: beside the target first, then renamed."""
+"""Write files so that a failure damages nothing on disk: beside the target first, then renamed. What fails names the file."""
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from vargen.printable import printable
+
+_HINTS = {
+    errno.ENOSPC: "; make room, or write to another disk",
+    errno.EDQUOT: "; make room, or write to another disk",
+    errno.EFBIG: "; raise the limit on the size of files (ulimit -f), or write to another disk",
+    errno.EROFS: "; write to another disk",
+}
+_REFUSALS = (*_HINTS, errno.EIO, errno.EPIPE)
+_UNSAID = "the disk is full, or the file too large"  # libraries that do not say which
+
+
+class WriteError(OSError, ValueError):
+    """The system refused to write a file: the disk is full, the file too large, the folder read-only.
+
+    ``filename`` is the file that was asked for, ``strerror`` the system's reason.
+    """
+
+    def __str__(self) -> str:
+        hint = _HINTS.get(self.errno, "") if self.errno is not None else ""
+        return f"cannot write {printable(self.filename)}: {printable(self.strerror)}{hint}"
+
 
 def _check_target(path: Path, overwrite: bool) -> None:
     if path.exists() and not overwrite:
-        raise ValueError(f"{path} exists; choose another name or allow overwriting (overwrite=True, --overwrite)")
+        raise ValueError(
+            f"{printable(path)} exists; choose another name or allow overwriting (overwrite=True, --overwrite)"
+        )
     parent = path.parent
     if not parent.is_dir():
-        raise ValueError(f"cannot write {path}: the folder {parent} does not exist")
+        raise ValueError(f"cannot write {printable(path)}: the folder {printable(parent)} does not exist")
     if not os.access(parent, os.W_OK):
-        raise ValueError(f"cannot write {path}: no permission to write in {parent}")
+        raise ValueError(f"cannot write {printable(path)}: no permission to write in {printable(parent)}")
 
 
 def _beside(path: Path) -> Path:
     # same folder, hence same file system, so that the rename is atomic; the suffix stays because writers read it
-    return path.with_name(f".{path.stem}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
+    return path.with_name(f".{path.stem[:40]}.{os.getpid()}.{secrets.token_hex(4)}{path.suffix}")
+
+
+def make_folder(path: str | Path) -> None:
+    """Make a folder and those above it.
+
+    Raises:
+        ValueError: the system refuses, or a file is in the way.
+    """
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ValueError(f"cannot write into {printable(path)}: {reason}; choose another output folder") from error
+
+
+@contextmanager
+def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
+    """Turn what goes wrong while a file is written into a ``WriteError`` that names it.
+
+    The system's own errors about a full disk carry no name, and the libraries that write tensors, arrays and pictures have
+    errors of their own.
+
+    Args:
+        path: what is being written.
+        beside: where it is written before it gets its name; for a folder, the error names the file that was written last.
+
+    Raises:
+        WriteError: the system refused; errors about other files pass as they are.
+    """
+    try:
+        yield
+    except Exception as error:
+        own = beside if beside is not None else Path(path)
+        reason = _reason(error, own)
+        if reason is None:
+            raise
+        written = _named(error, own) or _last_written(own)
+        raise WriteError(*reason, str(Path(path) / written.relative_to(own))) from error
+
+
+def _reason(error: Exception, own: Path) -> tuple[int | None, str] | None:
+    """Number and text of the system's refusal to write ``own`` or a file in it; None where the error is another one."""
+    if isinstance(error, OSError):
+        if error.filename is not None:
+            return (error.errno, error.strerror or str(error)) if _named(error, own) else None
+        if error.errno in _REFUSALS:
+            return error.errno, error.strerror or str(error)
+        return (None, _UNSAID) if type(error) is OSError and error.errno is None else None  # numpy, imageio
+    text = str(error)
+    if type(error).__name__ == "SafetensorError" and (number := re.search(r"\(os error (\d+)\)", text)):
+        return int(number[1]), os.strerror(int(number[1]))
+    if isinstance(error, RuntimeError) and re.search("inline_container|PytorchStreamWriter|file write failed", text):
+        return None, _UNSAID
+    return None
+
+
+def _named(error: Exception, own: Path) -> Path | None:
+    """The file ``own`` or inside it that an error of the system names."""
+    name = getattr(error, "filename", None)
+    file = Path(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else None
+    return file if file is not None and (file == own or own in file.parents) else None
+
+
+def _last_written(own: Path) -> Path:
+    files = [file for file in own.rglob("*") if file.is_file()] if own.is_dir() else []
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=own)
 
 
 @contextmanager
@@ -35,6 +127,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
 
     Raises:
         ValueError: the file exists, or its folder is missing or not writable.
+        WriteError: the disk is full, or the file too large for the system or a limit.
 
     Example:
         >>> import tempfile
@@ -46,13 +139,14 @@ def atomic_write(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
     """
     path = Path(path)
     if path.is_dir():
-        raise ValueError(f"cannot write {path}: it is a folder")
+        raise ValueError(f"cannot write {printable(path)}: it is a folder")
     _check_target(path, overwrite)
     temporary = _beside(path)
     try:
-        yield temporary
-        _check_target(path, overwrite)  # someone else may have written it meanwhile
-        os.replace(temporary, path)
+        with writing(path, temporary):
+            yield temporary
+            _check_target(path, overwrite)  # someone else may have written it meanwhile
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -70,21 +164,27 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         ValueError: the folder exists and is not empty, or its parent is missing or not writable.
+        WriteError: the disk is full, or a file too large for the system or a limit.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
-        raise ValueError(f"cannot write folder {path}: it is a file")
+        raise ValueError(f"cannot write folder {printable(path)}: it is a file")
     _check_target(path, overwrite or (path.is_dir() and not any(path.iterdir())))
     temporary = _beside(path)
-    temporary.mkdir()
     try:
-        yield temporary
-        if not path.exists():
-            temporary.rename(path)
-            return
-        for source in sorted(p for p in temporary.rglob("*") if p.is_file()):
-            target = path / source.relative_to(temporary)
-            target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(source, target)
+        with writing(path, temporary):
+            temporary.mkdir()
+            yield temporary
+            _move_in(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _move_in(temporary: Path, path: Path) -> None:
+    if not path.exists():
+        temporary.rename(path)
+        return
+    for source in sorted(p for p in temporary.rglob("*") if p.is_file()):
+        target = path / source.relative_to(temporary)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(source, target)

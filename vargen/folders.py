@@ -7,18 +7,16 @@ are settings that make other libraries fetch or import code. Which classes a fol
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
-from vargen.checks import shown
+from vargen.printable import printable, shown
+from vargen.reading import read_json
 
 MAX_BYTES = 4 << 20  # of a file of settings; a thousand class names take 30 kB
-MAX_DEPTH = 32  # of lists and objects within one another
-MAX_DIGITS = 40  # of an integer; tokenizers of transformers write 10^30 for "no limit"
 MAX_FILES = 10_000  # in the folder of a component
 MAX_MESSAGE = 500
 MAX_FOREIGN = 160  # of what other libraries say
@@ -42,51 +40,16 @@ class FolderError(ValueError):
     """A folder that cannot be loaded, for a reason that another library has named."""
 
 
-def read_json(path: StrPath, max_bytes: int = MAX_BYTES) -> dict[str, Any]:
-    """Read a JSON object whose size, depth and integers are bounded.
+def read_settings(path: StrPath) -> dict[str, Any]:
+    """Read a JSON object of at most 4 MiB.
 
     Raises:
-        ValueError: no file, too large, not JSON, no object, nested too deeply, an integer of more than 40 digits.
+        ValueError: as ``vargen.reading.read_json``; not an object.
     """
-    path = Path(path)
-    if not path.is_file():  # neither is a pipe, on which reading would wait, nor a device
-        raise ValueError(f"no file {path}")
-    try:
-        with path.open("rb") as file:
-            content = file.read(max_bytes + 1)
-        if len(content) > max_bytes:
-            raise ValueError(f"it is larger than {max_bytes / 2**20:g} MiB")
-        value = json.loads(content.decode("utf-8"), parse_int=_integer)
-        _check_depth(value)
-    except RecursionError:
-        raise ValueError(f"{path} is not valid settings: lists or objects nested too deeply") from None
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from None
-    except ValueError as error:
-        raise ValueError(f"{path} is not valid JSON ({error}); save it again") from None
+    value = read_json(path, limit=MAX_BYTES)
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {shown(value)}")
+        raise ValueError(f"{printable(path)} must hold a JSON object, got {shown(value)}")
     return value
-
-
-def _integer(text: str) -> int:
-    if len(text) > MAX_DIGITS:
-        raise ValueError(f"an integer of {len(text)} digits")
-    return int(text)
-
-
-def _check_depth(value: Any) -> None:
-    level, depth = [value], 0
-    while level := [child for item in level for child in _children(item)]:
-        depth += 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"lists or objects nested more than {MAX_DEPTH} deep")
-
-
-def _children(value: Any) -> Any:
-    if isinstance(value, dict):
-        return value.values()
-    return value if isinstance(value, list) else ()
 
 
 def check_component(
@@ -111,9 +74,9 @@ def check_component(
         raise ValueError(f"{folder} holds no {own}; copy the whole folder")
     for file in sorted({own, *_SETTINGS_FILES}):
         if (folder / file).is_file():
-            check_settings(folder / file, read_json(folder / file), name if file == own else None)
+            check_settings(folder / file, read_settings(folder / file), name if file == own else None)
     for file in folder.glob("*.index.json"):
-        check_shards(file, read_json(file))
+        check_shards(file, read_settings(file))
 
 
 def check_files(folder: Path, within: StrPath | None = None) -> None:
@@ -237,6 +200,6 @@ class Stored:
     @classmethod
     def _dict_from_json_file(cls, json_file: StrPath) -> dict[str, Any]:
         """What diffusers reads settings with, from folders and from the Hub alike."""
-        settings = read_json(os.fspath(json_file))
+        settings = read_settings(os.fspath(json_file))
         check_settings(Path(json_file), settings)
         return settings

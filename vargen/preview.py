@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from vargen.display import gif, gif_html, png
+from vargen.files import atomic_write, make_folder
 from vargen.images import to_pil
 from vargen.pipelines.grid import SMALL, image_grid
 
@@ -102,7 +103,8 @@ class LivePreview:
 
     def save(self, path: str | Path, fps: float = 8) -> None:
         """Write the frames of the last call as a GIF."""
-        Path(path).write_bytes(self.gif(fps))
+        with atomic_write(path, overwrite=True) as beside:
+            beside.write_bytes(self.gif(fps))
 
     def _repr_html_(self) -> str | None:
         return gif_html(self.frames, scale=1, title="what was drawn, forward by forward") if self.frames else None
@@ -139,8 +141,9 @@ class LivePreview:
     def _emit(self, frame: Image.Image) -> None:
         self.frames.append(frame)
         if self.folder is not None:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            frame.save(self.folder / f"frame_{len(self.frames) - 1:04d}.png")
+            make_folder(self.folder)
+            with atomic_write(self.folder / f"frame_{len(self.frames) - 1:04d}.png", overwrite=True) as beside:
+                frame.save(beside)
         if self.on_frame is not None:
             self.on_frame(frame)
         elif in_jupyter():

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vargen
-from vargen.folders import read_json
+from vargen.folders import read_settings
 
 MODELS_FOLDER = Path(vargen.__file__).parent / "assets" / "models"
 INDEX_FILE = "model_index.json"
@@ -44,7 +44,7 @@ def shipped_models() -> list[ShippedModel]:
 
 
 def _read_model(folder: Path) -> ShippedModel:
-    index = read_json(folder / INDEX_FILE)
+    index = read_settings(folder / INDEX_FILE)
     components = {name: entry[1] for name, entry in index.items() if isinstance(entry, list) and all(entry)}
     pipeline = index.get("_class_name", ShippedModel.pipeline)
     return ShippedModel(folder.name, folder, components, _summary(folder / CARD_FILE), pipeline)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from vargen.checkpoint_bounds import count_layers, read_shape
 from vargen.checkpoints import CheckpointError, load_original, load_strict
-from vargen.folders import REFUSED_SETTINGS, read_json
+from vargen.folders import REFUSED_SETTINGS, read_settings
 
 Source = str | Path | Mapping[str, Tensor]
 
@@ -132,7 +132,7 @@ def load_lumina(folder: str | Path, vqgan: Source | None = None, **options: Any)
         raise ValueError(
             f"{folder} holds no config.json; download the snapshot of Alpha-VLLM/Lumina-mGPT-7B-768 first"
         )
-    stored = read_json(path)
+    stored = read_settings(path)
     for name in ("mask_image_logits", "dropout", "architectures", "model_type", *REFUSED_SETTINGS):
         stored.pop(name, None)
     config = ChameleonConfig(**stored)
@@ -161,7 +161,7 @@ def _vocabulary(source: str | Path | Mapping[str, int]) -> dict[str, int]:
     if isinstance(source, Mapping):
         names = dict(source)
     else:
-        names = read_json(source, VOCABULARY_BYTES)["model"]["vocab"]
+        names = read_settings(source, VOCABULARY_BYTES)["model"]["vocab"]
     old, new = PLACEHOLDER
     if new not in names and old in names:
         names[new] = names.pop(old)

@@ -21,7 +21,7 @@ from vargen.adapters.layouts import fill, lines
 from vargen.adapters.pixels import TamingPixels
 from vargen.checkpoint_bounds import read_shape
 from vargen.checkpoints import load_original
-from vargen.folders import REFUSED_SETTINGS, read_json
+from vargen.folders import REFUSED_SETTINGS, read_settings
 from vargen.protocols import Layout
 
 TEMPLATE = "<|extra_203|>You are a helpful assistant for t2i task. USER: {text} ASSISTANT: <|extra_100|>"
@@ -169,7 +169,7 @@ def load_emu35(folder: str | Path, **options: Any) -> Any:
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise ValueError(f"{folder} holds no config.json; download the snapshot of BAAI/Emu3.5-Image first")
-    stored = read_json(path)
+    stored = read_settings(path)
     if stored.get("rope_scaling"):
         raise ValueError(f"{path} scales rotary positions ({stored['rope_scaling']}), which this adapter does not map")
     return Qwen3ForCausalLM.from_pretrained(folder, config=emu35_config(stored), **options)

@@ -47,18 +47,18 @@ def bench(
     if table:
         from vargen.metrics.benchmark import bench_table, read_bench
 
-        typer.echo("\n".join(bench_table([read_bench(path) for path in table])))
+        _common.say("\n".join(bench_table([read_bench(path) for path in table])))
         return
     if out is None:
         raise ValueError("name a folder for the report: --out bench-heroes")
-    from rich.console import Console
-    from rich.markdown import Markdown
-
-    from vargen.cli.eval import _features, _pipeline, _progress
+    from vargen.cli.eval import _features, _pipeline
     from vargen.metrics import conditions as given
     from vargen.metrics.benchmark import bench as run
     from vargen.metrics.benchmark import bench_page
 
+    _common.check_number("--num", num, 0, given.MAX_IMAGES)
+    _common.check_number("--repeats", repeats, 1, 1000)
+    _common.check_number("--classes", classes, 1, 10**9)
     sizes = [_common.read_size(text, "a batch size")[0] for text in batch.split(",")]
     if prompts is not None and classes is not None:
         raise ValueError("give either --prompts or --classes, got both")
@@ -69,7 +69,7 @@ def bench(
         )
     features = _features(network, None, None, device) if num else network  # times alone need no network
     pipe = _pipeline(model, None, device, dtype)
-    with _progress() as progress:
+    with _common.progress() as progress:
         report = run(
             pipe,
             out,
@@ -84,5 +84,5 @@ def bench(
             model=model,
             progress=progress,
         )
-    Console().print(Markdown(bench_page(report)))
-    typer.echo(f"report: {out / 'bench.md'}")
+    _common.show_markdown(bench_page(report))
+    _common.say(f"report: {out / 'bench.md'}")

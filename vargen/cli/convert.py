@@ -45,7 +45,7 @@ def convert(
         convert_checkpoint(checkpoint, folder, key=key, overwrite=overwrite, **config)
     else:
         _convert_pipeline(checkpoint, tokenizer, folder, key, overwrite, config)
-    typer.echo(f"written to {folder}")
+    _common.say(f"written to {folder}")
 
 
 def _convert_pipeline(

@@ -9,6 +9,8 @@ import typer
 
 from vargen.cli import _common
 
+MAX_HEROES = 1_000_000  # their files have names of six digits
+
 app = typer.Typer(help="Make training data.", no_args_is_help=True, rich_markup_mode=None)
 
 
@@ -47,6 +49,7 @@ def heroes(
         raise ValueError("--tarball needs --rebuild")
     if output is None:
         raise ValueError("give the folder to write with -o DIR")
+    _common.check_number("-n", num_images, 1, MAX_HEROES)
     _common.check_output(output, overwrite=overwrite, folder=True)
     from vargen.data import crawl
 
@@ -55,4 +58,4 @@ def heroes(
     else:
         assert num_images is not None
         crawl.compose_folder(num_images, output, seed, held_out=held_out, overwrite=overwrite)
-    typer.echo(f"written to {output}")
+    _common.say(f"written to {output}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -73,7 +71,10 @@ def fid(
     """
     from vargen.metrics import conditions as given
     from vargen.metrics.evaluate import evaluate_fid
+    from vargen.metrics.generate import MAX_TIMEOUT
 
+    _check_counts(num, classes)
+    _common.check_number("--timeout", timeout, 0.001, MAX_TIMEOUT)
     if prompts is not None and classes is not None:
         raise ValueError("give either --prompts or --classes, got both")
     if (held_out or full_captions) and (prompts is not None or classes is not None):
@@ -88,7 +89,7 @@ def fid(
         chosen = given.hero_conditions(num, held_out=held_out, full=full_captions)
     features = _features(network, weights, tap, device)
     pipe = _pipeline(model, sampler, device, dtype)
-    with _progress() as progress:
+    with _common.progress() as progress:
         report = evaluate_fid(
             pipe,
             out,
@@ -135,7 +136,7 @@ def compare(
     """
     from vargen.metrics.evaluate import compare as run
 
-    with _progress() as progress:
+    with _common.progress() as progress:
         report = run(
             a,
             b,
@@ -166,9 +167,10 @@ def reconstruction(
     """Encode and decode real images: PSNR and rFD of a model's tokenizer."""
     from vargen.metrics.reconstruction import evaluate_reconstruction
 
+    _check_counts(num)
     features = _features(network, weights, tap, device)
     tokenizer = _pipeline(model, None, device).tokenizer
-    with _progress() as progress:
+    with _common.progress() as progress:
         report = evaluate_reconstruction(
             tokenizer,
             out,
@@ -193,8 +195,9 @@ def likelihood(
     """Score fresh heroes: nats per token of a causal or next-scale model."""
     from vargen.metrics.likelihood import evaluate_likelihood
 
+    _check_counts(num)
     pipe = _pipeline(model, None, device)
-    with _progress() as progress:
+    with _common.progress() as progress:
         report = evaluate_likelihood(pipe, out, num=num, model=model, progress=progress)
     _show(report, out)
 
@@ -209,7 +212,7 @@ def card(
     """Write a model's README.md from reports."""
     from vargen.metrics.card import write_card
 
-    typer.echo(str(write_card(model, [*results], recipe=recipe)))
+    _common.say(write_card(model, [*results], recipe=recipe))
 
 
 @app.command("classifier")
@@ -223,7 +226,9 @@ def classifier(
     from vargen.metrics.attribute_accuracy import accuracy_on_real_heroes
     from vargen.metrics.attributes import CLASSIFIER_FOLDER, train_classifier
 
-    with _progress() as progress:
+    _common.check_number("--steps", steps, 1, 10**6)
+    _common.check_number("--seed", seed, 0, 2**63 - 1)
+    with _common.progress() as progress:
         model = train_classifier(
             num_steps=steps, seed=seed, on_step=lambda step, loss: progress(f"loss {loss:.3f}", step, steps)
         )
@@ -231,7 +236,15 @@ def classifier(
     model.real_accuracy = accuracy_on_real_heroes(model)
     folder = out or CLASSIFIER_FOLDER
     model.save_pretrained(folder)
-    typer.echo(f"{folder}: " + ", ".join(f"{slot} {value:.1%}" for slot, value in model.real_accuracy.items()))
+    _common.say(f"{folder}: " + ", ".join(f"{slot} {value:.1%}" for slot, value in model.real_accuracy.items()))
+
+
+def _check_counts(num: int, classes: int | None = None) -> None:
+    """Raise ``ValueError`` before a network or a model is loaded."""
+    from vargen.metrics.conditions import MAX_IMAGES
+
+    _common.check_number("--num", num, 2, MAX_IMAGES)
+    _common.check_number("--classes", classes, 1, 10**9)
 
 
 def _features(network: str, weights: Path | None, tap: str | None, device: str | None) -> Any:
@@ -255,44 +268,9 @@ def _pipeline(model: str, sampler: str | None, device: str | None, dtype: str = 
     return pipe
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Yield a function that shows what is being done, how far it is and how long it will take, on stderr."""
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=Console(stderr=True), disable=not _common.is_terminal()) as bar:
-        tasks: dict[str, Any] = {}
-
-        def show(what: str, done: int, total: int) -> None:
-            name = "training" if what.startswith("loss") else what  # one bar for the whole training
-            if name not in tasks:
-                tasks[name] = bar.add_task(what, total=total)
-            bar.update(tasks[name], completed=done, description=what)
-
-        yield show
-
-
 def _show(report: Any, out: Path | None) -> None:
-    from rich.console import Console
-    from rich.markdown import Markdown
-
     from vargen.metrics.report import markdown
 
-    Console().print(Markdown(markdown(report.to_dict(), has_grid=False)))
+    _common.show_markdown(markdown(report.to_dict(), has_grid=False))
     if out is not None:
-        typer.echo(f"report: {out / 'report.md'}")
+        _common.say(f"report: {out / 'report.md'}")

@@ -62,10 +62,13 @@ def generate(
       vargen generate -m ./llamagen-b --class-label 207 --class-label 360 -g 4 --top-k 2000
     """
     target = output or Path("out" if separate else "out.png")
-    _check(prompts, class_label, target, separate, overwrite, {"columns": columns, "scale": scale, "threads": threads})
+    _check(prompts, class_label, target, separate, overwrite)
+    sets = len(prompts or class_label or [])
+    _drawing.check_numbers(num_images, sets, batch_size, columns, scale, threads)
     overrides = _common.read_settings(settings or [])
     start = time.perf_counter()
     pipe = _load(model, sampler, device, dtype)
+    _check_sheet(pipe, num_images * sets, separate, columns, scale, labels)
     _drawing.set_threads(pipe, threads)
     loaded = time.perf_counter()
     result = pipe(
@@ -98,18 +101,25 @@ def _check(
     target: Path,
     separate: bool,
     overwrite: bool,
-    counts: dict[str, int | None],
 ) -> None:
     if bool(prompts) == bool(class_label):
         raise ValueError(
             f"give prompts or --class-label, got {'both' if prompts else 'neither'}; see vargen generate --help"
         )
-    for name, value in counts.items():
-        if value is not None and value < 1:
-            raise ValueError(f"--{name} must be at least 1, got {value}")
     if not separate and target.suffix.lower() != ".png":
         raise ValueError(f"the output must be a .png file, got {target}; add --separate for a folder of images")
     _common.check_output(target, overwrite=overwrite, folder=separate)
+
+
+def _check_sheet(pipe: Any, count: int, separate: bool, columns: int | None, scale: int | None, labels: bool) -> None:
+    """Raise ``ValueError`` for a sheet that is too large, before the images on it are drawn."""
+    from vargen.pipelines.grid import sheet_size
+
+    size = _drawing.picture_size(pipe)
+    if size is not None and not separate:
+        sheet_size(count, size, columns, scale, labels)
+    elif size is not None:
+        sheet_size(1, size, scale=scale or 1)
 
 
 def _load(model: str, sampler: str | None, device: str | None, dtype: str) -> Any:

@@ -60,10 +60,12 @@ def generate_video(
         raise ValueError("give prompts or --class-label, got both; see vargen generate-video --help")
     if not (prompts or class_label or frames):
         raise ValueError("give prompts, --class-label or --frames, got none; see vargen generate-video --help")
+    _drawing.check_numbers(num_videos, len(prompts or class_label or []), batch_size, columns, scale, threads)
     first = _read_frames(frames)
     overrides = _common.read_settings(settings or [])
     start = time.perf_counter()
     pipe = _drawing.load_pipeline(VideoPipeline, model, device, dtype)
+    _check_sheet(pipe, num_videos * max(1, len(prompts or class_label or [])), columns, scale)
     _drawing.set_threads(pipe, threads)
     loaded = time.perf_counter()
     shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -89,17 +91,35 @@ def generate_video(
 def _read_frames(path: Path | None) -> list[Any] | None:
     if path is None:
         return None
-    from PIL import Image, ImageSequence, UnidentifiedImageError
+    from vargen.pictures import open_frames
 
-    try:
-        with Image.open(path) as file:
-            return [frame.convert("RGB") for frame in ImageSequence.Iterator(file)]
-    except (OSError, UnidentifiedImageError) as error:
-        raise ValueError(f"cannot read {path} as an image: {error}") from None
+    return open_frames(path)
+
+
+def _check_sheet(pipe: Any, count: int, columns: int | None, scale: int | None) -> None:
+    """Raise ``ValueError`` for frames that are too large together, before they are drawn."""
+    from vargen.pipelines.grid import MAX_SHEET, sheet_size
+
+    size, length = _drawing.picture_size(pipe), pipe.num_frames
+    if size is None:
+        return
+    width, height = sheet_size(count, size, columns, _factor(size, scale), gap=_gap(count))
+    if width * height * length > MAX_SHEET:
+        raise ValueError(
+            f"{length} frames of {width}x{height} pixels are more than {MAX_SHEET:,} pixels; lower --scale or -n"
+        )
+
+
+def _factor(size: tuple[int, int], scale: int | None) -> int:
+    return scale or max(1, SHOWN_SIDE // max(size))
+
+
+def _gap(count: int) -> int:
+    return 2 * (count > 1)
 
 
 def _side_by_side(clips: list[list[Any]], columns: int | None, scale: int | None) -> list[Any]:
     from vargen.pipelines.grid import image_grid
 
-    factor = scale or max(1, SHOWN_SIDE // max(clips[0][0].size))
-    return [image_grid(list(images), columns, factor, gap=2 * (len(clips) > 1)) for images in zip(*clips, strict=True)]
+    factor, gap = _factor(clips[0][0].size, scale), _gap(len(clips))
+    return [image_grid(list(images), columns, factor, gap=gap) for images in zip(*clips, strict=True)]

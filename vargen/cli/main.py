@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
 import typer
+from typer.core import TyperGroup
 
 import vargen
 from vargen.cli import bench, convert, data, demo, generate, generate_video, models, train, verify
 from vargen.cli import eval as evaluate
+from vargen.printable import printable
 
 HELP = """
 Visual autoregressive generation: tokenizers, backbones and samplers that plug into one another.
@@ -14,8 +20,33 @@ Visual autoregressive generation: tokenizers, backbones and samplers that plug i
 Start with:  vargen generate "deep elf with a red cloak" -n 16 --seed 7 -o heroes.png
 """
 
+
+class Commands(TyperGroup):
+    """The commands; what a message about wrong usage quotes (names of files, perhaps, from a pattern) is escaped."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:  # noqa: D102 - as the parent's
+        with _escaped_usage():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:  # noqa: D102
+        with _escaped_usage():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _escaped_usage() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):  # of click, which some versions of typer bring along
+            text = printable(error.format_message())
+            error.format_message = lambda: text  # type: ignore[attr-defined]
+        raise
+
+
 app = typer.Typer(
     name="vargen",
+    cls=Commands,
     help=HELP,
     no_args_is_help=True,
     rich_markup_mode=None,  # plain help: brackets in examples stay brackets

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from vargen.cli import _common
+from vargen.printable import shown
+from vargen.reading import read_text
 
 
 @_common.one_line_errors
@@ -23,7 +25,7 @@ def models(
       vargen models heroes32-llamagen
     """
     if name is not None:
-        typer.echo(_card(name))
+        _common.say(_card(name))
         return
     from rich.console import Console
 
@@ -37,9 +39,9 @@ def _card(name: str) -> str:
 
     known = {model.name: model for model in registry.shipped_models()}
     if name not in known:
-        raise ValueError(f"unknown model {name!r}; {registry.nearest(name, list(known))}")
+        raise ValueError(f"unknown model {shown(name)}; {registry.nearest(name, list(known))}")
     card = known[name].folder / registry.CARD_FILE
-    return card.read_text() if card.is_file() else f"{name} has no card ({card})"
+    return read_text(card) if card.is_file() else f"{name} has no card ({card})"
 
 
 def _shipped() -> Any:
@@ -52,7 +54,8 @@ def _shipped() -> Any:
     for model in registry.shipped_models():
         backbone = model.components.get("backbone", "")
         fitting = registry.fitting_samplers(getattr(vargen, backbone)) if backbone in vargen.__all__ else []
-        table.add_row(model.name, f"{model.num_bytes / 1e6:.1f} MB", backbone, ", ".join(fitting))
+        row = (model.name, f"{model.num_bytes / 1e6:.1f} MB", backbone, ", ".join(fitting))
+        table.add_row(*map(_common.cell, row))
     return table
 
 
@@ -63,7 +66,7 @@ def _samplers() -> Any:
 
     table = Table("sampler", "guarantee", "class", title="samplers", title_justify="left")
     for name, class_name in registry.sampler_names().items():
-        table.add_row(name, str(registry.sampler_class(name).guarantee), class_name)
+        table.add_row(*map(_common.cell, (name, registry.sampler_class(name).guarantee, class_name)))
     return table
 
 
@@ -77,5 +80,5 @@ def _families() -> Any:
     table = Table("family", "loads as", title=title, title_justify="left")
     for family in known_families():
         if family.loader in vargen.__all__:
-            table.add_row(family.title, family.loader)
+            table.add_row(*map(_common.cell, (family.title, family.loader)))
     return table

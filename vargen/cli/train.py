@@ -35,6 +35,6 @@ def train(
 
     result = run_recipe(recipe, overrides or (), output, resume)
     state = "finished" if result.finished else "stopped (continue with --resume)"
-    typer.echo(f"{state} at step {result.step}, written to {result.output}")
+    _common.say(f"{state} at step {result.step}, written to {result.output}")
     for name, value in result.metrics.items():
-        typer.echo(f"  {name}: {value:.4g}")
+        _common.say(f"  {name}: {value:.4g}")

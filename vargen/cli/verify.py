@@ -34,7 +34,7 @@ def verify(
     report = verify_checkpoint(checkpoint, key=key)
     table = Table(show_header=False)
     for name, value in _rows(report):
-        table.add_row(name, value)
+        table.add_row(_common.cell(name), _common.cell(value))
     Console().print(table)
     if not report.ok:
         _common.fail(f"{checkpoint} is not a complete {report.family or 'checkpoint of a known family'}")

@@ -8,7 +8,6 @@ binary, so a picture is decided by which part is topmost at each pixel. Numpy an
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,7 +15,9 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from PIL import Image
+
+from vargen.pictures import open_image
+from vargen.reading import read_json
 
 ATLAS_FOLDER = Path(__file__).parents[1] / "assets" / "heroes"
 UNSPECIFIED = 0  # attribute id that says nothing about a slot
@@ -48,9 +49,8 @@ class HeroAtlas:
     """
 
     def __init__(self, folder: Path) -> None:
-        record = json.loads((folder / "atlas.json").read_text(encoding="utf-8"))
-        with (folder / "atlas.png").open("rb") as file:
-            sheet = np.asarray(Image.open(file).convert("RGBA"))
+        record = read_json(folder / "atlas.json")
+        sheet = np.asarray(open_image(folder / "atlas.png").convert("RGBA"))
         self.record: dict[str, Any] = record
         self.slots: tuple[str, ...] = tuple(slot["name"] for slot in record["slots"])
         self.presence: tuple[float, ...] = tuple(slot["presence"] for slot in record["slots"])

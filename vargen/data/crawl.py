@@ -23,6 +23,8 @@ from PIL import Image
 from vargen.data.atlas import ATLAS_FOLDER
 from vargen.data.heroes import caption, sample_heroes
 from vargen.files import atomic_dir
+from vargen.pictures import open_image
+from vargen.reading import read_json
 
 _ALPHA_THRESHOLD = 128  # alpha is 0 or 255 almost everywhere; a binary mask makes composition exact
 _HEROES_PER_CHUNK = 256
@@ -44,7 +46,7 @@ def rebuild_atlas(tarball: str | Path | None, out: str | Path, *, overwrite: boo
         ValueError: apt or the source package is not available, the tarball is missing, damaged or another version, a
             tile is missing, or `out` cannot be written.
     """
-    record = json.loads((ATLAS_FOLDER / "atlas.json").read_text(encoding="utf-8"))
+    record = read_json(ATLAS_FOLDER / "atlas.json")
     out = Path(out)
     with atomic_dir(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as downloads:
         path = Path(tarball) if tarball is not None else _fetch(record["source"], Path(downloads))
@@ -134,7 +136,7 @@ def _read_tiles(path: Path, record: dict[str, Any]) -> dict[str, NDArray[np.uint
     with tarfile.open(path) as archive:
         for member in archive:
             if member.name in wanted and (file := archive.extractfile(member)) is not None:
-                tile = np.array(Image.open(io.BytesIO(file.read())).convert("RGBA"))
+                tile = np.array(open_image(io.BytesIO(file.read())).convert("RGBA"))
                 tiles[wanted[member.name]] = tile[:size, :size]  # a few layers carry an empty margin
     missing = sorted(set(wanted.values()) - set(tiles))
     if missing:

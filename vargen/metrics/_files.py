@@ -1,21 +1,17 @@
-"""Digests of files, folders of small classifiers, and npz archives that fail with one clear line."""
+"""Digests of files, and folders of small classifiers."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from vargen.files import atomic_write
-from vargen.folders import read_json
+from vargen.files import atomic_write, make_folder
+from vargen.reading import read_json
 
 _CONFIG, _WEIGHTS = "classifier.json", "model.safetensors"
 
@@ -36,7 +32,7 @@ def state_digest(module: Any) -> str:
 
 def write_classifier(folder: str | Path, module: Any, record: dict[str, Any]) -> None:
     """Write what a classifier is and its weights, half precision."""
-    Path(folder).mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     half = {name: v.half().contiguous() if v.is_floating_point() else v for name, v in module.state_dict().items()}
     with atomic_write(Path(folder) / _WEIGHTS, overwrite=True) as beside:
         beside.write_bytes(save(half))  # save_file would leave a file that only its owner can read
@@ -52,20 +48,6 @@ def read_classifier(folder: str | Path) -> tuple[dict[str, Any], dict[str, Tenso
     record = read_json(path / _CONFIG)
     state = {k: v.float() if v.is_floating_point() else v for k, v in load_file(path / _WEIGHTS).items()}
     return record, state
-
-
-@contextmanager
-def open_npz(path: str | Path) -> Iterator[Any]:
-    """Open an npz without unpickling; a missing, truncated or foreign file is one ValueError."""
-    if not Path(path).is_file():
-        raise ValueError(f"no file at {path}")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            if not hasattr(file, "files"):
-                raise ValueError(f"{path} is not an npz archive")
-            yield file
-    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, OSError, KeyError) as error:
-        raise ValueError(f"{path} is truncated or not an npz archive: {error}") from error
 
 
 def load_state(module: nn.Module, state: dict[str, Tensor], what: str) -> None:

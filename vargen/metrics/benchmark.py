@@ -20,15 +20,18 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from vargen.files import atomic_write
+from vargen.files import atomic_write, make_folder
 from vargen.metrics.conditions import Conditions, hero_conditions
 from vargen.metrics.evaluate import evaluate_fid, sampler_record
 from vargen.metrics.features import Progress
 from vargen.metrics.networks import FeatureNetwork
 from vargen.metrics.report import environment, read_report
+from vargen.printable import printable, shown
+from vargen.reading import read_json, read_value
 from vargen.registry import fitting_samplers, swap_sampler
 
 REPORT = "bench.json"
+MAX_BATCH, MAX_REPEATS = 4096, 1000
 _COLUMNS = ("sampler", "guarantee", "forwards an image", "fewer")
 
 
@@ -63,7 +66,7 @@ class BenchReport:
     def write(self, folder: str | Path) -> None:
         """Write ``bench.json``, ``bench.md`` and ``bench.png``."""
         path = Path(folder)
-        path.mkdir(parents=True, exist_ok=True)
+        make_folder(path)
         with atomic_write(path / "bench.png", overwrite=True) as beside:
             trade_off(self).savefig(beside, dpi=110)
         with atomic_write(path / REPORT, overwrite=True) as beside:
@@ -108,6 +111,9 @@ def bench(
     """
     if not batch_sizes or min(batch_sizes) < 1 or repeats < 1:
         raise ValueError(f"batch sizes and repeats must be at least 1, got {list(batch_sizes)} and {repeats}")
+    if max(batch_sizes) > MAX_BATCH or repeats > MAX_REPEATS:
+        wrong = shown(max(batch_sizes)) if max(batch_sizes) > MAX_BATCH else shown(repeats)
+        raise ValueError(f"at most {MAX_BATCH:,} images are timed together and {MAX_REPEATS:,} times, got {wrong}")
     if num == 1 or num < 0:
         raise ValueError(f"num must be 0 or at least 2, got {num}; distances need a covariance")
     largest = max(batch_sizes)
@@ -158,10 +164,7 @@ def read_sampler(text: str, pipe: Any) -> Any:
         key, equals, value = pair.partition("=")
         if not equals:
             raise ValueError(f"settings of a sampler are given as name=value, got {pair!r} in {text!r}")
-        try:
-            values[key.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            values[key.strip()] = value.strip()
+        values[key.strip()] = read_value(value)
     return sampler.replace(**values) if values else sampler
 
 
@@ -173,14 +176,17 @@ def read_bench(path: str | Path) -> BenchReport:
     """
     file = Path(path) / REPORT if Path(path).is_dir() else Path(path)
     try:
-        record = json.loads(file.read_text())
+        record = read_json(file)
         rows = [
             BenchRow(**{**row, "seconds": {int(k): v for k, v in row["seconds"].items()}})
             for row in record.pop("rows")
         ]
-        return BenchReport(**record, rows=rows)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ValueError(f"{file} is not a report of vargen bench: {error}; write one with vargen bench") from error
+        report = BenchReport(**record, rows=rows)
+        bench_page(report)  # every entry that a page shows is there and of its type
+        return report
+    except (LookupError, ValueError, TypeError, AttributeError, ZeroDivisionError) as error:
+        name, reason = printable(file), printable(error)
+        raise ValueError(f"{name} is not a report of vargen bench: {reason}; write one with vargen bench") from error
 
 
 def bench_page(report: BenchReport) -> str:

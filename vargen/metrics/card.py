@@ -5,17 +5,16 @@ A section "What to know" that somebody wrote by hand stays as it is.
 
 from __future__ import annotations
 
-import json
-import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from vargen.data.atlas import ATLAS_FOLDER
 from vargen.files import atomic_write
-from vargen.folders import read_json
 from vargen.hub import resolve_model
 from vargen.metrics.report import attribute_table, metric_table, read_report
+from vargen.printable import printable, shown
+from vargen.reading import read_json, read_text, read_toml
 
 _KEPT = "## What to know"
 TRAINING_RECORD = "training.json"  # written by `vargen train` beside the model, where it does
@@ -40,7 +39,7 @@ def write_card(
     """
     folder = Path(resolve_model(model))
     if not folder.is_dir():
-        raise ValueError(f"{model} is not a folder on this machine: a card is written beside the weights")
+        raise ValueError(f"{printable(model)} is not a folder on this machine: a card is written beside the weights")
     files = [results] if isinstance(results, str | Path) else list(results)
     if not files:
         raise ValueError(
@@ -49,8 +48,15 @@ def write_card(
     reports = [read_report(file) for file in files]
     for file, report in zip(files, reports, strict=True):
         named = report["subject"].get("model", "")
-        if named and Path(named).name != folder.name:
-            raise ValueError(f"{file} measured the model {named!r}, not {folder.name!r}; evaluate this one")
+        if named and Path(str(named)).name != folder.name:
+            raise ValueError(
+                f"{printable(file)} measured the model {shown(named)}, not {folder.name!r}; evaluate this one"
+            )
+        try:
+            _measurement(report)
+        except (LookupError, TypeError, ValueError, AttributeError) as error:
+            missing = printable(f"{type(error).__name__}: {error}")
+            raise ValueError(f"{printable(file)} lacks what a card shows ({missing}); evaluate again") from error
     text = _card(folder, reports, _recipe(folder, recipe))
     path = folder / "README.md"
     with atomic_write(path, overwrite=True) as beside:
@@ -59,7 +65,7 @@ def write_card(
 
 
 def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
-    source = json.loads((ATLAS_FOLDER / "atlas.json").read_text())["source"]
+    source = read_json(ATLAS_FOLDER / "atlas.json")["source"]
     lines = ["---", "library_name: vargen", "license: apache-2.0", "---", "", f"# {folder.name}", ""]
     lines += [_summary(folder), "", *_kept_section(folder / "README.md")]
     lines += ["## Components", "", *_components(folder), ""]
@@ -77,7 +83,7 @@ def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -
 
 def _kept_section(card: Path) -> list[str]:
     """Lines of the old card's hand-written section."""
-    lines = card.read_text().splitlines() if card.is_file() else []
+    lines = read_text(card).splitlines() if card.is_file() else []
     if _KEPT not in lines:
         return []
     start = lines.index(_KEPT)
@@ -89,7 +95,9 @@ def _summary(folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         return "A model of vargen."
-    names = {k: v[-1] for k, v in read_json(index).items() if isinstance(v, list) and v}
+    entries = read_json(index)
+    entries = entries.items() if isinstance(entries, dict) else ()
+    names = {k: v[1] for k, v in entries if isinstance(v, list) and len(v) == 2 and v[1]}
     backbone, tokenizer = names.get("backbone"), names.get("tokenizer")
     if not backbone or not tokenizer:
         return "A pipeline of vargen."
@@ -146,11 +154,14 @@ def _recipe(folder: Path, recipe: str | Path | None) -> dict[str, Any]:
     for path in candidates:
         if path.is_file():
             try:
-                return json.loads(path.read_text()) if path.suffix == ".json" else tomllib.loads(path.read_text())
+                table = read_json(path) if path.suffix == ".json" else read_toml(path)
             except ValueError as error:
-                raise ValueError(f"{path} is not a readable recipe: {error}") from error
+                raise ValueError(f"{printable(path)} is not a readable recipe: {error}") from error
+            if not isinstance(table, dict):
+                raise ValueError(f"{printable(path)} is not a readable recipe: it holds no table")
+            return table
     if recipe is not None:
-        raise ValueError(f"no recipe at {recipe}")
+        raise ValueError(f"no recipe at {printable(recipe)}")
     return {}
 
 

@@ -14,6 +14,11 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from vargen.files import make_folder, writing
+from vargen.printable import printable
+from vargen.reading import read_json
 
 STALE_AFTER = 60.0  # seconds without a heartbeat
 _BEAT = 5.0  # seconds between heartbeats
@@ -29,7 +34,7 @@ class Claims:
 
     def __init__(self, folder: Path, *, stale_after: float = STALE_AFTER) -> None:
         self.folder, self.stale_after = folder, stale_after
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
 
     @contextmanager
     def hold(self, name: str) -> Iterator[bool]:
@@ -57,14 +62,14 @@ class Claims:
     def holder(self, name: str) -> str:
         """Say who holds a piece."""
         owner = _read(self.folder / name)
-        return f"process {owner['pid']} on {owner['host']}" if owner else "an unknown process"
+        return f"process {owner['pid']} on {printable(owner['host'])}" if owner else "an unknown process"
 
     def _take(self, path: Path) -> bool:
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
         except FileExistsError:
             return self._is_free(path) and self._bury(path) and self._take(path)
-        with os.fdopen(descriptor, "w") as stream:
+        with writing(path), os.fdopen(descriptor, "w") as stream:
             json.dump({"host": socket.gethostname(), "pid": os.getpid(), "started": _started(os.getpid())}, stream)
         return True
 
@@ -103,11 +108,13 @@ class Claims:
                 return
 
 
-def _read(path: Path) -> dict | None:
+def _read(path: Path) -> dict[str, Any] | None:
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):  # gone, or its owner died before it had signed
+        owner = read_json(path, limit=2**12)
+    except ValueError:  # gone, or its owner died before it had signed
         return None
+    signed = isinstance(owner, dict) and isinstance(owner.get("host"), str) and type(owner.get("pid")) is int
+    return owner if signed and 0 < owner["pid"] < 2**31 and "started" in owner else None
 
 
 def _started(pid: int) -> str | None:

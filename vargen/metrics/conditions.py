@@ -9,6 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from vargen.metrics.heroes import HeroLabels, hero_labels
+from vargen.printable import printable, shown
+from vargen.reading import read_text
+
+MAX_IMAGES = 1_000_000  # of one evaluation: its prompts and labels are kept in memory
+MAX_PROMPT_FILE = 2**28  # bytes
 
 
 @dataclass(frozen=True)
@@ -56,21 +61,29 @@ def hero_conditions(num: int, *, held_out: bool = False, full: bool = False) -> 
         full: captions also say which slots are empty. Without it these are left to the model, which may fill them: a
             model that follows the heroes' law then wears more than the heroes of the reference do.
     """
+    check_num(num)
     heroes = hero_labels(num, "prompts", held_out=held_out)
     kind = "held-out pairs" if held_out else "any pair"
     prompts, what = (heroes.full_captions, "full captions") if full else (heroes.captions, "captions")
     return Conditions(f"{what} of fresh test heroes ({kind})", prompts=prompts, heroes=heroes)
 
 
+def check_num(num: int) -> None:
+    """Raise ``ValueError`` for more images than an evaluation can hold the prompts of."""
+    if num > MAX_IMAGES:
+        raise ValueError(f"an evaluation draws at most {MAX_IMAGES:,} images, got {shown(num)}")
+
+
 def prompt_file(path: str | Path, num: int) -> Conditions:
     """Read one prompt a line and repeat the list until there are ``num``: equally often, give or take one."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"cannot read prompts from {path}: {error}") from error
+        lines = [line.strip() for line in read_text(path, limit=MAX_PROMPT_FILE).splitlines()]
+    except ValueError as error:
+        raise ValueError(f"cannot read prompts from {printable(path)}: {error}") from error
+    check_num(num)
     prompts = [line for line in lines if line]
     if not prompts:
-        raise ValueError(f"no prompts in {path}: write one a line")
+        raise ValueError(f"no prompts in {printable(path)}: write one a line")
     return Conditions(
         f"{len(prompts)} prompts of a file, in turn", prompts=[prompts[i % len(prompts)] for i in range(num)]
     )
@@ -79,5 +92,6 @@ def prompt_file(path: str | Path, num: int) -> Conditions:
 def class_conditions(num_classes: int, num: int) -> Conditions:
     """Return class labels in turn: equally often, give or take one."""
     if num_classes < 1:
-        raise ValueError(f"the number of classes must be at least 1, got {num_classes}")
+        raise ValueError(f"the number of classes must be at least 1, got {shown(num_classes)}")
+    check_num(num)
     return Conditions(f"{num_classes} classes, balanced", class_labels=[i % num_classes for i in range(num)])

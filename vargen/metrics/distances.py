@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vargen.metrics._files import open_npz
+from vargen.metrics._arrays import open_npz
 from vargen.metrics.features import FeatureBank, Progress, extract_cached
 from vargen.metrics.frechet import FrechetDistance, frechet_error, frechet_infinity, statistics_distance
 from vargen.metrics.heroes import HeroImages
@@ -42,12 +42,8 @@ def load_reference(
         bank, other = (extract_cached(s, network, progress=progress) for s in (first, second))
         return Reference(bank, (bank, other), "two fresh sets of real heroes", f"{num} fresh heroes")
     if isinstance(reference, str | Path) and _holds_moments(Path(reference)):
-        statistics = GaussianStatistics.load(reference, suffix="_s" if network.frechet_name == "sFID" else "")
-        if statistics.num_features != network.num_features:
-            raise ValueError(
-                f"{reference} holds statistics of {statistics.num_features} features, {network.label} has "
-                f"{network.num_features}; they come from another network"
-            )
+        suffix = "_s" if network.frechet_name == "sFID" else ""
+        statistics = GaussianStatistics.load(reference, suffix=suffix, num_features=network.num_features)
         return Reference(FeatureBank(str(reference), statistics, None), None, "", f"statistics {reference}")
     images = read_images(reference)
     bank = extract_cached(images, network, progress=progress)

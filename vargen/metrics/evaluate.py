@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vargen.images import Rounding
 from vargen.metrics.attribute_accuracy import AttributeAccuracy
-from vargen.metrics.conditions import Conditions, hero_conditions
+from vargen.metrics.conditions import Conditions, check_num, hero_conditions
 from vargen.metrics.distances import distances, load_reference, logit_score, score_of, stored_score
 from vargen.metrics.features import Progress, extract, stored_bank
 from vargen.metrics.generate import CHUNK, TIMEOUT, Measure, generate, ordered_images, pack, process_rank
@@ -83,6 +83,7 @@ def evaluate_fid(
     """
     if num < 2:
         raise ValueError(f"num must be at least 2, got {num}; distances need a covariance")
+    check_num(num)
     if npz and not keep_images:
         raise ValueError("samples.npz holds the images: keep_images=False cannot be combined with npz=True")
     network = feature_network(network)

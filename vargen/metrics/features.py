@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vargen.files import atomic_write
-from vargen.metrics._files import open_npz
+from vargen.metrics._arrays import open_npz
 from vargen.metrics.images import ImageSet
 from vargen.metrics.networks import FeatureNetwork
 from vargen.metrics.statistics import GaussianStatistics
@@ -108,7 +108,7 @@ def extract_cached(
     }
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     path = (Path(folder) if folder is not None else cache_folder()) / "features" / f"{digest[:32]}.npz"
-    stored = _read(path, images)
+    stored = _read(path, images, network.num_features)
     if stored is not None:
         return stored
     bank = extract(images, network, batch_size=batch_size, progress=progress)
@@ -122,15 +122,21 @@ def cache_folder() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "vargen"
 
 
-def _read(path: Path, images: ImageSet) -> FeatureBank | None:
+def _read(path: Path, images: ImageSet, width: int) -> FeatureBank | None:
+    """Read the bank of ``width`` features; None where the file is absent or damaged: a cache is never worth an error."""
     try:
         with open_npz(path) as file:
-            total, outer = torch.from_numpy(file["total"]), torch.from_numpy(file["outer"])
-            features = torch.from_numpy(file["features"]) if "features" in file else None
-            statistics = GaussianStatistics(int(file["count"]), total, outer)
-    except (ValueError, KeyError):  # absent or damaged: a cache is never worth an error
+            count = file.count("count")
+            total = torch.from_numpy(file.read("total", "f", 1, 8 * width))
+            outer = torch.from_numpy(file.read("outer", "f", 2, 8 * width**2))
+            features = torch.from_numpy(file.read("features", "f", 2)) if "features" in file else None
+    except ValueError:
         return None
-    return FeatureBank(images.name, statistics, features, images.shape)
+    if total.shape != (width,) or outer.shape != (width, width) or not bool(outer.isfinite().all()):
+        return None
+    if features is not None and features.shape != (count, width):
+        return None
+    return FeatureBank(images.name, GaussianStatistics(count, total.double(), outer.double()), features, images.shape)
 
 
 def _write(path: Path, bank: FeatureBank, key: dict[str, str]) -> None:

@@ -19,16 +19,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.files import atomic_write
+from vargen.files import WriteError, atomic_write
 from vargen.images import Rounding
 from vargen.metrics.claims import Claims
 from vargen.metrics.conditions import Conditions
 from vargen.metrics.features import Progress
 from vargen.metrics.images import quantise, write_npz
 from vargen.metrics.run_folder import RunFolder, RunImages
+from vargen.printable import printable, shown
 
 CHUNK = 64  # images decoded together, always; part of the protocol
 TIMEOUT = 1800.0  # seconds without any finished chunk after which waiting for another process ends
+MAX_TIMEOUT = 1e7
 _POLL = 0.5  # seconds between looks at what other processes have finished
 
 Measure = Callable[[Tensor, int], np.ndarray]  # (uint8 [n, 3, H, W], number of the first image) -> array of length n
@@ -123,6 +125,8 @@ def generate(
     """
     if chunk < 1 or len(conditions) < 1:
         raise ValueError(f"chunk and the number of images must be at least 1, got {chunk} and {len(conditions)}")
+    if not 0 < timeout <= MAX_TIMEOUT:  # NaN would wait for ever
+        raise ValueError(f"timeout must be greater than 0 and at most {MAX_TIMEOUT:.0f} seconds, got {shown(timeout)}")
     num, measures = len(conditions), measures or {}
     chunk = min(chunk, num)
     manifest: dict[str, Any] = {
@@ -140,8 +144,9 @@ def generate(
         _finish(run, artist, measures, generated, timeout, progress)
     except OSError as error:
         kept = sum(run.record(start) is not None for start in run.starts) * chunk
+        where = error.filename if isinstance(error, WriteError) else f"into {folder}"
         raise ValueError(
-            f"cannot write into {folder}: {error.strerror or error}; {min(kept, num)} of {num} images are kept: "
+            f"cannot write {printable(where)}: {error.strerror or error}; {min(kept, num)} of {num} images are kept: "
             "make room and run the same command again"
         ) from error
     generated.records = run.records()

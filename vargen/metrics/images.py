@@ -14,13 +14,15 @@ from typing import Any, Protocol, get_args
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
 from vargen.files import atomic_write
 from vargen.images import Rounding
+from vargen.metrics._arrays import fill, open_npz
 from vargen.metrics._files import file_digest
 from vargen.metrics.run_folder import RunImages, holds_run
+from vargen.pictures import MAX_PIXELS, batch_count, image_size, open_image
+from vargen.printable import printable, shown
 
 ROUNDINGS = get_args(Rounding)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -34,7 +36,7 @@ class ImageSet(Protocol):
     shape: tuple[int, int]  # height, width
 
     def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield uint8 ``[b, 3, H, W]``, b <= size, always in the same order."""
+        """Yield uint8 ``[b, 3, H, W]``, b <= size and fewer of large images, always in the same order."""
         ...
 
     def digest(self) -> str:
@@ -84,7 +86,7 @@ class TensorImages:
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield uint8 ``[b, 3, H, W]``."""
-        yield from self.images.split(size)
+        yield from self.images.split(batch_count(size, *self.shape))
 
     def digest(self) -> str:
         """Return the SHA-256 of the pixels."""
@@ -97,39 +99,40 @@ class FolderImages:
     def __init__(self, path: str | Path) -> None:
         self.path, self.name = Path(path), str(path)
         if not self.path.is_dir():
-            raise ValueError(f"no folder at {path}")
+            raise ValueError(f"no folder at {printable(path)}")
         self.files = sorted(p for p in self.path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
         if not self.files:
-            raise ValueError(f"no images in {path}: looked for {', '.join(SUFFIXES)}")
+            raise ValueError(f"no images in {printable(path)}: looked for {', '.join(SUFFIXES)}")
         self.num_images = len(self.files)
         self.shape = self._size(self.files[0])
         for file in self.files:
             if self._size(file) != self.shape:
+                first, other = printable(self.files[0].name), printable(file.name)
                 raise ValueError(
-                    f"images in {path} differ in size: {self.files[0].name} is {self._text(self.shape)}, "
-                    f"{file.name} is {self._text(self._size(file))}; resize them to one size first"
+                    f"images in {printable(path)} differ in size: {first} is {self._text(self.shape)}, "
+                    f"{other} is {self._text(self._size(file))}; resize them to one size first"
                 )
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield uint8 ``[b, 3, H, W]``."""
+        size = batch_count(size, *self.shape)
         for start in range(0, self.num_images, size):
-            arrays = [_read_image(file) for file in self.files[start : start + size]]
+            arrays = [_read_image(file, self.shape) for file in self.files[start : start + size]]
             yield torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
     def digest(self) -> str:
         """Return the SHA-256 of all files, in order."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(file.read_bytes())
+            with file.open("rb") as stream:
+                while block := stream.read(2**20):
+                    digest.update(block)
         return digest.hexdigest()
 
     @staticmethod
     def _size(file: Path) -> tuple[int, int]:
-        try:
-            with Image.open(file) as image:
-                return image.height, image.width
-        except (UnidentifiedImageError, OSError) as error:
-            raise ValueError(f"{file} is not a readable image: {error}") from error
+        width, height = image_size(file)
+        return height, width
 
     @staticmethod
     def _text(shape: tuple[int, int]) -> str:
@@ -141,39 +144,31 @@ class NpzImages:
 
     def __init__(self, path: str | Path) -> None:
         self.path, self.name = Path(path), str(path)
-        if not self.path.is_file():
-            raise ValueError(f"no file at {path}")
-        try:
-            with zipfile.ZipFile(self.path) as archive:
-                members = [m for m in archive.namelist() if m.endswith(".npy")]
-                self.member = "arr_0.npy" if "arr_0.npy" in members else members[0] if len(members) == 1 else ""
-                if not self.member:
-                    raise ValueError(f"{path} holds {members[:4]}, expected an array arr_0")
-                with archive.open(self.member) as stream:
-                    shape, fortran, dtype = _array_header(stream)
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"{path} is truncated or not an npz archive: {error}") from error
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran:
-            raise ValueError(f"{path}: {self.member} must be uint8 [N, H, W, 3], got {dtype} {list(shape)}")
+        name = printable(path)
+        with open_npz(path) as file:
+            self.member = "arr_0" if "arr_0" in file else file.names[0] if len(file.names) == 1 else ""
+            if not self.member:
+                raise ValueError(f"{name} holds {shown(file.names[:4])}, expected an array arr_0")
+            with file.stream(self.member) as (header, _):
+                shape, dtype = header.shape, header.dtype
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or header.fortran:
+            got = f"{printable(dtype)} {shown(list(shape))}"
+            raise ValueError(f"{name}: {printable(self.member)} must be uint8 [N, H, W, 3], got {got}")
         self.num_images, self.shape = shape[0], (shape[1], shape[2])
-        if self.num_images == 0:
-            raise ValueError(f"no images in {path}: {self.member} is empty")
+        if 0 in shape:
+            raise ValueError(f"no images in {name}: {printable(self.member)} is empty")
+        if shape[1] * shape[2] > MAX_PIXELS:
+            raise ValueError(f"{name} holds images of {shape[2]}x{shape[1]} pixels, more than {MAX_PIXELS:,}")
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield uint8 ``[b, 3, H, W]``."""
         height, width = self.shape
-        try:
-            with zipfile.ZipFile(self.path) as archive, archive.open(self.member) as stream:
-                _array_header(stream)
-                for start in range(0, self.num_images, size):
-                    count = min(size, self.num_images - start)
-                    data = stream.read(count * height * width * 3)
-                    if len(data) < count * height * width * 3:
-                        raise EOFError("the array ends early")
-                    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-                    yield pixels.view(count, height, width, 3).permute(0, 3, 1, 2).contiguous()
-        except (zipfile.BadZipFile, EOFError, OSError) as error:
-            raise ValueError(f"{self.path} is truncated: {error}; write or fetch it again") from error
+        size = batch_count(size, height, width)
+        with open_npz(self.path) as file, file.stream(self.member) as (_, stream):
+            for start in range(0, self.num_images, size):
+                pixels = torch.empty(min(size, self.num_images - start), height, width, 3, dtype=torch.uint8)
+                fill(stream, pixels.view(-1).numpy().data)
+                yield pixels.permute(0, 3, 1, 2).contiguous()
 
     def digest(self) -> str:
         """Return the SHA-256 of the file."""
@@ -191,7 +186,7 @@ def read_images(source: str | Path | Tensor | ImageSet) -> ImageSet:
         return RunImages(path) if holds_run(path) else FolderImages(path)
     if path.suffix == ".npz":
         return NpzImages(path)
-    raise ValueError(f"images must be a folder or an npz file, got {source}: no such folder")
+    raise ValueError(f"images must be a folder or an npz file, got {printable(source)}: no such folder")
 
 
 def write_npz(
@@ -230,22 +225,12 @@ def write_npz(
                 np.lib.format.write_array(stream, np.asarray(values)[order], allow_pickle=False)
 
 
-def _array_header(stream: object) -> tuple[tuple[int, ...], bool, np.dtype]:
-    try:
-        version = np.lib.format.read_magic(stream)  # type: ignore[arg-type]
-        read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        return read(stream)  # type: ignore[arg-type]
-    except ValueError as error:
-        raise EOFError(str(error)) from error
-
-
-def _read_image(file: Path) -> np.ndarray:
-    try:
-        with Image.open(file) as image:
-            if image.mode in ("RGBA", "LA", "PA") and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
-                raise ValueError(f"{file} is transparent: put it on a background first")
-            if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
-                raise ValueError(f"{file} has mode {image.mode}: convert it to 8-bit RGB first")
-            return np.asarray(image.convert("RGB"))
-    except (UnidentifiedImageError, OSError) as error:
-        raise ValueError(f"{file} is not a readable image: {error}") from error
+def _read_image(file: Path, shape: tuple[int, int]) -> np.ndarray:
+    image = open_image(file)
+    if (image.height, image.width) != shape:
+        raise ValueError(f"{printable(file)} is {image.width}x{image.height} now; it was changed while it was read")
+    if image.mode in ("RGBA", "LA", "PA") and np.asarray(image.convert("RGBA"))[..., 3].min() < 255:
+        raise ValueError(f"{printable(file)} is transparent: put it on a background first")
+    if image.mode not in ("RGB", "RGBA", "L", "LA", "P", "1"):
+        raise ValueError(f"{printable(file)} has mode {image.mode}: convert it to 8-bit RGB first")
+    return np.asarray(image.convert("RGB"))

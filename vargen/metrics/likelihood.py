@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vargen.metrics.conditions import check_num
 from vargen.metrics.features import Progress
 from vargen.metrics.heroes import Heroes, draw_heroes
 from vargen.metrics.report import Report, environment
@@ -45,6 +46,7 @@ def evaluate_likelihood(
     """
     if num < 2:
         raise ValueError(f"num must be at least 2, got {num}")
+    check_num(num)
     each = _nats(pipe, draw_heroes(num, "prompts"), chunk, "scoring test heroes", progress)
     held_out = _nats(pipe, draw_heroes(num, "prompts", held_out=True), chunk, "scoring held-out pairs", progress)
     result = LikelihoodResult(

@@ -29,6 +29,7 @@ from vargen.metrics.card import _components, _flat, _recipe
 from vargen.metrics.fvd import FrechetVideoDistance
 from vargen.metrics.motion import MotionClassifier, measure_motion
 from vargen.metrics.reconstruction import psnr
+from vargen.reading import read_json
 
 CHUNK = 50  # clips decoded together: part of the numbers through floating-point rounding only
 REPORT = "motion.json"
@@ -133,7 +134,7 @@ def write_motion_card(model: str | Path, report: dict[str, Any]) -> Path:
 
 
 def _card(folder: Path, report: dict[str, Any]) -> str:
-    source = json.loads((ATLAS_FOLDER / "atlas.json").read_text())["source"]
+    source = read_json(ATLAS_FOLDER / "atlas.json")["source"]
     m, r, p = report["motion"], report["reconstruction"], report["protocol"]
     parts = "; ".join(f"{slot}: {', '.join(names)}" for slot, names in PARTS.items())
     lines = ["---", "library_name: vargen", "license: apache-2.0", "---", "", f"# {folder.name}", ""]

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vargen.metrics._files import file_digest, load_state, state_digest
 from vargen.metrics.images import check_unit_range
+from vargen.printable import printable
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"
 INCEPTION_VARIABLE = "VARGEN_INCEPTION_WEIGHTS"
@@ -167,7 +168,8 @@ def load_weights(path: str | Path) -> dict[str, Tensor]:
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
-        raise ValueError(f"{path} is not a readable weights file: {str(error).splitlines()[0]}") from error
+        reason = printable((str(error).splitlines() or [type(error).__name__])[0])
+        raise ValueError(f"{printable(path)} is not a readable weights file: {reason}") from error
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise ValueError(f"{path} must hold a state dict of tensors, got {type(state).__name__}")
     return state

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from vargen.images import Rounding, to_uint8
+from vargen.metrics.conditions import check_num
 from vargen.metrics.features import Progress, extract, extract_cached
 from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
@@ -52,16 +54,15 @@ def evaluate_reconstruction(
     """
     if num < 2:
         raise ValueError(f"num must be at least 2, got {num}")
+    check_num(num)
     heroes = draw_heroes(num, "reference") if str(reference) == "heroes" else None
     source: ImageSet = heroes.image_set("reference heroes") if heroes else read_images(reference)
+    _check_size(source, num)
     originals, rebuilt, codes_used = _rebuild(tokenizer, source, num, chunk, rounding, progress)
-    error = (originals.int() - rebuilt.int()).square()
-    figure = heroes.figure[:, None].expand_as(error) if heroes else None
+    figure = heroes.figure[:, None] if heroes else None
     result = ReconstructionResult(
         num_images=len(originals),
-        psnr_all=psnr(error),
-        psnr_mean=float(sum(psnr(e) for e in error) / len(error)),
-        psnr_hero=psnr(error[figure]) if figure is not None else None,
+        **_psnrs(originals, rebuilt, figure),
         codes_used=codes_used,
         codebook_size=getattr(tokenizer, "codebook_size", None),
     )
@@ -79,6 +80,38 @@ def evaluate_reconstruction(
         pairs = torch.stack([originals[:32], rebuilt[:32]], 1).flatten(0, 1)
         report.write(out, grid=pairs)
     return report
+
+
+def _check_size(source: ImageSet, num: int) -> None:
+    """Refuse more pixels than fit into half the memory twice, as originals and as reconstructions."""
+    count, (height, width) = min(num, source.num_images), source.shape
+    most = _memory() // 2 // (6 * height * width)
+    if count > most:
+        raise ValueError(
+            f"{count} images of {width}x{height} pixels do not fit into memory; take at most {most} of them (num, --num), "
+            "or make them smaller"
+        )
+
+
+def _memory() -> int:
+    """Bytes of memory of this machine; 8 GiB where it does not say."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):
+        return 2**33
+
+
+def _psnrs(originals: Tensor, rebuilt: Tensor, figure: Tensor | None) -> dict[str, Any]:
+    """Pool squared errors over all pixels, image by image, and over the figure ``[N, 1, H, W]``; one image at a time."""
+    sums, counts, each = torch.zeros(2, dtype=torch.float64), torch.zeros(2, dtype=torch.float64), []
+    for index, (one, other) in enumerate(zip(originals, rebuilt, strict=True)):
+        error = (one.int() - other.int()).square().double()
+        mask = torch.ones_like(error) if figure is None else figure[index].expand_as(error).double()
+        each.append(psnr(error))
+        sums += torch.stack([error.sum(), (error * mask).sum()])
+        counts += torch.stack([torch.tensor(error.numel()).double(), mask.sum()])
+    overall, hero = (psnr(mean) for mean in sums / counts)
+    return {"psnr_all": overall, "psnr_mean": sum(each) / len(each), "psnr_hero": None if figure is None else hero}
 
 
 def _rebuild(

@@ -14,7 +14,9 @@ from PIL import Image
 from torch import Tensor
 
 import vargen
-from vargen.files import atomic_write
+from vargen.files import atomic_write, make_folder
+from vargen.printable import printable
+from vargen.reading import read_json
 
 KINDS = ("fid", "compare", "reconstruction", "likelihood")
 
@@ -44,10 +46,7 @@ class Report:
             captions: one text a sample, in the JSON.
         """
         path = Path(folder)
-        try:
-            path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write into {path}: {error.strerror}; choose another output folder") from error
+        make_folder(path)
         record = self.to_dict() | ({"sample_captions": captions[: len(grid)]} if captions and grid is not None else {})
         if grid is not None:
             with atomic_write(path / "grid.png", overwrite=True) as beside:
@@ -65,12 +64,18 @@ def read_report(path: str | Path) -> dict[str, Any]:
         ValueError: no such file, or not a report.
     """
     file = Path(path) / "report.json" if Path(path).is_dir() else Path(path)
+    name = printable(file)
     try:
-        record = json.loads(file.read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not a readable report: {error}; write one with vargen eval") from error
+        record = read_json(file)
+    except ValueError as error:
+        raise ValueError(f"{name} is not a readable report: {error}; write one with vargen eval") from error
     if not isinstance(record, dict) or record.get("kind") not in KINDS or not isinstance(record.get("results"), list):
-        raise ValueError(f"{file} is not a report of vargen eval: it has no kind and results")
+        raise ValueError(f"{name} is not a report of vargen eval: it has no kind and results")
+    try:
+        markdown(record, has_grid=False)
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        missing = printable(f"{type(error).__name__}: {error}")
+        raise ValueError(f"{name} is not a complete report of vargen eval ({missing}); write it again") from error
     return record
 
 

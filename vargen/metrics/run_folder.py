@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,24 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.files import atomic_write
+from vargen.files import WriteError, atomic_write, make_folder, writing
+from vargen.metrics._arrays import check_npy
+from vargen.pictures import MAX_PIXELS, batch_count
+from vargen.printable import printable
+from vargen.reading import read_json
 
 MANIFEST = "manifest.json"
+MAX_CHUNK = 2**32  # bytes of a file of a run
 _PARTS = {"chunks", "images", "measured", "claims", MANIFEST}
+_FILE_NAME = re.compile(r"(images|measured/[\w.-]+)/\d{8,}\.npy")  # what a record may name: nothing outside the run
+_DETAILS = {  # of a record, as ``vargen.metrics.generate`` writes them
+    "seconds": int | float,
+    "num_forwards": int,
+    "num_drafter_forwards": int,
+    "forwards_per_image": int | float | None,
+    "guarantee": str,
+    "notes": list,
+}
 
 
 class RunFolder:
@@ -73,7 +88,7 @@ class RunFolder:
         record = self.record(start)
         if record is None or self._images_name(start) not in record["files"]:
             return None
-        return torch.from_numpy(np.load(self.path / self._images_name(start))).permute(0, 3, 1, 2)
+        return torch.from_numpy(np.array(_map_images(self.path / self._images_name(start)))).permute(0, 3, 1, 2)
 
     def write(self, start: int, images: Tensor, measured: Mapping[str, np.ndarray], details: dict[str, Any]) -> None:
         """Store a drawn chunk.
@@ -100,7 +115,12 @@ class RunFolder:
     def measured(self, name: str) -> Iterator[np.ndarray]:
         """Yield the arrays of a name, chunk by chunk."""
         for start in self.starts:
-            yield np.load(self.path / self._measured_name(name, start))
+            values = np.array(_map(self.path / self._measured_name(name, start)))
+            if start == 0:
+                shape, dtype = values.shape[1:], values.dtype
+            if values.shape != (min(self.chunk, self.num - start), *shape) or values.dtype != dtype:
+                raise ValueError(f"{printable(self.path)}: {name} of image {start} on has another shape than the rest")
+            yield values
 
     def digests(self) -> list[str]:
         """Return the SHA-256 of the pixels of every chunk, in order."""
@@ -129,16 +149,15 @@ class RunFolder:
 
     def _read_record(self, start: int) -> dict[str, Any] | None:
         try:
-            record = json.loads((self.path / "chunks" / f"{start:08d}.json").read_text())
-        except (OSError, ValueError):
+            record = read_json(self.path / "chunks" / f"{start:08d}.json")
+        except ValueError:
             return None
-        right = isinstance(record, dict) and isinstance(record.get("files"), dict) and record.get("start") == start
-        return record if right else None
+        return record if isinstance(record, dict) and record.get("start") == start and _is_record(record) else None
 
     def _is_whole(self, name: str, digest: str) -> bool:
         try:
-            return _digest(np.load(self.path / name, allow_pickle=False)) == digest
-        except (OSError, ValueError, EOFError):
+            return _digest(_map(self.path / name)) == digest
+        except (OSError, ValueError):
             return False
 
     @staticmethod
@@ -157,31 +176,31 @@ class RunImages:
         self.path, self.name = Path(path), str(path)
         self.files = sorted((self.path / "images").glob("[0-9]*.npy"))
         if not self.files:
-            raise ValueError(f"no images in {path}: the run kept none, or has drawn none yet")
-        first, last = (np.load(file, mmap_mode="r") for file in (self.files[0], self.files[-1]))
+            raise ValueError(f"no images in {printable(path)}: the run kept none, or has drawn none yet")
+        first, last = (_map_images(file) for file in (self.files[0], self.files[-1]))
         self.size = len(first)
         self.num_images = self.size * (len(self.files) - 1) + len(last)
         self.shape = first.shape[1:3]
-        manifest = json.loads((self.path / MANIFEST).read_text())
-        if manifest.get("num") != self.num_images:
-            raise ValueError(f"{path} holds {self.num_images} of {manifest.get('num')} images: finish the run first")
+        if last.shape[1:3] != self.shape:
+            raise ValueError(f"{printable(path)} holds images of several sizes; draw them again in another folder")
+        manifest = read_json(self.path / MANIFEST)
+        wanted = manifest.get("num") if isinstance(manifest, dict) else None
+        if wanted != self.num_images:
+            raise ValueError(
+                f"{printable(path)} holds {self.num_images} of {printable(wanted)} images: finish the run first"
+            )
 
     def batches(self, size: int) -> Iterator[Tensor]:
         """Yield uint8 ``[b, 3, H, W]``."""
-        kept: list[np.ndarray] = []
-        for file in self.files:
-            kept = [np.concatenate([*kept, np.load(file)])]
-            while len(kept[0]) >= size:
-                yield _channels_first(kept[0][:size])
-                kept = [kept[0][size:]]
-        if kept and len(kept[0]):
-            yield _channels_first(kept[0])
+        size, pixels = batch_count(size, *self.shape), self.pixels()
+        for start in range(0, self.num_images, size):
+            yield _channels_first(pixels[np.arange(start, min(start + size, self.num_images))])
 
     def digest(self) -> str:
         """Return the SHA-256 of the pixels."""
         digest = hashlib.sha256()
         for file in self.files:
-            digest.update(np.load(file).data)
+            digest.update(_map_images(file).data)
         return digest.hexdigest()
 
     def first(self, count: int) -> Tensor:
@@ -208,7 +227,10 @@ class _Pixels:
         out = np.empty((len(index), *self.shape[1:]), dtype=self.dtype)
         for number in np.unique(index // self.size):  # opened one at a time: a process may hold few files open
             rows = np.flatnonzero(index // self.size == number)
-            out[rows] = np.load(self.files[number], mmap_mode="r")[index[rows] % self.size]
+            chunk = _map_images(self.files[number])
+            if chunk.shape[1:] != self.shape[1:] or len(chunk) <= int((index[rows] % self.size).max()):
+                raise ValueError(f"{printable(self.files[number])} does not hold the images of its run; draw it anew")
+            out[rows] = chunk[index[rows] % self.size]
         return out
 
 
@@ -219,35 +241,70 @@ def holds_run(path: Path) -> bool:
 
 def _open(path: Path, manifest: dict[str, Any]) -> None:
     file = path / MANIFEST
+    make_folder(path)
     try:
-        path.mkdir(parents=True, exist_ok=True)
         if not file.is_file():
             foreign = [p.name for p in path.iterdir() if p.name not in _PARTS and not p.name.startswith(".")]
             if foreign:
-                raise ValueError(f"{path} is not empty and holds no evaluation; choose another folder")
+                raise ValueError(f"{printable(path)} is not empty and holds no evaluation; choose another folder")
             _create(file, json.dumps(manifest, indent=1) + "\n")
+    except WriteError:
+        raise
     except OSError as error:
-        raise ValueError(f"cannot write into {path}: {error.strerror}; choose another output folder") from error
-    stored = json.loads(file.read_text())
+        raise ValueError(
+            f"cannot write into {printable(path)}: {error.strerror}; choose another output folder"
+        ) from error
+    stored = read_json(file)
+    if not isinstance(stored, dict):
+        raise ValueError(f"{printable(file)} is not the manifest of an evaluation; choose another folder")
     different = sorted(k for k in manifest.keys() | stored.keys() if manifest.get(k) != stored.get(k))
     if different:
         raise ValueError(
-            f"{path} holds images of another run (different {', '.join(different)}); choose another folder"
+            f"{printable(path)} holds images of another run (different {printable(', '.join(different))}); "
+            "choose another folder"
         )
 
 
 def _create(file: Path, text: str) -> None:
     """Write a file whole, unless another process was first."""
     beside = file.with_name(f".{file.name}.{os.getpid()}")
-    beside.write_text(text)
     try:
+        with writing(file, beside):
+            beside.write_text(text)
         os.link(beside, file)
     except FileExistsError:
         pass
+    except WriteError:
+        raise
     except OSError:  # a file system without links: the texts of two processes that agree are equal
         os.replace(beside, file)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def _is_record(record: dict[str, Any]) -> bool:
+    """Whether a chunk's record is one that a run wrote."""
+    files = record.get("files")
+    if not isinstance(files, dict) or not isinstance(record.get("pixels"), str):
+        return False
+    named = all(_FILE_NAME.fullmatch(name) and isinstance(digest, str) for name, digest in files.items())
+    typed = all(isinstance(record.get(name), kind) for name, kind in _DETAILS.items())
+    return named and typed and all(isinstance(note, str) for note in record["notes"])
+
+
+def _map(file: Path, kinds: str = "fiub", ndim: int | None = None) -> np.ndarray:
+    """Map an array on disk into memory, once its file is seen to hold it; nothing is read before it is asked for."""
+    check_npy(file, kinds, ndim, MAX_CHUNK)
+    return np.load(file, mmap_mode="r", allow_pickle=False)
+
+
+def _map_images(file: Path) -> np.ndarray:
+    array = _map(file, "u", 4)
+    if array.dtype != np.uint8 or array.shape[3] != 3 or 0 in array.shape or not array.flags.c_contiguous:
+        raise ValueError(f"{printable(file)} holds no uint8 [n, H, W, 3], but {array.dtype} {list(array.shape)}")
+    if array.shape[1] * array.shape[2] > MAX_PIXELS:
+        raise ValueError(f"{printable(file)} holds images of more than {MAX_PIXELS:,} pixels")
+    return array
 
 
 def _channels_first(pixels: np.ndarray) -> Tensor:

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from vargen.files import atomic_write
-from vargen.metrics._files import open_npz
+from vargen.metrics._arrays import open_npz
+from vargen.printable import printable, shown
 
 _BLOCK = 512  # samples in float64 at a time
+MAX_FEATURES = 4096  # D of a file where nobody says which network it is for: 128 MiB of covariance
 
 
 @dataclass(frozen=True)
@@ -75,23 +77,39 @@ class GaussianStatistics:
             np.savez(stream, mu=self.mean.numpy(), sigma=self.covariance.numpy(), num_samples=np.int64(self.count))
 
     @classmethod
-    def load(cls, path: str | Path, count: int | None = None, *, suffix: str = "") -> GaussianStatistics:
+    def load(
+        cls, path: str | Path, count: int | None = None, *, suffix: str = "", num_features: int | None = None
+    ) -> GaussianStatistics:
         """Read npz with ``mu`` and ``sigma``.
 
         Args:
             path: the file.
             count: where the file does not say how many samples it holds.
             suffix: of both names; published files hold the spatial features of sFID as ``mu_s`` and ``sigma_s``.
+            num_features: D that the file must have; None accepts up to 4096.
+
+        Raises:
+            ValueError: no such file, arrays missing, of another type, too large, or not of one size; NaN; a number of
+                samples below two.
         """
-        mu, sigma = f"mu{suffix}", f"sigma{suffix}"
+        mu, sigma, name = f"mu{suffix}", f"sigma{suffix}", printable(path)
         with open_npz(path) as file:
             if mu not in file or sigma not in file:
-                raise ValueError(f"{path} holds {sorted(file)[:4]}, expected {mu} and {sigma}")
-            mean, covariance = torch.from_numpy(file[mu]), torch.from_numpy(file[sigma])
-            stored = int(file["num_samples"]) if "num_samples" in file else count
-        if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+                raise ValueError(f"{name} holds {shown(sorted(file.names)[:4])}, expected {mu} and {sigma}")
+            width, shape = num_features or MAX_FEATURES, file.header(mu).shape
+            if num_features is not None and len(shape) == 1 and shape != (num_features,):
+                raise ValueError(
+                    f"{name} holds statistics of {shown(shape[0])} features, the network has {num_features}; "
+                    "they come from another network"
+                )
+            mean = torch.from_numpy(file.read(mu, "f", 1, 8 * width)).double()
+            covariance = torch.from_numpy(file.read(sigma, "f", 2, 8 * width**2)).double()
+            stored = file.count("num_samples", 2) if "num_samples" in file else count
+        if covariance.shape != (len(mean), len(mean)):
             raise ValueError(
-                f"{path}: mu {tuple(mean.shape)} and sigma {tuple(covariance.shape)} do not belong together"
+                f"{name}: {mu} {tuple(mean.shape)} and {sigma} {tuple(covariance.shape)} do not belong together"
             )
+        if not (mean.isfinite().all() and covariance.isfinite().all()):
+            raise ValueError(f"{name}: {mu} and {sigma} hold NaN or infinity; they cannot come from images")
         # 50,000 is what published files hold; the count enters only the bookkeeping of merges
         return cls.from_moments(mean, covariance, stored or 50_000)

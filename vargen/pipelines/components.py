@@ -17,7 +17,7 @@ from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 import vargen
 from vargen.checks import shown
 from vargen.classes import SLOTS, component_class
-from vargen.folders import check_component, is_plain_name, read_json
+from vargen.folders import check_component, is_plain_name, read_settings
 
 INDEX_FILE = "model_index.json"
 SHARED_KEY = "_shared"  # in an index: component name -> pipeline folder beside this one that holds it
@@ -64,7 +64,7 @@ def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
         raise ValueError(f"{folder} is not a pipeline folder: it has no {INDEX_FILE} (it holds {found})")
-    index = read_json(path)
+    index = read_settings(path)
     classes = check_index(path, index)
     shared = shared_folders(folder, index)
     for name, kind in classes.items():

@@ -14,7 +14,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from vargen.folders import one_line, read_json
+from vargen.folders import one_line, read_settings
 from vargen.hub import resolve_model
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, SamplerOutput
@@ -129,7 +129,7 @@ class ImagePipeline(DiffusionPipeline):
     @classmethod
     def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:
         """What diffusers reads an index with, from folders and, before it downloads the rest, from the Hub."""
-        index = read_json(Path(json_file))
+        index = read_settings(Path(json_file))
         if Path(json_file).name == INDEX_FILE:
             check_index(Path(json_file), index)
         return index

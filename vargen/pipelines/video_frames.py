@@ -103,12 +103,10 @@ def save_video(
         raise ValueError(f"scale must be at least 1, got {scale}")
     clip = enlarge(as_images(frames), scale)
     with atomic_write(target, overwrite=overwrite) as beside:
-        named = beside.with_name(beside.name + target.suffix)  # the format is read off the name
         if target.suffix.lower() == ".gif":
-            export_to_gif(clip, str(named), fps=fps)
+            export_to_gif(clip, str(beside), fps=fps)
         else:  # without the block size ffmpeg stretches frames to multiples of 16; H.264 needs even sides
-            export_to_video([_even(image) for image in clip], str(named), fps=fps, macro_block_size=1)
-        named.replace(beside)
+            export_to_video([_even(image) for image in clip], str(beside), fps=fps, macro_block_size=1)
     return target
 
 

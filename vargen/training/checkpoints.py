@@ -17,6 +17,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from vargen.files import atomic_write, make_folder, writing
+from vargen.printable import printable
+from vargen.reading import parse_json, read_json
+
 _PATTERN = re.compile(r"step-(\d+)")
 
 
@@ -44,18 +48,22 @@ def save_checkpoint(
         optimizer: anything ``torch.load(weights_only=True)`` can read back.
         state: plain values.
         keep: how many checkpoints stay.
+
+    Raises:
+        WriteError: the disk is full, or a file too large for the system or a limit; the older checkpoints stay.
     """
     folder = run / "checkpoints" / f"step-{step:08d}"
     beside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for stem, tensors in weights.items():
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / f"{stem}.safetensors")
-    torch.save(dict(optimizer), beside / "optimizer.pt")
-    (beside / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
-    for file in beside.iterdir():  # on disk before the name says so
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
+    make_folder(beside)
+    with writing(folder, beside):
+        for stem, tensors in weights.items():
+            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / f"{stem}.safetensors")
+        torch.save(dict(optimizer), beside / "optimizer.pt")
+        (beside / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
+        for file in beside.iterdir():  # on disk before the name says so
+            with file.open("rb") as handle:
+                os.fsync(handle.fileno())
     if folder.exists():  # the same step written twice: a resumed run that stopped at once
         shutil.rmtree(folder)
     os.replace(beside, folder)
@@ -66,7 +74,10 @@ def save_checkpoint(
 
 def load_state(folder: Path) -> dict[str, Any]:
     """Read ``state.json`` of a checkpoint."""
-    return dict(json.loads((folder / "state.json").read_text(encoding="utf-8")))
+    state = read_json(folder / "state.json")
+    if not isinstance(state, dict) or type(state.get("step")) is not int or state["step"] < 0:
+        raise ValueError(f"{printable(folder)} is no checkpoint of a run: its state.json holds no step")
+    return state
 
 
 def load_weights(folder: Path, stem: str) -> dict[str, Tensor]:
@@ -103,10 +114,9 @@ def keep_metrics_until(file: Path, step: int) -> None:
     lines = []
     for line in file.read_text(encoding="utf-8").splitlines():
         try:
-            if json.loads(line).get("step", 0) <= step:
+            if parse_json(line, file.name).get("step", 0) <= step:
                 lines.append(line)
-        except json.JSONDecodeError:  # the line that a kill cut off
+        except (ValueError, TypeError, AttributeError):  # the line that a kill cut off
             continue
-    beside = file.with_name(f".{file.name}.writing")
-    beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
-    os.replace(beside, file)
+    with atomic_write(file, overwrite=True) as beside:
+        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

@@ -18,7 +18,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from vargen.data.heroes import HeroesDataset
-from vargen.folders import check_component, one_line, read_json
+from vargen.folders import check_component, one_line, read_settings
 from vargen.training.sources import RECIPE_FILE, _component, read_run
 from vargen.training.tasks import Task, model_from, to_grid
 from vargen.training.vq import _psnr, _to_uint8
@@ -132,7 +132,7 @@ def measure_scale(model: AutoencoderKL, seed: int) -> float:
 
 
 def _from_folder(folder: Path) -> AutoencoderKL:
-    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    config = read_settings(folder / "config.json") if folder.is_dir() else {}
     if config.get("_class_name") != "AutoencoderKL":
         raise ValueError(f"no AutoencoderKL in {folder}; train one first with `vargen train heroes32-kl`")
     with one_line(folder):

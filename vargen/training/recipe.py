@@ -8,13 +8,21 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
+from vargen.printable import printable, shown
+from vargen.reading import check_plain, parse_toml, read_toml
+
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
+MAX_STEPS = 10**9
+MAX_OPTION = 10**7  # whole numbers among a task's options count images, iterations and the like
+_NAME = re.compile(r"\w[\w.+ -]{0,99}")  # of a folder in runs/: no separators, no control characters, no dots alone
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,8 +36,9 @@ class DataConfig:
     num_eval_images: int = 256  # fresh heroes of the test split, any pair of parts
 
     def __post_init__(self) -> None:
-        _positive(self, "batch_size", "num_eval_images")
-        _share(self, "attribute_dropout", "null_dropout")
+        _between(self, "data", 1, 2**16, "batch_size")
+        _between(self, "data", 1, 10**6, "num_eval_images")
+        _between(self, "data", 0, 1, "attribute_dropout", "null_dropout")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,10 +54,13 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
-            raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {self.name!r}")
-        _positive(self, "lr", "muon_lr")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {self.betas}")
+            raise ValueError(f"optimizer.name must be 'adamw' or 'muon', got {shown(self.name)}")
+        for name in ("lr", "muon_lr"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"optimizer.{name} must be > 0, got {shown(getattr(self, name))}")
+        _between(self, "optimizer", 0, 1e6, "weight_decay", "max_grad_norm")
+        if len(self.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {shown(self.betas)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,10 +72,8 @@ class ScheduleConfig:
     decay_steps: int = 2_000
 
     def __post_init__(self) -> None:
-        _positive(self, "num_steps")
-        for name in ("warmup_steps", "decay_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"schedule.{name} must be >= 0, got {getattr(self, name)}")
+        _between(self, "schedule", 1, MAX_STEPS, "num_steps")
+        _between(self, "schedule", 0, MAX_STEPS, "warmup_steps", "decay_steps")
 
     def factor(self, step: int) -> float:
         """Multiplier of the learning rate at ``step``, counted from 0."""
@@ -83,10 +93,8 @@ class LogConfig:
     keep_checkpoints: int = 2
 
     def __post_init__(self) -> None:
-        _positive(self, "log_every", "keep_checkpoints")
-        for name in ("eval_every", "sample_every", "checkpoint_every"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"log.{name} must be >= 0, got {getattr(self, name)}")
+        _between(self, "log", 1, MAX_STEPS, "log_every", "keep_checkpoints")
+        _between(self, "log", 0, MAX_STEPS, "eval_every", "sample_every", "checkpoint_every")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,12 +119,17 @@ class Recipe:
     log: LogConfig = field(default_factory=LogConfig)
 
     def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name):
+            raise ValueError(
+                f"name must be the plain name of a folder (letters, digits, spaces, '.', '_', '-' and '+'; at most 100), "
+                f"got {shown(self.name)}; choose the run folder with --output"
+            )
         if self.mixed_precision not in ("no", "fp16", "bf16"):
-            raise ValueError(f"mixed_precision must be 'no', 'fp16' or 'bf16', got {self.mixed_precision!r}")
+            raise ValueError(f"mixed_precision must be 'no', 'fp16' or 'bf16', got {shown(self.mixed_precision)}")
         if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay must lie in [0, 1), got {self.ema_decay}")
+            raise ValueError(f"ema_decay must lie in [0, 1), got {shown(self.ema_decay)}")
         if not 0 <= self.seed < 2**31:
-            raise ValueError(f"seed must lie in [0, 2^31), got {self.seed}")
+            raise ValueError(f"seed must lie in [0, 2^31), got {shown(self.seed)}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, as ``parse_recipe`` reads them."""
@@ -138,16 +151,23 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """
     path = _find(recipe)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ValueError(f"cannot read the recipe {path}: {error}") from None
+        table = read_toml(path)
+    except ValueError as error:
+        raise ValueError(f"cannot read the recipe {printable(path)}: {error}") from None
     for override in overrides:
         _override(table, override)
     return parse_recipe(table)
 
 
 def parse_recipe(table: Mapping[str, Any]) -> Recipe:
-    """Build a recipe from plain dictionaries; the inverse of ``Recipe.to_dict``."""
+    """Build a recipe from plain dictionaries; the inverse of ``Recipe.to_dict``.
+
+    Raises:
+        ValueError: not a table, nested too deeply, unknown or unusable keys, integers beyond all use.
+    """
+    if not isinstance(table, Mapping):
+        raise ValueError(f"a recipe must be a table of keys, got {shown(table)}")
+    check_plain(table, "the recipe")
     for required in ("name", "task"):
         if required not in table:
             raise ValueError(f"the recipe lacks {required!r}")
@@ -170,7 +190,7 @@ def build(kind: type[Any], values: Any, section: str) -> Any:
         ValueError: not a table, unknown key, wrong type.
     """
     if not isinstance(values, Mapping):
-        raise ValueError(f"[{section}] must be a table of keys, got {values!r}")
+        raise ValueError(f"[{section}] must be a table of keys, got {shown(values)}")
     hints = get_type_hints(kind)
     check_keys(values, [f.name for f in fields(kind)], section)
     return kind(**{key: _convert(value, hints[key], _join(section, key)) for key, value in values.items()})
@@ -180,9 +200,9 @@ def check_keys(values: Mapping[str, Any], allowed: Sequence[str], section: str) 
     """Refuse keys outside ``allowed`` and name the nearest."""
     for key in values:
         if key not in allowed:
-            near = difflib.get_close_matches(key, allowed, n=1)
+            near = difflib.get_close_matches(str(key)[:100], allowed, n=1)
             hint = f"did you mean {near[0]!r}?" if near else f"allowed: {', '.join(allowed)}"
-            raise ValueError(f"unknown key {_join(section, key)!r} in the recipe; {hint}")
+            raise ValueError(f"unknown key {shown(_join(section, str(key)))} in the recipe; {hint}")
 
 
 def same_weights(a: Recipe, b: Recipe) -> str | None:
@@ -208,11 +228,11 @@ def _find(recipe: str | Path) -> Path:
     path = Path(recipe)
     if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
-            raise ValueError(f"recipe file {path} does not exist")
+            raise ValueError(f"recipe file {printable(path)} does not exist")
         return path
     shipped = {p.stem: p for p in sorted(RECIPES_FOLDER.glob("*.toml"))}
     if str(recipe) not in shipped:
-        raise ValueError(f"no recipe {str(recipe)!r}; give a .toml file or one of {', '.join(shipped)}")
+        raise ValueError(f"no recipe {shown(str(recipe))}; give a .toml file or one of {', '.join(shipped)}")
     return shipped[str(recipe)]
 
 
@@ -220,28 +240,41 @@ def _override(table: dict[str, Any], override: str) -> None:
     key, sign, text = override.partition("=")
     names = key.strip().split(".")
     if not sign or not all(names):
-        raise ValueError(f"an override must look like section.key=value, got {override!r}")
-    try:
-        value = tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        value = text.strip()
+        raise ValueError(f"an override must look like section.key=value, got {shown(override)}")
     for name in names[:-1]:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ValueError(f"{name!r} in the override {override!r} is a value, not a section")
-    table[names[-1]] = value
+            raise ValueError(f"{shown(name)} in the override {shown(override)} is a value, not a section")
+    table[names[-1]] = _override_value(text, override)
+
+
+def _override_value(text: str, override: str) -> Any:
+    try:
+        found = parse_toml(f"value = {text}", f"the override {shown(override)}")
+        return found["value"] if len(found) == 1 else text.strip()
+    except ValueError as error:
+        if isinstance(error.__cause__, tomllib.TOMLDecodeError):  # a bare word
+            return text.strip()
+        raise
 
 
 def _convert(value: Any, hint: Any, key: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if hint is float and type(value) is int:
+        return float(value)  # at most 128 bits: fits
     if hint in (int, float, str, bool):
         if type(value) is not hint:
-            raise ValueError(f"{key} must be {hint.__name__}, got {value!r}")
-    elif isinstance(value, list) and str(hint).startswith("tuple"):
-        return tuple(value)
+            raise ValueError(f"{key} must be {hint.__name__}, got {shown(value)}")
+        if hint is float and not math.isfinite(value):
+            raise ValueError(f"{key} must be a finite number, got {value}")
+        if hint is int and key.startswith("options.") and abs(value) > MAX_OPTION:
+            raise ValueError(f"{key} must be at most {MAX_OPTION:,}, got {shown(value)}")
+    elif str(hint).startswith("tuple"):
+        inner = float if "float" in str(hint) else int
+        if not isinstance(value, list | tuple) or not all(_is_number(v) and isinstance(v, int | inner) for v in value):
+            raise ValueError(f"{key} must be a list of {inner.__name__}, got {shown(value)}")
+        return tuple(inner(v) for v in value)
     elif str(hint).startswith("collections.abc.Mapping") and not isinstance(value, Mapping):
-        raise ValueError(f"[{key}] must be a table of keys, got {value!r}")
+        raise ValueError(f"[{key}] must be a table of keys, got {shown(value)}")
     return value
 
 
@@ -249,13 +282,13 @@ def _join(section: str, key: str) -> str:
     return f"{section}.{key}" if section else key
 
 
-def _positive(config: Any, *names: str) -> None:
-    for name in names:
-        if not getattr(config, name) > 0:
-            raise ValueError(f"{name} must be > 0, got {getattr(config, name)}")
+def _is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
 
 
-def _share(config: Any, *names: str) -> None:
+def _between(config: Any, section: str, low: float, high: float, *names: str) -> None:
     for name in names:
-        if not 0 <= getattr(config, name) <= 1:
-            raise ValueError(f"{name} must lie in [0, 1], got {getattr(config, name)}")
+        value = getattr(config, name)
+        if not low <= value <= high:  # not of NaN either
+            bound = f"> {low - 1}" if low == 1 and value < low else f"in {low}..{high}"
+            raise ValueError(f"{section}.{name} must be {bound}, got {shown(value)}")

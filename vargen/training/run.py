@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import os
 import signal
 import sys
 import time
@@ -24,6 +23,8 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
 
+from vargen.files import atomic_write, make_folder, writing
+from vargen.printable import printable
 from vargen.training.checkpoints import (
     checkpoint_folders,
     keep_metrics_until,
@@ -74,6 +75,8 @@ def train(
 
     Raises:
         ValueError: unusable recipe or data, a run folder in the way, nothing to resume.
+        WriteError: the disk is full, or a file too large for the system or a limit; ``resume`` goes on from the last
+            checkpoint.
     """
     if not isinstance(recipe, Recipe):
         recipe = load_recipe(recipe, overrides)
@@ -175,15 +178,15 @@ class _Loop:
         if not self.accelerator.is_main_process:
             return
         line = {"step": self.step, "images": self.step * self.recipe.data.batch_size, **values}
-        with (self.folder / METRICS_FILE).open("a", encoding="utf-8") as file:
+        target = self.folder / METRICS_FILE
+        with writing(target), target.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def _write_grid(self) -> None:
         pixels = self.task.sample_grid(self.ema.model).permute(1, 2, 0).numpy()
         target = self.folder / "samples" / f"step-{self.step:08d}.png"
-        beside = target.with_name(f".{target.name}")
-        Image.fromarray(pixels).save(beside, format="PNG")
-        os.replace(beside, target)
+        with atomic_write(target, overwrite=True) as beside:
+            Image.fromarray(pixels).save(beside, format="PNG")
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()
@@ -223,25 +226,23 @@ def _due(step: int, period: int, last: bool) -> bool:
 def _check_run_folder(run: Path, recipe: Recipe, resume: bool) -> None:
     if not resume:
         if checkpoint_folders(run):
-            raise ValueError(f"{run} already holds a run; continue it with --resume or choose another --output")
+            raise ValueError(
+                f"{printable(run)} already holds a run; continue it with --resume or choose another --output"
+            )
         return
     if not checkpoint_folders(run):
-        raise ValueError(f"nothing to resume in {run}: it has no checkpoint; start without --resume")
+        raise ValueError(f"nothing to resume in {printable(run)}: it has no checkpoint; start without --resume")
     changed = same_weights(stored_recipe(run), recipe)
     if changed:
         raise ValueError(
-            f"cannot resume {run}: {changed!r} differs from the run's recipe; only schedule and log may change"
+            f"cannot resume {printable(run)}: {changed!r} differs from the run's recipe; only schedule and log may change"
         )
 
 
 def _prepare_folder(run: Path, recipe: Recipe, step: int) -> None:
-    try:
-        (run / "samples").mkdir(parents=True, exist_ok=True)
-        beside = run / f".{RECIPE_FILE}.writing"
+    make_folder(run / "samples")
+    with atomic_write(run / RECIPE_FILE, overwrite=True) as beside:
         beside.write_text(json.dumps(recipe.to_dict(), indent=1), encoding="utf-8")
-        os.replace(beside, run / RECIPE_FILE)
-    except OSError as error:
-        raise ValueError(f"cannot write the run folder {run}: {error.strerror}") from None
     keep_metrics_until(run / METRICS_FILE, step)
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import json
 from pathlib import Path
 from typing import Any
 
+from vargen.printable import printable
+from vargen.reading import read_json
 from vargen.tokenizers.vq import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_weights
 from vargen.training.recipe import Recipe, parse_recipe
@@ -64,8 +65,11 @@ def stored_recipe(run: Path) -> Recipe:
     """
     file = run / RECIPE_FILE
     if not file.is_file():
-        raise ValueError(f"{run} is not the folder of a training run: it has no {RECIPE_FILE}")
-    return parse_recipe(json.loads(file.read_text(encoding="utf-8")))
+        raise ValueError(f"{printable(run)} is not the folder of a training run: it has no {RECIPE_FILE}")
+    try:
+        return parse_recipe(read_json(file))
+    except ValueError as error:
+        raise ValueError(f"cannot read the recipe {printable(file)}: {error}") from None
 
 
 def _component(source: str | Path, name: str) -> Path:

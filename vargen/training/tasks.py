@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vargen.data.heroes import HeroesDataset
+from vargen.printable import shown
 from vargen.training.recipe import Recipe, build
 
 TASKS = {  # name -> (module, class); imported when asked for
@@ -30,6 +31,7 @@ TASKS = {  # name -> (module, class); imported when asked for
     "video-fsq": ("vargen.training.video", "VideoTask"),
     "nbp": ("vargen.training.nbp", "NBPTask"),
 }
+MAX_GRID = 1024  # pictures on a sample grid
 _EVAL_STREAM = 1  # added to the recipe's seed: evaluation heroes are another stream, of the test split
 
 
@@ -47,12 +49,15 @@ class Task:
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
         if recipe.data.name != self.data_name:
-            raise ValueError(f"data.name must be {self.data_name!r}, got {recipe.data.name!r}")
+            raise ValueError(f"data.name must be {self.data_name!r}, got {shown(recipe.data.name)}")
         if recipe.data.batch_size % world_size:
             got = f"{recipe.data.batch_size} over {world_size} processes"
             raise ValueError(f"data.batch_size must be a multiple of the number of processes, got {got}")
         self.recipe, self.rank, self.world_size = recipe, rank, world_size
         self.options = build(self.Options, recipe.options, "options")
+        pictures = getattr(self.options, "grid_size", 1)
+        if not 1 <= pictures <= MAX_GRID:
+            raise ValueError(f"options.grid_size must be in 1..{MAX_GRID}, got {pictures}")
         self.device = torch.device("cpu")
         self._train = self.dataset(
             recipe.seed, attribute_dropout=recipe.data.attribute_dropout, null_dropout=recipe.data.null_dropout
@@ -120,7 +125,7 @@ def make_task(recipe: Recipe, rank: int = 0, world_size: int = 1) -> Task:
         ValueError: unknown task, or options that the task does not know.
     """
     if recipe.task not in TASKS:
-        raise ValueError(f"unknown task {recipe.task!r}; choose from {', '.join(TASKS)}")
+        raise ValueError(f"unknown task {shown(recipe.task)}; choose from {', '.join(TASKS)}")
     module, name = TASKS[recipe.task]
     return getattr(import_module(module), name)(recipe, rank, world_size)
 
