@@ -411,8 +411,8 @@ class TestMalformedComponent:
         ("tokenizer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, ("quantization_config",)),
         ("backbone/config.json", {"_use_default_values": 3}, ("_use_default_values must be a list",)),
         ("backbone/config.json", {"_use_default_values": [[]]}, ("_use_default_values must be a list",)),
-        ("backbone/config.json", {"num_layers": "many"}, ("backbone",)),
-        ("conditioner/conditioner_config.json", {"vocabulary": "nothing"}, ("unknown vocabulary",)),
+        ("backbone/config.json", {"num_layers": "many"}, ("num_layers must be an integer", "'many'")),
+        ("conditioner/conditioner_config.json", {"vocabulary": "nothing"}, ("vocabulary must be one of",)),
         ("conditioner/conditioner_config.json", {"vocabulary": ["os", "system"]}, ("vocabulary",)),
         ("sampler/sampler_config.json", {"y" * 100_000: 1}, ("no setting 'yyy",)),
     )
@@ -432,7 +432,7 @@ class TestMalformedComponent:
         index.write_text(json.dumps({"metadata": {}, "weight_map": {"output.weight": shard}}))
         refused(saved, "not the name of a file", shown(shard))
         index.write_text(DEEP)
-        refused(saved, "nested too deeply")
+        refused(saved, "nests its values too deeply")
         index.write_text("{}")
         refused(saved, "no weight_map")
 
@@ -455,7 +455,7 @@ class TestMalformedComponent:
         (tmp_path / "kl" / "diffusers.py").write_text(trap.source)
         one_line(lambda: load_autoencoder(tmp_path / "kl"), "holds the Python file")
         (tmp_path / "kl" / "config.json").write_text(DEEP)
-        one_line(lambda: load_autoencoder(tmp_path / "kl"), "nested too deeply")
+        one_line(lambda: load_autoencoder(tmp_path / "kl"), "nests its values too deeply")
         trap.assert_untouched()
 
     def test_settings_of_emu35_choose_no_attention(self) -> None:

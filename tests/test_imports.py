@@ -15,7 +15,7 @@ import vargen
 
 ROOT = Path(__file__).resolve().parents[1]
 CORE = ("checks", "outputs", "printable", "protocols", "random")  # modules of vargen that everyone may import
-FILES = ("files", "folders", "classes", "reading", "pictures", "checkpoints", "families", "manifests", "hub")  # models on disk
+FILES = ("files", "folders", "classes", "reading", "pictures", "checkpoints", "checkpoint_bounds", "checkpoint_files", "families", "manifests", "hub")
 LIGHT = ("vargen", "vargen.checks", "vargen.registry", "vargen.cli.main")
 
 # room -> rooms and modules of vargen that it may import beside itself and the core
