@@ -27,8 +27,8 @@ from _common import pin_to_core, report, table, write_json
 from torch import Tensor
 
 from vargen.kernels.draw import new_errors
-from vargen.kernels.shift import shift_window
-from vargen.kernels.verify import Draft, Verdict, verify_window
+from vargen.kernels.verify.shift import shift_window
+from vargen.kernels.verify.verify import Draft, Verdict, verify_window
 
 CODES = (1024, 16384, 65536)
 WINDOWS = (1, 16, 32, 64)
@@ -292,8 +292,8 @@ def measure(num_codes: int, window: int, batch: int, device: str, bandwidth: flo
 
 def _compiled_twin(steps: list[Step], shape: dict[str, Any], missing: dict[str, str]) -> dict[str, Any]:
     """torch.compile of the twin; it picks rows by value, so the graph breaks there."""
-    from vargen.kernels.verify_twin import Setting, verify_twin
-    from vargen.kernels.window import VerifyNoise
+    from vargen.kernels.verify.reference import Setting, verify_twin
+    from vargen.kernels.verify.types import VerifyNoise
 
     def step_of(s: Step) -> Callable[[], Any]:
         place = tuple(s.where[name] for name in ("seeds", "positions", "iteration", "num_rows"))

@@ -22,19 +22,19 @@ from _common import pin_to_core, report, table, write_json
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from vargen.backbones.causal_mar import CausalMARTransformer
-from vargen.backbones.mar import MARTransformer
-from vargen.data.heroes import HeroAtlas
+from vargen.backbones.mar.causal import CausalMARTransformer
+from vargen.backbones.mar.model import MARTransformer
+from vargen.datasets.heroes.compose import HeroAtlas
 from vargen.images import to_uint8
-from vargen.metrics.features import extract, extract_cached
+from vargen.evaluation.features import extract, extract_cached
 from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
-from vargen.metrics.images import TensorImages
-from vargen.metrics.networks import feature_network
-from vargen.samplers.continuous_speculative import ContinuousSpeculativeSampler
-from vargen.samplers.masked_continuous import ContinuousMaskedSampler
-from vargen.training.kl import load_autoencoder
-from vargen.training.mar import load_continuous
+from vargen.evaluation.images import TensorImages
+from vargen.metrics.networks.registry import feature_network
+from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
+from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
+from vargen.training.tasks.kl import load_autoencoder
+from vargen.training.tasks.mar import load_continuous
 
 CHUNK = 64  # images at a time; fixed, so that rounding does not differ between runs
 PASSES = (8, 16, 32, 64)

@@ -25,11 +25,11 @@ from _common import report, table, write_json
 from acceptance_kernel import copy_bandwidth, graph_seconds
 from next_token import compiled_copy
 
-from vargen.backbones.llamagen import LlamaGenTransformer
+from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.outputs import DecodeStats
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.samplers.window import WindowSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers.window.decoder import WindowSampler
 
 GRID = (16, 16)
 REPEATS = 3

@@ -36,10 +36,10 @@ from speculative import PROMPTS, nats
 from tests.toys import perturbed
 from tests.tree_toys import TreeSpatial
 from vargen.samplers.base import Sampler
-from vargen.samplers.grouped import GroupedSpeculativeSampler
-from vargen.samplers.lantern import LanternSampler
-from vargen.samplers.neighbors import nearest_codes
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window.grouped import GroupedSpeculativeSampler
+from vargen.samplers.window.lantern import LanternSampler
+from vargen.samplers.acceptance.codebook_neighbors import nearest_codes
+from vargen.samplers.window.next_token import NextTokenSampler
 
 DELTAS = (0.1, 0.4, 0.2)  # the span of the paper's tables
 LAMS = (5.0, 20.0)
@@ -115,8 +115,8 @@ def flat(num_images: int, noise: float) -> list[dict[str, Any]]:
 
 def quality(pipe: Any, num: int, chunk: int, kept: list[dict[str, Any]], save: Any) -> list[dict[str, Any]]:
     """Heroes of the shipped model; ``save`` is called with the rows so far."""
-    from vargen.metrics.evaluate import evaluate_fid
-    from vargen.metrics.networks import feature_network
+    from vargen.evaluation.evaluate import evaluate_fid
+    from vargen.metrics.networks.registry import feature_network
 
     network, rows = feature_network("lite0"), {row["setting"]: row for row in kept}
     chosen = samplers(own_settings(pipe))

@@ -23,12 +23,12 @@ import torch.nn.functional as F
 from _common import interleaved_medians, pin_to_core, report, table, write_json
 from torch import Tensor
 
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.backbones.var import VARTransformer
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.backbones.var.model import VARTransformer
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.next_scale import NextScaleSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+from vargen.samplers.scale.next_scale import NextScaleSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 
 SETTINGS = {"guidance_scale": 2.5, "top_k": 900, "top_p": 0.96}  # of the published tables
 SMALL_SCALES = (1, 2, 4, 8, 16)

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from _common import pin_to_core, read_bandwidth, report, table, write_json
 from torch import Tensor
 
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.samplers.window.next_token import NextTokenSampler
 
 GRID = (16, 16)
 DEPTHS = (16, 112, 224)  # codes already drawn when a timed segment begins

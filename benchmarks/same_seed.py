@@ -14,7 +14,7 @@ import torch
 from _common import report, table, write_json
 
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
 PROMPTS = ("deep elf with a red cloak and a great sword", "minotaur", "wizard hat", "red cloak")
 

@@ -21,15 +21,15 @@ import numpy as np
 import torch
 from _common import interleaved_medians, pin_to_core, report, table, write_json
 
-from vargen.backbones.any_order import AnyOrderTransformer
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.backbones.masked import MaskedTransformer
-from vargen.backbones.nar import NARTransformer
-from vargen.backbones.par import PARTransformer
-from vargen.samplers.masked import MaskedSampler
-from vargen.samplers.neighboring import NeighboringSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.samplers.parallel_group import ParallelGroupSampler
+from vargen.backbones.llamagen.any_order import AnyOrderTransformer
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.backbones.llamagen.masked import MaskedTransformer
+from vargen.backbones.nar.model import NARTransformer
+from vargen.backbones.par.model import PARTransformer
+from vargen.samplers.schedule.masked import MaskedSampler
+from vargen.samplers.schedule.neighboring import NeighboringSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers.schedule.parallel_group import ParallelGroupSampler
 
 PARTS = ("shipped", "equal", "published")
 SMALL: dict[str, Any] = {
@@ -116,7 +116,7 @@ def shipped_models(device: str) -> dict[str, tuple[Any, Any]]:
 def conditions(backbone: Any, batch: int, device: str) -> torch.Tensor:
     """Class labels, or attributes of test heroes."""
     if backbone.config.condition_type == "attributes":
-        from vargen.data.heroes import HeroesDataset
+        from vargen.datasets.heroes.compose import HeroesDataset
 
         return HeroesDataset(1, split="test").examples(np.arange(batch))["attributes"].to(device)
     return torch.arange(batch, device=device)

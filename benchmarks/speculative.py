@@ -26,11 +26,11 @@ sys.path.insert(0, str(ROOT))  # the synthetic model lives with the tests
 from tests.toys import SpatialBackbone, perturbed
 from vargen.kernels.warp import warp_logits
 from vargen.samplers.base import Sampler
-from vargen.samplers.draft_model import DraftModelSampler
-from vargen.samplers.drafted_jacobi import DraftedJacobiSampler
-from vargen.samplers.grouped import GroupedSpeculativeSampler
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window.draft_model import DraftModelSampler
+from vargen.samplers.window.drafted_jacobi import DraftedJacobiSampler
+from vargen.samplers.window.grouped import GroupedSpeculativeSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 PROMPTS = ("deep elf with a red cloak and a great sword", "minotaur", "wizard hat", "red cloak")
 

@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from _common import interleaved_medians, pin_to_core, report, table, write_json
 
-from vargen.backbones.nbp import NBPTransformer
-from vargen.hub import MODELS_FOLDER
-from vargen.samplers.next_block import NextBlockSampler
-from vargen.tokenizers.video_fsq import VideoFSQTokenizer
+from vargen.backbones.nbp.model import NBPTransformer
+from vargen.checkpoints.resolve import MODELS_FOLDER
+from vargen.samplers.schedule.next_block import NextBlockSampler
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 
 SHIPPED = MODELS_FOLDER / "heroes-video-nbp"
 SMALL: dict[str, Any] = {

@@ -8,7 +8,7 @@ from common import Checkpoint, arguments, ready, report
 from transformers import Emu3ForConditionalGeneration, Emu3Processor
 
 import vargen
-from vargen.adapters.emu3 import QUALITY_SUFFIX
+from vargen.adapters.families.emu3 import QUALITY_SUFFIX
 
 CHECKPOINT = Checkpoint(
     repo="BAAI/Emu3-Gen-hf", licence="Apache-2.0", parameters=8.8, layers=32, kv_heads=8, head_dim=128, slots=8300

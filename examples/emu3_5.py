@@ -12,7 +12,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoTokenizer
 
 import vargen
-from vargen.adapters.emu3_5 import load_emu35
+from vargen.adapters.families.emu3_5 import load_emu35
 
 CHECKPOINT = Checkpoint(
     repo="BAAI/Emu3.5-Image", licence="Apache-2.0", parameters=34.1, layers=64, kv_heads=8, head_dim=128, slots=4300

@@ -8,7 +8,7 @@ from common import Checkpoint, arguments, ready, report
 from diffusers import GlmImagePipeline
 
 import vargen
-from vargen.adapters.glm_image import CELL
+from vargen.adapters.families.glm_image import CELL
 
 CHECKPOINT = Checkpoint(
     repo="zai-org/GLM-Image",

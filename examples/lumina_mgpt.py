@@ -14,7 +14,7 @@ from huggingface_hub import snapshot_download
 from transformers import AutoProcessor, ChameleonForConditionalGeneration
 
 import vargen
-from vargen.adapters.chameleon_checkpoints import load_lumina
+from vargen.adapters.families.chameleon_checkpoints import load_lumina
 
 CHECKPOINT = Checkpoint(
     repo="Alpha-VLLM/Lumina-mGPT-7B-768",

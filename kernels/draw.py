@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.kernels import rows
+from vargen.kernels import device as rows
 from vargen.kernels.language import jit, launch_options, tl, use_triton
 from vargen.kernels.warp import NEG_INF, combine, threshold
 from vargen.random import Stream, gumbel

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.kernels import rows
+from vargen.kernels import device as rows
 from vargen.kernels.language import jit, launch_options, tl, use_triton
 
 NEG_INF = float("-inf")

@@ -23,8 +23,8 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 import vargen
-from vargen.checks import check_choice, check_integer, check_names, check_number, shown
-from vargen.folders import Stored
+from vargen.validation.checks import check_choice, check_integer, check_names, check_number, shown
+from vargen.validation.folders import Stored
 from vargen.outputs import Guarantee, SamplerOutput
 
 
@@ -91,7 +91,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
         """Return a copy with some settings changed.
 
         Example:
-            >>> from vargen.samplers.next_token import NextTokenSampler
+            >>> from vargen.samplers.window.next_token import NextTokenSampler
             >>> NextTokenSampler(top_k=64).replace(temperature=0.9).top_k
             64
         """

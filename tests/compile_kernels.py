@@ -14,7 +14,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vargen.kernels import draw, language, launch, nearest, relaxed_kernels, shift, tree_kernels, verify_kernels, warp
+from vargen.kernels.verify import arguments as launch
+from vargen.kernels.verify import relaxed_kernels
+from vargen.kernels.verify import shift
+from vargen.kernels.tree import triton_kernels as tree_kernels
+from vargen.kernels.verify import triton_kernels as verify_kernels
+from vargen.kernels import draw, language, nearest, warp
 
 POINTERS = {
     "*bf16": "logits label",

@@ -14,8 +14,8 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 
-from vargen.backbones.diffusion_head import DiffusionHead
-from vargen.backbones.gaussian_diffusion import training_diffusion
+from vargen.backbones.layers.diffusion_head import DiffusionHead
+from vargen.backbones.layers.gaussian_diffusion import training_diffusion
 
 DTYPE = torch.float64
 

@@ -20,10 +20,10 @@ from unittest import mock
 import numpy as np
 import torch
 
-from vargen.kernels.verify import verify_window
+from vargen.kernels.verify.verify import verify_window
 from vargen.kernels.warp import warp_logits
-from vargen.kernels.window import Draft, Label, VerifyNoise
-from vargen.samplers import window as window_module
+from vargen.kernels.verify.types import Draft, Label, VerifyNoise
+from vargen.samplers.window import decoder as window_module
 
 EDGE = 0.02  # how deep inside its interval a random number is placed, as a share of the interval
 

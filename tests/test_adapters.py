@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from tests.adapter_cases import BUILDERS, Case, case
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 TOLERANCE = 1e-4  # of the reference's README
 FAMILIES = list(BUILDERS)

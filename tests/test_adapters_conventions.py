@@ -13,8 +13,8 @@ from vargen import ImagePipeline, wrap
 from vargen.adapters.base import compile_body
 from vargen.adapters.tiny import tiny_janus
 from vargen.adapters.wrap import check_version
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 PROMPTS = ["a red fox", "the golden castle on a mountain"]
 CLASSES = {

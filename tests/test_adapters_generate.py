@@ -7,8 +7,8 @@ import torch
 
 from tests.adapter_cases import case, read
 from vargen.adapters.generate import generate_with
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning")
 WINDOW = SpeculativeJacobiSampler(window=4)

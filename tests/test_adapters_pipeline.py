@@ -15,11 +15,11 @@ import transformers
 
 from tests.adapter_cases import HF, case
 from vargen import ImagePipeline, wrap
-from vargen.adapters.emu3_5 import emu35_config, load_emu35
+from vargen.adapters.families.emu3_5 import emu35_config, load_emu35
 from vargen.adapters.tiny import tiny_janus
 from vargen.samplers.base import known_samplers
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 ROOT = Path(__file__).resolve().parents[1]
 PROMPTS = ["a red fox", "the golden castle on a mountain"]

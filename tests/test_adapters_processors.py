@@ -10,9 +10,9 @@ from PIL import Image
 from tests.adapter_cases import case, codes_of
 from tests.adapter_processors import chameleon_processor, emu3_processor, glm_image_processor
 from vargen import ImagePipeline, wrap
-from vargen.adapters.emu3_5 import UNCONDITIONAL
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.adapters.families.emu3_5 import UNCONDITIONAL
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 PROMPTS = ["a red fox", "the golden castle on the mountain"]
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (16, 16, 3), dtype=np.uint8))

@@ -5,9 +5,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from vargen.data.heroes import HeroAtlas, HeroesDataset, compose
+from vargen.datasets.heroes.compose import HeroAtlas, HeroesDataset, compose
 from vargen.metrics.attribute_accuracy import AttributeAccuracy, accuracy_on_real_heroes
-from vargen.metrics.attributes import (
+from vargen.metrics.networks.attributes import (
     CLASSIFIER_FOLDER,
     AttributeClassifier,
     _augment,
@@ -162,7 +162,7 @@ def test_classifier_survives_the_disk_and_refuses_other_pictures(tmp_path, monke
     assert loaded.real_accuracy == {"all": 0.5}
     with pytest.raises(ValueError, match="vargen eval classifier --out"):
         AttributeClassifier.from_pretrained(tmp_path / "absent")
-    monkeypatch.setattr("vargen.metrics.attributes.pictures_digest", lambda: "0" * 16)
+    monkeypatch.setattr("vargen.metrics.networks.attributes.pictures_digest", lambda: "0" * 16)
     with pytest.raises(ValueError, match="trained on other pictures"):
         AttributeClassifier.from_pretrained(tmp_path / "c")
 

@@ -10,8 +10,8 @@ from typer.testing import CliRunner
 from tests.tiny import NUM_CLASSES, tiny_pipeline
 from vargen.cli.main import app
 from vargen.metrics import bench, bench_table, feature_network, read_bench
-from vargen.metrics.benchmark import read_sampler
-from vargen.metrics.conditions import class_conditions
+from vargen.evaluation.benchmark import read_sampler
+from vargen.evaluation.conditions import class_conditions
 
 
 class Means(nn.Module):

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vargen.backbones.cache import NOCACHE, UNWRITTEN, KVCache, attention
-from vargen.backbones.llamagen import LlamaGenTransformer
+from vargen.backbones.layers.cache.kv_cache import NOCACHE, UNWRITTEN, KVCache, attention
+from vargen.backbones.llamagen.model import LlamaGenTransformer
 
 B, GRID, V = 3, (3, 4), 23
 N = GRID[0] * GRID[1]

@@ -11,8 +11,8 @@ from safetensors.torch import save_file
 
 from tests.adapter_cases import HF, load
 from tests.golden_files import load_file
-from vargen.adapters.chameleon_checkpoints import load_lumina, load_meta_chameleon
-from vargen.checkpoints import CheckpointError
+from vargen.adapters.families.chameleon_checkpoints import load_lumina, load_meta_chameleon
+from vargen.checkpoints.reader import CheckpointError
 
 D, H, KV, HEAD, HIDDEN, V = 32, 4, 2, 8, 64, 76
 CONFIG = json.loads((HF / "chameleon" / "config.json").read_text())

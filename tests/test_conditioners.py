@@ -9,11 +9,11 @@ import pytest
 import torch
 
 import vargen
-from vargen.backbones.llamagen import LlamaGenTransformer
+from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.conditioners.class_labels import ClassConditioner, imagenet_names
 from vargen.conditioners.t5 import T5CaptionConditioner, left_pad
-from vargen.data.heroes import caption, complete, parse_prompt
+from vargen.datasets.heroes.compose import caption, complete, parse_prompt
 
 # class labels
 
@@ -117,7 +117,7 @@ def test_attribute_conditioner_is_saved_by_name(tmp_path):
 
 def test_attribute_ids_feed_the_backbone():
     ids = AttributeConditioner("heroes")(["deep elf with a red cloak", "minotaur"])
-    from vargen.data.heroes import HeroAtlas
+    from vargen.datasets.heroes.compose import HeroAtlas
 
     atlas = HeroAtlas.load()
     model = LlamaGenTransformer(

@@ -14,11 +14,11 @@ from torch import Tensor
 
 from tests.continuous_toys import DTYPE, ToyCausal, compare, linear_gaussian, mixture, normality, whiten
 from tests.golden_files import load_file
-from vargen.backbones.causal_mar import CausalMARTransformer
-from vargen.backbones.mar import MARTransformer
-from vargen.samplers import continuous_rules
-from vargen.samplers.continuous_rules import accept, couple_step, draw_residual, log_ratio, reflect, survive
-from vargen.samplers.continuous_speculative import ContinuousSpeculativeSampler
+from vargen.backbones.mar.causal import CausalMARTransformer
+from vargen.backbones.mar.model import MARTransformer
+from vargen.samplers.acceptance import gaussian as continuous_rules
+from vargen.samplers.acceptance.gaussian import accept, couple_step, draw_residual, log_ratio, reflect, survive
+from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 
 GOLDEN = Path(__file__).parent / "golden" / "mar"
 LEAST_P = 1e-4
@@ -115,9 +115,9 @@ def test_a_capped_residual_is_drawn_and_counted(monkeypatch: pytest.MonkeyPatch)
     assert capped == 1
     assert chains == 3 + 2 * 4 + 8
     monkeypatch.setattr(continuous_rules, "survive", lambda ratio, u: torch.zeros_like(u, dtype=torch.bool))
-    monkeypatch.setattr("vargen.samplers.continuous_verify.survive", continuous_rules.survive)
+    monkeypatch.setattr("vargen.samplers.acceptance.gaussian_chains.survive", continuous_rules.survive)
     monkeypatch.setattr(
-        "vargen.samplers.continuous_verify.accept", lambda ratio, u: torch.zeros_like(ratio, dtype=torch.bool)
+        "vargen.samplers.acceptance.gaussian_chains.accept", lambda ratio, u: torch.zeros_like(ratio, dtype=torch.bool)
     )
     output = run(linear_gaussian(), linear_gaussian(), 2, mode="exact", gamma=2)
     assert output.stats.guarantee == "relaxed"

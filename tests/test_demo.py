@@ -20,14 +20,14 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import tiny_hero_pipeline
-from vargen import studio as drawing
+from vargen.serving import studio as drawing
 from vargen.cli.main import app
-from vargen.demo import build_page, drawable_models, serve
-from vargen.display import output_sheet
+from vargen.serving.demo import build_page, drawable_models, serve
+from vargen.display.notebook import output_sheet
 from vargen.pipelines.image import ImagePipeline
-from vargen.preview import LivePreview
-from vargen.same_site import MAX_BODY, SameSite
-from vargen.studio import MAX_IMAGES, Studio
+from vargen.display.preview import LivePreview
+from vargen.serving.same_site import MAX_BODY, SameSite
+from vargen.serving.studio import MAX_IMAGES, Studio
 
 ROOT = Path(__file__).parents[1]
 PROMPT = "minotaur with a battle axe"
@@ -319,7 +319,7 @@ class Client:
 def served(studio, monkeypatch):
     """A page with a tiny model, really served."""
     pytest.importorskip("gradio")
-    monkeypatch.setattr("vargen.demo.drawable_models", list)
+    monkeypatch.setattr("vargen.serving.demo.drawable_models", list)
     page, port = build_page(studio, "tiny"), free_port()
     serve(page, "127.0.0.1", port, wait=False)
     yield page, port

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from tests.golden_files import load_file
-from vargen.backbones.diffusion_head import DiffusionHead, path_log_prob
-from vargen.backbones.gaussian_diffusion import TABLES, gaussian_kl, make_diffusion, spaced_timesteps
+from vargen.backbones.layers.diffusion_head import DiffusionHead, path_log_prob
+from vargen.backbones.layers.gaussian_diffusion import TABLES, gaussian_kl, make_diffusion, spaced_timesteps
 
 # angles of up to 999 radians: half a unit in the last place of a frequency moves the sinusoids by 3e-5, and exp() is not
 # rounded alike on every CPU (the time embedding is off by 2.02e-6 where the file's README suggests TOLERANCE)

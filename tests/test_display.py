@@ -13,7 +13,7 @@ from PIL import Image
 
 import vargen
 from tests.tiny import SCALES, tiny_pipeline
-from vargen import display
+from vargen.display import notebook as display
 from vargen.outputs import DecodeStats
 
 

@@ -6,10 +6,10 @@ import torch
 from tests.enumeration import chi_square_p, shared_noise_law, table_law, total_variation
 from tests.toys import LinedBackbone, SpatialBackbone, TabularBackbone, perturbed
 from vargen.random import Stream
-from vargen.samplers import draft_model
-from vargen.samplers.draft_model import DraftModelSampler
-from vargen.samplers.drafted_jacobi import DraftedJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window import draft_model
+from vargen.samplers.window.draft_model import DraftModelSampler
+from vargen.samplers.window.drafted_jacobi import DraftedJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 EXACT_COPIES = [
     DraftModelSampler(num_drafts=1),

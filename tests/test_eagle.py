@@ -12,13 +12,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tests.conftest import GOLDEN
 from tests.enumeration import chi_square_p, sequence_law
 from tests.tiny import CODEBOOK_SIZE, GRID, tiny_backbone, tiny_tokenizer
-from vargen.backbones.eagle import EagleDrafter
+from vargen.draft_models.eagle import EagleDrafter
 from vargen.kernels.warp import warp_logits
-from vargen.samplers.lantern import LanternSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.samplers.tree import Tree
-from vargen.samplers.tree_drafters import draft_fixed, draft_likeliest
-from vargen.samplers.window import WindowSampler
+from vargen.samplers.window.lantern import LanternSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers.drafters.tree import Tree
+from vargen.samplers.drafters.tree_drafts import draft_fixed, draft_likeliest
+from vargen.samplers.window.decoder import WindowSampler
 
 XL_SHAPES = {
     "embed_tokens.weight": (16384, 1280),

@@ -24,14 +24,14 @@ from tests.tiny import (
     tiny_pipeline,
     tiny_tokenizer,
 )
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.hub import atomic_write, verify_checkpoint
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.checkpoints.resolve import atomic_write, verify_checkpoint
 from vargen.images import from_pil
 from vargen.pipelines.image import ImagePipeline
 from vargen.registry import sampler_class, swap_sampler
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.tokenizers.vq import VQTokenizer
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.tokenizers.vq.model import VQTokenizer
 
 
 def one_line(call: Callable[[], Any], *parts: str, error: type[Exception] = ValueError) -> str:
@@ -184,7 +184,7 @@ class TestNames:
     def test_nearest_model_is_shown(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "heroes32-llamagen").mkdir()
         (tmp_path / "heroes32-llamagen" / "model_index.json").write_text("{}")
-        monkeypatch.setattr("vargen.hub.MODELS_FOLDER", tmp_path)
+        monkeypatch.setattr("vargen.checkpoints.resolve.MODELS_FOLDER", tmp_path)
         one_line(lambda: ImagePipeline.from_pretrained("hero32-lamagen"), "did you mean heroes32-llamagen")
 
     def test_unknown_sampler(self) -> None:

@@ -16,22 +16,22 @@ from torch import nn
 from typer.testing import CliRunner
 
 from tests.tiny import NUM_CLASSES, tiny_backbone, tiny_pipeline, tiny_tokenizer
-from vargen.backbones.par import PARTransformer
+from vargen.backbones.par.model import PARTransformer
 from vargen.cli import eval as command
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.data.heroes import HeroAtlas, parse_prompt
+from vargen.datasets.heroes.compose import HeroAtlas, parse_prompt
 from vargen.metrics import compare, evaluate_fid, feature_network, read_images, write_card, write_npz
-from vargen.metrics.attributes import AttributeClassifier
-from vargen.metrics.conditions import Conditions, class_conditions, hero_conditions, prompt_file
-from vargen.metrics.generate import generate, ordered_images
+from vargen.metrics.networks.attributes import AttributeClassifier
+from vargen.evaluation.conditions import Conditions, class_conditions, hero_conditions, prompt_file
+from vargen.evaluation.drawing.generate import generate, ordered_images
 from vargen.metrics.heroes import draw_heroes
-from vargen.metrics.likelihood import evaluate_likelihood, token_nats
-from vargen.metrics.reconstruction import evaluate_reconstruction, psnr
-from vargen.metrics.report import read_report
+from vargen.evaluation.likelihood import evaluate_likelihood, token_nats
+from vargen.evaluation.reconstruction import evaluate_reconstruction, psnr
+from vargen.evaluation.report import read_report
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.samplers.parallel_group import ParallelGroupSampler
-from vargen.tokenizers.vq import VQTokenizer
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers.schedule.parallel_group import ParallelGroupSampler
+from vargen.tokenizers.vq.model import VQTokenizer
 
 
 class Means(nn.Module):
@@ -346,7 +346,7 @@ def test_class_conditional_model_against_a_folder_and_published_moments(network,
         evaluate_fid(pipe, tmp_path / "other", num=10, reference=folder, network=network)
     with pytest.raises(ValueError, match="num must be at least 2"):
         evaluate_fid(pipe, tmp_path / "other", num=1, network=network)
-    from vargen.metrics.features import extract
+    from vargen.evaluation.features import extract
 
     extract(read_images(folder), network).statistics.save(tmp_path / "moments.npz")
     moments = compare(tmp_path / "out" / "samples.npz", tmp_path / "moments.npz", network=network)

@@ -21,14 +21,16 @@ import torch
 from torch import nn
 
 from vargen import files
-from vargen.metrics import claims, feature_network, run_folder
-from vargen.metrics.claims import Claims
-from vargen.metrics.conditions import class_conditions
-from vargen.metrics.evaluate import compare, evaluate_fid
+from vargen.evaluation.drawing import claims
+from vargen.evaluation.drawing import run_folder
+from vargen.metrics import feature_network
+from vargen.evaluation.drawing.claims import Claims
+from vargen.evaluation.conditions import class_conditions
+from vargen.evaluation.evaluate import compare, evaluate_fid
 from vargen.metrics.frechet import frechet_error, frechet_infinity, statistics_distance
-from vargen.metrics.generate import generate, ordered_images
+from vargen.evaluation.drawing.generate import generate, ordered_images
 from vargen.metrics.heroes import HeroImages, draw_heroes
-from vargen.metrics.inception import InceptionBody
+from vargen.metrics.networks.inception import InceptionBody
 from vargen.metrics.inception_score import split_scores
 from vargen.metrics.statistics import GaussianStatistics
 from vargen.outputs import DecodeStats
@@ -159,7 +161,7 @@ def test_two_processes_share_a_run_and_draw_what_one_draws(calm, processes, tmp_
 
 
 def test_chunks_of_a_slow_process_are_waited_for_and_those_of_a_dead_one_drawn(calm, tmp_path, monkeypatch):
-    monkeypatch.setattr("vargen.metrics.generate._POLL", 0.01)
+    monkeypatch.setattr("vargen.evaluation.drawing.generate._POLL", 0.01)
     folder = tmp_path / "run" / "claims"
     folder.mkdir(parents=True)
     dead = subprocess.Popen([sys.executable, "-c", ""])
@@ -184,7 +186,7 @@ def test_chunks_of_a_slow_process_are_waited_for_and_those_of_a_dead_one_drawn(c
 
 
 def test_a_process_that_hangs_ends_the_wait_with_one_line(tmp_path, monkeypatch):
-    monkeypatch.setattr("vargen.metrics.generate._POLL", 0.01)
+    monkeypatch.setattr("vargen.evaluation.drawing.generate._POLL", 0.01)
     folder = tmp_path / "run" / "claims"
     folder.mkdir(parents=True)
     (folder / "00000008").write_text(json.dumps({"host": "elsewhere", "pid": 12, "started": "3"}))

@@ -17,11 +17,12 @@ from tests.enumeration import (
     total_variation,
 )
 from tests.toys import TabularBackbone
-from vargen.kernels import verify_twin
-from vargen.kernels.window import Label
+from vargen.kernels.verify import reference as verify_twin
+from vargen.kernels.verify.types import Label
 from vargen.random import Stream
-from vargen.samplers import drafters, window
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.drafters import base as drafters
+from vargen.samplers.window import decoder as window
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
 EXACT = 1e-12
 FALSE_ALARM = 1e-4  # p below which a sampling test fails: once in 10,000 runs of a right sampler

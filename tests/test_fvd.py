@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from vargen.metrics import FrechetVideoDistance
-from vargen.metrics._files import file_digest
+from vargen.metrics.files import file_digest
 from vargen.metrics.fvd import VideoFeatures, _I3DBody, video_features
-from vargen.metrics.i3d import I3D, same_padding
+from vargen.metrics.networks.i3d import I3D, same_padding
 
 scipy_linalg = pytest.importorskip("scipy.linalg")
 

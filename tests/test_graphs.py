@@ -13,11 +13,11 @@ from torch.nn import Parameter
 
 from tests.tiny import CODEBOOK_SIZE, tiny_backbone
 from vargen.kernels.draw import new_errors
-from vargen.samplers import graphs
-from vargen.samplers.draft_model import DraftModelSampler
-from vargen.samplers.grouped import GroupedSpeculativeSampler
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window import cuda_graph as graphs
+from vargen.samplers.window.draft_model import DraftModelSampler
+from vargen.samplers.window.grouped import GroupedSpeculativeSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 SAMPLERS = [
     NextTokenSampler(guidance_scale=2.0, top_k=20),
@@ -58,8 +58,8 @@ def stand_in(monkeypatch):
         return run
 
     monkeypatch.setattr(graphs, "capture", capture)
-    monkeypatch.setattr("vargen.samplers.window.obstacle", lambda sampler, backbone: None)
-    monkeypatch.setattr("vargen.samplers.window.looking_is_free", lambda device: False)
+    monkeypatch.setattr("vargen.samplers.window.decoder.obstacle", lambda sampler, backbone: None)
+    monkeypatch.setattr("vargen.samplers.window.decoder.looking_is_free", lambda device: False)
     return captured
 
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from tests.toys import SpatialBackbone, TabularBackbone
-from vargen.samplers.grouped import GroupedSpeculativeSampler
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.grouped import GroupedSpeculativeSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
 
 def zeros(n):

@@ -17,10 +17,10 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from vargen.data import crawl
-from vargen.data._philox import philox_words
-from vargen.data.atlas import ATLAS_FOLDER
-from vargen.data.heroes import (
+from vargen.datasets.heroes import build_atlas as crawl
+from vargen.datasets.philox import philox_words
+from vargen.datasets.heroes.atlas import ATLAS_FOLDER
+from vargen.datasets.heroes.compose import (
     MIN_VISIBLE_PIXELS,
     HeroAtlas,
     HeroesDataset,
@@ -446,7 +446,7 @@ def test_wrong_dataset_arguments_are_refused(options: dict) -> None:
 
 def test_numpy_side_does_not_import_torch() -> None:
     code = (
-        "import sys, vargen.data.heroes as h; h.sample_hero(0); h.parse_prompt('orc'); print('torch' in sys.modules)"
+        "import sys, vargen.datasets.heroes.compose as h; h.sample_hero(0); h.parse_prompt('orc'); print('torch' in sys.modules)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"

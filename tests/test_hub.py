@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vargen import hub
-from vargen.checkpoints import CheckpointError, check_family, load_original, load_strict
-from vargen.families import Family, get_family, guess_family, register_family
+from vargen.checkpoints import resolve as hub
+from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoints.families import Family, get_family, guess_family, register_family
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 
@@ -236,7 +236,7 @@ def test_wrong_family_is_named_with_its_loader() -> None:
 
 
 def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from vargen import families
+    from vargen.checkpoints import families
 
     monkeypatch.setattr(families, "_families", list(families._families))
     register_family(Family("mine", "My model", "none", ("my.key",)))

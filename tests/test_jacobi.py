@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from tests.toys import SpatialBackbone, TabularBackbone
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 INITS = ["uniform", "repeat_left", "repeat_above"]
 
@@ -99,7 +99,7 @@ def test_coupled_carries_need_far_fewer_forwards_than_the_published_rule():
 @pytest.mark.slow
 def test_guessing_with_the_shared_noise_beats_copying(monkeypatch):
     """The argmax of the position's own noise repeats the draw more often than a code that is independent of it."""
-    from vargen.samplers import jacobi
+    from vargen.samplers.window import jacobi
 
     shared = spatial_speed(window=16)
     monkeypatch.setattr(jacobi, "shared_guesses", lambda _: None)

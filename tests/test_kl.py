@@ -12,9 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.golden_files import load_file
-from vargen.checkpoints import CheckpointError
-from vargen.manifests import convert_checkpoint, verify_checkpoint
-from vargen.tokenizers.kl import KL16_SCALE, infer_kl_config, kl_latents, load_kl16, to_latent_diffusion
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.manifests import convert_checkpoint, verify_checkpoint
+from vargen.tokenizers.kl.autoencoder import KL16_SCALE, infer_kl_config, kl_latents, load_kl16, to_latent_diffusion
 
 GOLDEN = Path(__file__).parent / "golden" / "mar"
 

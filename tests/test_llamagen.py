@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from tests.golden_files import load_file, unpacked
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.backbones.sizes import SIZES
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.backbones.llamagen.sizes import SIZES
 from vargen.kernels.warp import warp_logits
 from vargen.protocols import Backbone
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
-from vargen.backbones.mar import MARTransformer
-from vargen.backbones.mar_blocks import draw_mask_ratio
-from vargen.checkpoints import CheckpointError
-from vargen.manifests import verify_checkpoint
-from vargen.samplers.masked_continuous import ContinuousMaskedSampler, MaskedContinuousState
-from vargen.tokenizers.kl import KL16_SCALE, load_kl16
+from vargen.backbones.mar.model import MARTransformer
+from vargen.backbones.mar.layers import draw_mask_ratio
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler, MaskedContinuousState
+from vargen.tokenizers.kl.autoencoder import KL16_SCALE, load_kl16
 
 GOLDEN = Path(__file__).parent / "golden" / "mar"
 READ = {"patch_size": 2, "encoder_num_heads": 2, "decoder_num_heads": 2, "num_sampling_steps": "4,0"}

@@ -8,13 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from vargen.backbones.causal_mar import CausalMARTransformer
-from vargen.backbones.mar import MARTransformer
-from vargen.training.kl import load_autoencoder
-from vargen.training.mar import load_continuous
+from vargen.backbones.mar.causal import CausalMARTransformer
+from vargen.backbones.mar.model import MARTransformer
+from vargen.training.tasks.kl import load_autoencoder
+from vargen.training.tasks.mar import load_continuous
 from vargen.training.run import train
 from vargen.training.sources import read_run
-from vargen.training.tasks import make_task
+from vargen.training.tasks.base import make_task
 
 SHORT = [
     "data.batch_size=4", "data.num_eval_images=4", "schedule.num_steps=2", "schedule.warmup_steps=1",
@@ -28,7 +28,7 @@ BLOCKS = [f"model.{part}_{name}" for part in ("encoder", "decoder") for name in 
 @pytest.mark.slow
 def test_every_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("vargen.training.kl.SCALE_IMAGES", 32)
+    monkeypatch.setattr("vargen.training.tasks.kl.SCALE_IMAGES", 32)
     metrics = train("heroes32-kl", [*SHORT, "model.block_out_channels=[8, 8]"]).metrics
     assert metrics["psnr"] > 5
     autoencoder = load_autoencoder("runs/heroes32-kl")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from tests.golden_files import load_file
-from vargen.backbones.masked import MaskedTransformer
+from vargen.backbones.llamagen.masked import MaskedTransformer
 from vargen.samplers.base import Sampler
-from vargen.samplers.masked import MaskedSampler
+from vargen.samplers.schedule.masked import MaskedSampler
 
 GOLDEN = Path(__file__).parent / "golden" / "masked"
 CASES = json.loads((GOLDEN / "masked_decode.json").read_text())["cases"]

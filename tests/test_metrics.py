@@ -27,10 +27,10 @@ from vargen.metrics import (
     frechet_infinity,
     quantise,
 )
-from vargen.metrics import networks as networks_module
-from vargen.metrics.features import extract, extract_cached
-from vargen.metrics.images import TensorImages
-from vargen.metrics.inception import InceptionBody
+from vargen.metrics.networks import registry as networks_module
+from vargen.evaluation.features import extract, extract_cached
+from vargen.evaluation.images import TensorImages
+from vargen.metrics.networks.inception import InceptionBody
 from vargen.metrics.precision_recall import precision_recall
 
 FEATURES = 12
@@ -525,7 +525,7 @@ def test_lite0_distance_orders_damage(lite0):
 
 
 def test_missing_extra_is_named(monkeypatch):
-    monkeypatch.setattr("vargen.metrics.lite0.importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr("vargen.metrics.networks.lite0.importlib.util.find_spec", lambda _name: None)
     with pytest.raises(ValueError, match=r'pip install "vargen\[metrics\]"'):
         feature_network("lite0")
 

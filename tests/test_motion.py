@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.data import motion
-from vargen.data.atlas import HeroAtlas
-from vargen.data.heroes import compose
-from vargen.data.motion import (
+from vargen.datasets.motion import compose as motion
+from vargen.datasets.heroes.atlas import HeroAtlas
+from vargen.datasets.heroes.compose import compose
+from vargen.datasets.motion.compose import (
     MOTIONS,
     PARTS,
     MotionDataset,
@@ -20,7 +20,7 @@ from vargen.data.motion import (
     parse_prompt,
     sample_clips,
 )
-from vargen.metrics.motion import MotionClassifier, measure_motion, train_motion_classifier
+from vargen.metrics.networks.motion import MotionClassifier, measure_motion, train_motion_classifier
 
 
 def labels_of(name: str, base: str = "orc") -> np.ndarray:

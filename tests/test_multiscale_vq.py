@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.golden_files import load_file
-from vargen.checkpoints import CheckpointError
-from vargen.manifests import verify_checkpoint
-from vargen.tokenizers.multiscale_checkpoints import to_native, to_official
-from vargen.tokenizers.multiscale_quantizer import phi_index
-from vargen.tokenizers.multiscale_vq import SCALES_512, MultiScaleVQTokenizer
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.tokenizers.multiscale_vq.checkpoints import to_native, to_official
+from vargen.tokenizers.multiscale_vq.quantizer import phi_index
+from vargen.tokenizers.multiscale_vq.model import SCALES_512, MultiScaleVQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "var"
 SCALES = (1, 2, 3, 4)

@@ -10,15 +10,15 @@ import torch.nn.functional as F
 from tests.enumeration import chi_square_p
 from tests.golden_files import load_file, unpacked
 from tests.tiny import CODEBOOK_SIZE, tiny_pipeline, tiny_tokenizer
-from vargen.backbones.nar import NARTransformer
-from vargen.checkpoints import CheckpointError
+from vargen.backbones.nar.model import NARTransformer
+from vargen.checkpoints.reader import CheckpointError
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
-from vargen.manifests import verify_checkpoint
-from vargen.manifests.schedule import NAR_PARAMETERS, NAR_VIDEO_PARAMETERS
-from vargen.samplers.neighboring import NeighboringSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.samplers.schedule import DecodeSchedule
+from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.checkpoints.manifests.schedule import NAR_PARAMETERS, NAR_VIDEO_PARAMETERS
+from vargen.samplers.schedule.neighboring import NeighboringSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers.schedule.schedule import DecodeSchedule
 
 GOLDEN = Path(__file__).parent / "golden" / "nar"
 SETS = ("c2i", "t2i", "video")

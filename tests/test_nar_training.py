@@ -8,13 +8,13 @@ import torch
 from safetensors.torch import load_file
 
 import vargen
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.backbones.nar import NARTransformer
-from vargen.data.heroes import HeroAtlas
-from vargen.samplers.neighboring import NeighboringSampler
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.backbones.nar.model import NARTransformer
+from vargen.datasets.heroes.compose import HeroAtlas
+from vargen.samplers.schedule.neighboring import NeighboringSampler
 from vargen.training.checkpoints import checkpoint_folders
 from vargen.training.export import export_pipeline
-from vargen.training.nar import start_from
+from vargen.training.tasks.nar import start_from
 from vargen.training.recipe import load_recipe, parse_recipe
 from vargen.training.run import METRICS_FILE, train
 

@@ -9,12 +9,12 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden_files import load_file, unpacked
-from vargen.backbones.nbp import NBPTransformer
-from vargen.checkpoints import CheckpointError
+from vargen.backbones.nbp.model import NBPTransformer
+from vargen.checkpoints.reader import CheckpointError
 from vargen.kernels.warp import warp_logits
 from vargen.protocols import block_order
-from vargen.samplers.next_block import NextBlockSampler, block_schedule
-from vargen.samplers.schedule import DecodeSchedule
+from vargen.samplers.schedule.next_block import NextBlockSampler, block_schedule
+from vargen.samplers.schedule.schedule import DecodeSchedule
 
 GOLDEN = Path(__file__).parent / "golden" / "nbp"
 SEEN = []  # guided logits, step by step

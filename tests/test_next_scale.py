@@ -10,14 +10,14 @@ from scipy.stats import chisquare
 from torch import Tensor
 
 from tests.golden_files import load_file
-from vargen.backbones.var import VARTransformer
+from vargen.backbones.var.model import VARTransformer
 from vargen.kernels.warp import warp_logits
 from vargen.pipelines.image import ImagePipeline
 from vargen.random import Stream
-from vargen.samplers.next_scale import NextScaleSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.samplers.scale_editing import keep_codes
-from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
+from vargen.samplers.scale.next_scale import NextScaleSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers.scale.editing import keep_codes
+from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "var"
 SCALES = [1, 2, 4]

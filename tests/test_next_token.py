@@ -9,9 +9,9 @@ from tests.enumeration import chi_square_p, shared_noise_law, table_law, total_v
 from tests.tiny import tiny_backbone
 from tests.toys import SpatialBackbone, TabularBackbone
 from vargen.kernels.warp import warp_logits
-from vargen.samplers import window
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window import decoder as window
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 SETTINGS = [
     {},

@@ -78,7 +78,7 @@ def test_import_works_where_links_are_missing(tmp_path: Path) -> None:
     for folder in ("vargen", *ROOMS):
         skip = shutil.ignore_patterns("__pycache__", "assets", *(ROOMS if folder == "vargen" else ()))
         shutil.copytree(ROOT / folder, tmp_path / folder, ignore=skip)
-    code = "import vargen.tokenizers.vq as vq, vargen.kernels.draw as draw; print(vq.__file__, draw.__file__)"
+    code = "import vargen.tokenizers.vq.model as vq, vargen.kernels.draw as draw; print(vq.__file__, draw.__file__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [Path(name).parent for name in done.stdout.split()] == [tmp_path / "tokenizers", tmp_path / "kernels"]

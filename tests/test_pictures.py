@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.outside import at_most, read_or_refused, refusal
-from vargen import pictures
-from vargen.pictures import FORMATS, MAX_PIXELS, batch_count, image_size, open_frames, open_image
+from vargen.validation import pictures
+from vargen.validation.pictures import FORMATS, MAX_PIXELS, batch_count, image_size, open_frames, open_image
 
 ROOT = Path(__file__).resolve().parents[1]
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\n"
@@ -165,7 +165,7 @@ def test_batches_count_pixels() -> None:
 
 
 def test_pillow_opens_files_in_one_place_only() -> None:
-    """``Image.open`` reads anything: only ``vargen.pictures`` may call it."""
+    """``Image.open`` reads anything: only ``vargen.validation.pictures`` may call it."""
     folders = [ROOT / name for name in ("vargen", "samplers", "tokenizers", "kernels", "notebooks", "examples")]
     files = [file for folder in folders for kind in ("*.py", "*.ipynb") for file in folder.rglob(kind)]
     assert [file.name for file in files if re.search(r"\bImage\.open\(", file.read_text())] == ["pictures.py"]

@@ -30,8 +30,8 @@ from vargen.pipelines.grid import image_grid
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.inputs import merge_stats, repeat_condition, take_condition
 from vargen.pipelines.outputs import ImagePipelineOutput
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 NUM_CODES = GRID[0] * GRID[1]
 
@@ -402,7 +402,7 @@ class TestFolders:
 
     def test_sampler_of_the_users_own_module_loads(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "my_samplers.py").write_text(
-            "from vargen.samplers.next_token import NextTokenSampler\nclass MySampler(NextTokenSampler):\n    pass\n"
+            "from vargen.samplers.window.next_token import NextTokenSampler\nclass MySampler(NextTokenSampler):\n    pass\n"
         )
         monkeypatch.syspath_prepend(str(tmp_path))
         from my_samplers import MySampler  # type: ignore[import-not-found]

@@ -8,8 +8,8 @@ import torch
 from PIL import Image
 
 from tests.toys import SpatialBackbone
-from vargen.plot import BANDS, acceptance_map, diagonal_front
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.display.plot import BANDS, acceptance_map, diagonal_front
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
 
 def test_a_map_shows_the_run_it_was_made_from():

@@ -13,7 +13,7 @@ from PIL import Image
 
 import vargen
 from tests.tiny import SCALES, tiny_pipeline, tiny_scale_pipeline
-from vargen import preview as module
+from vargen.display import preview as module
 
 
 def test_one_frame_a_forward_and_a_last_one_without_the_front():

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from vargen.tokenizers.kmeans import kmeans
-from vargen.tokenizers.quantizers import VectorQuantizer, entropy_loss
+from vargen.tokenizers.vq.kmeans import kmeans
+from vargen.tokenizers.vq.quantizers import VectorQuantizer, entropy_loss
 
 SETTINGS = settings(max_examples=40, deadline=None)
 

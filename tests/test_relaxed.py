@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from tests.windows import assert_same, scene
-from vargen.kernels.neighborhood import RESIDUALS, Relaxation, neighbor_mass, relaxed_residual
-from vargen.kernels.relaxed import verify_relaxed
-from vargen.kernels.verify import Draft, Label, VerifyNoise, verify_window
+from vargen.kernels.tree.neighborhood import RESIDUALS, Relaxation, neighbor_mass, relaxed_residual
+from vargen.kernels.verify.relaxed import verify_relaxed
+from vargen.kernels.verify.verify import Draft, Label, VerifyNoise, verify_window
 from vargen.kernels.warp import warp_logits
-from vargen.samplers import aggregate
+from vargen.samplers.acceptance import lantern as aggregate
 
 LIMITS = [{"delta": 0.1}, {"delta": 0.4}, {"lam": 3.0}, {"lam": 10.0}]
 

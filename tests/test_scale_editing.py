@@ -12,10 +12,10 @@ from PIL import Image
 from torch import Tensor
 
 from tests.tiny import CODEBOOK_SIZE, NUM_CLASSES, SCALES, tiny_pipeline, tiny_scale_pipeline
-from vargen.backbones.var import VARTransformer
+from vargen.backbones.var.model import VARTransformer
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.next_scale import NextScaleSampler
-from vargen.samplers.scale_editing import keep_codes
+from vargen.samplers.scale.next_scale import NextScaleSampler
+from vargen.samplers.scale.editing import keep_codes
 
 NULL = NUM_CLASSES
 

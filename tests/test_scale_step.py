@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.tiny import tiny_scale_pipeline
-from vargen.backbones.scales import ScaleSession
-from vargen.backbones.var import VARTransformer
+from vargen.backbones.decoding.scale import ScaleSession
+from vargen.backbones.var.model import VARTransformer
 from vargen.kernels.draw import draw
 from vargen.protocols import StepOut
-from vargen.samplers.next_scale import NextScaleSampler
+from vargen.samplers.scale.next_scale import NextScaleSampler
 
 BITS = 6
 

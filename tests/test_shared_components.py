@@ -12,7 +12,7 @@ import torch
 
 from tests.test_continuous_pipeline import autoencoder, causal, pipeline
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.continuous_speculative import ContinuousSpeculativeSampler
+from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.training.export import halve_weights, share_component
 
 

@@ -21,7 +21,7 @@ from vargen.training.export import export_pipeline
 from vargen.training.optim import parameter_groups
 from vargen.training.recipe import parse_recipe
 from vargen.training.run import METRICS_FILE, train
-from vargen.training.tasks import make_task
+from vargen.training.tasks.base import make_task
 
 ROOT = Path(__file__).parents[1]
 

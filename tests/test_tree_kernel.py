@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from tests.tree_toys import TreeTabular
-from vargen.samplers.aggregate import RESIDUALS, Relaxation
-from vargen.samplers.lantern import LanternSampler
-from vargen.samplers.tree import Tree, TreeDraft
-from vargen.samplers.walk import walk_logits
+from vargen.samplers.acceptance.lantern import RESIDUALS, Relaxation
+from vargen.samplers.window.lantern import LanternSampler
+from vargen.samplers.drafters.tree import Tree, TreeDraft
+from vargen.samplers.acceptance.recursive import walk_logits
 
 SHAPES = {
     "chain": "0 00 000",

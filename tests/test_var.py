@@ -11,18 +11,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.golden_files import load_file
-from vargen.backbones.var import VARTransformer
-from vargen.backbones.var_sizes import SCALES_512
-from vargen.checkpoints import CheckpointError
-from vargen.manifests import verify_checkpoint
-from vargen.manifests.var import VAR_PARAMETERS
+from vargen.backbones.var.model import VARTransformer
+from vargen.backbones.var.sizes import SCALES_512
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.checkpoints.manifests.var import VAR_PARAMETERS
 from vargen.pipelines.image import ImagePipeline
-from vargen.tokenizers.vq import VQTokenizer
+from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import load_weights
 from vargen.training.export import export_pipeline
 from vargen.training.recipe import parse_recipe
 from vargen.training.run import train
-from vargen.training.tasks import make_task
+from vargen.training.tasks.base import make_task
 
 GOLDEN = Path(__file__).parent / "golden" / "var"
 TINY = {

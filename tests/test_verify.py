@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from vargen.kernels.rules import residual
-from vargen.kernels.verify import Draft, GroupSpec, Label, VerifyNoise, verify_window
+from vargen.kernels.acceptance import residual
+from vargen.kernels.verify.verify import Draft, GroupSpec, Label, VerifyNoise, verify_window
 from vargen.kernels.warp import warp_logits
 
 CASES = ["close", "mid", "far", "onehot", "same", "forced", "disjoint"]

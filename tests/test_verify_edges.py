@@ -5,8 +5,8 @@ import torch
 
 from tests.windows import NEG, assert_same, scene
 from vargen.kernels.draw import draw
-from vargen.kernels.relaxed import Relaxation, verify_relaxed
-from vargen.kernels.verify import Draft, Label, verify_window
+from vargen.kernels.verify.relaxed import Relaxation, verify_relaxed
+from vargen.kernels.verify.verify import Draft, Label, verify_window
 
 B, W, V = 3, 2, 61
 CARRIES = ["maximal", "independent", "none"]

@@ -5,7 +5,7 @@ import torch
 
 from tests.windows import assert_same, scene
 from vargen.kernels.draw import new_errors, raise_errors
-from vargen.kernels.verify import Draft, GroupSpec, VerifyNoise, verify_window
+from vargen.kernels.verify.verify import Draft, GroupSpec, VerifyNoise, verify_window
 
 CARRIES = ["gumbel", "maximal", "independent", "none"]
 

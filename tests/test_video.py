@@ -14,14 +14,14 @@ from PIL import Image, ImageSequence
 from typer.testing import CliRunner
 
 from vargen import registry
-from vargen.backbones.nbp import NBPTransformer
+from vargen.backbones.nbp.model import NBPTransformer
 from vargen.cli.main import app
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.video import VideoPipeline
 from vargen.pipelines.video_frames import save_video
-from vargen.samplers.next_block import NextBlockSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.tokenizers.video_fsq import VideoFSQTokenizer
+from vargen.samplers.schedule.next_block import NextBlockSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 
 
 def tiny_video_tokenizer() -> VideoFSQTokenizer:

@@ -11,14 +11,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.golden_files import load_file
-from vargen.backbones.nbp import NBPTransformer
-from vargen.backbones.nbp_sizes import SIZES
-from vargen.checkpoints import CheckpointError
-from vargen.manifests import verify_checkpoint
-from vargen.manifests.nbp import NBP_PARAMETERS, TOKENIZER_PARAMETERS
-from vargen.tokenizers.video_fsq import VideoFSQTokenizer
-from vargen.tokenizers.video_fsq_blocks import CausalConv3d, DepthToSpace, ResidualUnit, SpaceToDepth, StreamState
-from vargen.tokenizers.video_fsq_quantizer import FSQ
+from vargen.backbones.nbp.model import NBPTransformer
+from vargen.backbones.nbp.sizes import SIZES
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.checkpoints.manifests.nbp import NBP_PARAMETERS, TOKENIZER_PARAMETERS
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
+from vargen.tokenizers.video_fsq.layers import CausalConv3d, DepthToSpace, ResidualUnit, SpaceToDepth, StreamState
+from vargen.tokenizers.video_fsq.quantizer import FSQ
 
 GOLDEN = Path(__file__).parent / "golden" / "nbp" / "tokenizer_blocks"
 CLOSE = {"atol": 1e-4, "rtol": 0}

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
-from vargen.tokenizers.vq import VQTokenizer
+from vargen.tokenizers.vq.model import VQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "llamagen"
 TOLERANCE = {"atol": 1e-4, "rtol": 0}

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
-from vargen.checkpoints import CheckpointError
-from vargen.tokenizers.vq import VQTokenizer
-from vargen.tokenizers.vq_checkpoints import llamagen_to_taming, taming_to_llamagen
+from vargen.checkpoints.reader import CheckpointError
+from vargen.tokenizers.vq.model import VQTokenizer
+from vargen.tokenizers.vq.checkpoints import llamagen_to_taming, taming_to_llamagen
 
 GOLDEN = Path(__file__).parent / "golden" / "llamagen"
 

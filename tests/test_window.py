@@ -7,11 +7,11 @@ import torch
 
 from tests.enumeration import chi_square_p, table_law
 from tests.toys import LinedBackbone, SpatialBackbone, TabularBackbone, perturbed
-from vargen.samplers import window as window_module
-from vargen.samplers.draft_model import DraftModelSampler
-from vargen.samplers.drafted_jacobi import DraftedJacobiSampler
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
+from vargen.samplers.window import decoder as window_module
+from vargen.samplers.window.draft_model import DraftModelSampler
+from vargen.samplers.window.drafted_jacobi import DraftedJacobiSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 CARRIES = ["gumbel", "maximal", "independent"]
 

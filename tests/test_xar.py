@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
-from vargen.backbones.xar import XARTransformer
-from vargen.manifests import verify_checkpoint
-from vargen.samplers.next_cell import NextCellSampler
+from vargen.backbones.xar.model import XARTransformer
+from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.samplers.schedule.next_cell import NextCellSampler
 
 GOLDEN = Path(__file__).parent / "golden" / "xar"
 

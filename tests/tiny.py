@@ -6,15 +6,15 @@ from typing import Any
 
 import torch
 
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.backbones.var import VARTransformer
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.backbones.var.model import VARTransformer
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.data.heroes import HeroAtlas
+from vargen.datasets.heroes.compose import HeroAtlas
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.next_scale import NextScaleSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
-from vargen.tokenizers.vq import VQTokenizer
+from vargen.samplers.scale.next_scale import NextScaleSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
+from vargen.tokenizers.vq.model import VQTokenizer
 
 CODEBOOK_SIZE, GRID, NUM_CLASSES = 64, (4, 4), 10
 SCALES = [1, 2, 4]

@@ -2,7 +2,7 @@
 
 import torch
 
-from vargen.kernels.verify import Draft, Label
+from vargen.kernels.verify.verify import Draft, Label
 from vargen.kernels.warp import warp_logits
 
 NEG = float("-inf")

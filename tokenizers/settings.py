@@ -11,7 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from vargen.checks import (
+from vargen.validation.checks import (
     MAX_POSITIONS,
     MAX_ROWS,
     MAX_WIDTH,
@@ -27,7 +27,7 @@ from vargen.checks import (
     optional,
     pair_of,
 )
-from vargen.tokenizers.multiscale_quantizer import UPSAMPLE
+from vargen.tokenizers.multiscale_vq.quantizer import UPSAMPLE
 
 WIDTH = partial(check_integer, low=1, high=MAX_WIDTH)
 MAYBE_WIDTH = partial(check_integer, low=0, high=MAX_WIDTH)

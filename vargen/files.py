@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from vargen.printable import printable
+from vargen.validation.printable import printable
 
 _HINTS = {
     errno.ENOSPC: "; make room, or write to another disk",

@@ -3,7 +3,7 @@
 Inside the library an image is a float tensor in [-1, 1]. A different rounding to 8 bits or a different resize moves an
 FID in its third digit, so published numbers are compared with published conventions.
 
-Picture files are opened by ``open_image`` and its neighbours of ``vargen.pictures``, and by nothing else.
+Picture files are opened by ``open_image`` and its neighbours of ``vargen.validation.pictures``, and by nothing else.
 
 Letters: B images, C channels, H W pixels.
 """
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vargen.pictures import image_size, open_frames, open_image
+from vargen.validation.pictures import image_size, open_frames, open_image
 
 __all__ = [
     "Rounding",

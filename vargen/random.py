@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.checks import shown
+from vargen.validation.checks import shown
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # the constants of the paper's reference code (Random123)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vargen
-from vargen.folders import read_settings
+from vargen.validation.folders import read_settings
 
 MODELS_FOLDER = Path(vargen.__file__).parent / "assets" / "models"
 INDEX_FILE = "model_index.json"

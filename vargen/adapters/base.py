@@ -20,7 +20,7 @@ from vargen.adapters.cache import MASKED_IMPLEMENTATIONS, RaggedCache, attention
 from vargen.adapters.family import FamilyAdapter
 from vargen.adapters.prompts import PackedPrompts
 from vargen.adapters.session import PromptSession
-from vargen.backbones.cache import UNWRITTEN, KVCache, Plan
+from vargen.backbones.layers.cache.kv_cache import UNWRITTEN, KVCache, Plan
 from vargen.protocols import Layout, StepOut
 
 

@@ -1,7 +1,7 @@
 """The library's key-value cache behind transformers' cache interface.
 
 A transformers body writes keys and values through ``past_key_values.update`` and reads back what it attends over.
-``RaggedCache`` routes both to ``vargen.backbones.cache.KVCache``: rows of different length live in one batch, rolling
+``RaggedCache`` routes both to ``vargen.backbones.layers.cache.kv_cache.KVCache``: rows of different length live in one batch, rolling
 back moves a pointer, buffers are allocated lazily on the device of each layer (so ``device_map`` needs no description).
 
 Letters: R rows, H key-value heads, w items of one forward, d head width.
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vargen.backbones.cache import KVCache, Plan
+from vargen.backbones.layers.cache.kv_cache import KVCache, Plan
 
 MASKED_IMPLEMENTATIONS = ("sdpa", "eager")  # take a 4-D mask; for a ragged forward of another one sdpa stands in
 

@@ -27,7 +27,7 @@ from vargen.adapters.wrap import wrap
 from vargen.outputs import SamplerOutput
 from vargen.random import image_seeds
 from vargen.samplers.base import Sampler
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
 SUPPORTED = ("emu3", "emu3.5", "glm_image")
 # guidance and warpers are settings of the sampler, structure is the adapter's

@@ -13,11 +13,11 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from vargen.checkpoint_bounds import count_layers, read_shape
-from vargen.checkpoints import build_strict, load_original
-from vargen.tokenizers.conv import ConvDecoder
+from vargen.checkpoints.bounds import count_layers, read_shape
+from vargen.checkpoints.reader import build_strict, load_original
+from vargen.tokenizers.layers.conv import ConvDecoder
 from vargen.tokenizers.settings import LEVELS
-from vargen.tokenizers.vq_checkpoints import taming_to_llamagen
+from vargen.tokenizers.vq.checkpoints import taming_to_llamagen
 
 
 class PixelDecoder(nn.Module):

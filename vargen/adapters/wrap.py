@@ -10,7 +10,7 @@ from torch import nn
 
 from vargen.adapters.base import TransformersBackbone
 from vargen.adapters.prompts import PromptIds
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
 # config.model_type, or an explicit family -> (module below vargen.adapters, class)
 ADAPTERS = {

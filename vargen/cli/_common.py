@@ -15,8 +15,8 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from vargen.printable import printable, shown
-from vargen.reading import read_value
+from vargen.validation.printable import printable, shown
+from vargen.validation.reading import read_value
 
 DEBUG_VARIABLE = "VARGEN_DEBUG"  # set to 1: errors come with their stack
 USER_ERROR = 2  # exit code: what was asked for cannot be done

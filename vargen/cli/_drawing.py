@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from vargen.cli import _common
-from vargen.printable import shown
+from vargen.validation.printable import shown
 
 # Parameters below which one CPU thread is used: the layers are too small to share, and where another program has a core,
 # threads that wait for one another took six times as long as one thread alone (measured with the shipped models).

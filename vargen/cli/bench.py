@@ -45,16 +45,16 @@ def bench(
       vargen bench --table bench-heroes --table bench-nar
     """
     if table:
-        from vargen.metrics.benchmark import bench_table, read_bench
+        from vargen.evaluation.benchmark import bench_table, read_bench
 
         _common.say("\n".join(bench_table([read_bench(path) for path in table])))
         return
     if out is None:
         raise ValueError("name a folder for the report: --out bench-heroes")
     from vargen.cli.eval import _features, _pipeline
-    from vargen.metrics import conditions as given
-    from vargen.metrics.benchmark import bench as run
-    from vargen.metrics.benchmark import bench_page
+    from vargen.evaluation import conditions as given
+    from vargen.evaluation.benchmark import bench as run
+    from vargen.evaluation.benchmark import bench_page
 
     _common.check_number("--num", num, 0, given.MAX_IMAGES)
     _common.check_number("--repeats", repeats, 1, 1000)

@@ -51,7 +51,7 @@ def heroes(
         raise ValueError("give the folder to write with -o DIR")
     _common.check_number("-n", num_images, 1, MAX_HEROES)
     _common.check_output(output, overwrite=overwrite, folder=True)
-    from vargen.data import crawl
+    from vargen.datasets.heroes import build_atlas as crawl
 
     if rebuild:
         crawl.rebuild_atlas(tarball, output, overwrite=overwrite)

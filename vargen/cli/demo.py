@@ -39,9 +39,9 @@ def demo(
         raise ImportError("vargen demo needs gradio; install it with: pip install 'vargen[demo]'")
     if not 1 <= port <= 65535:
         raise ValueError(f"port must be in 1..65535, got {port}")
-    from vargen.same_site import check_names
+    from vargen.serving.same_site import check_names
 
     check_names(allow_host or [])
-    from vargen.demo import Studio, build_page, serve
+    from vargen.serving.demo import Studio, build_page, serve
 
     serve(build_page(Studio(_common.pick_device(device)), model), host, port, allow_host or [])

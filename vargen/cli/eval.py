@@ -69,9 +69,9 @@ def fid(
       accelerate launch --num_processes 8 -m vargen eval fid --num 50000 --out eval-50k
       vargen eval fid -m ./llamagen-b --classes 1000 -n 50000 --reference stats.npz --network inception --out eval-c2i
     """
-    from vargen.metrics import conditions as given
-    from vargen.metrics.evaluate import evaluate_fid
-    from vargen.metrics.generate import MAX_TIMEOUT
+    from vargen.evaluation import conditions as given
+    from vargen.evaluation.evaluate import evaluate_fid
+    from vargen.evaluation.drawing.generate import MAX_TIMEOUT
 
     _check_counts(num, classes)
     _common.check_number("--timeout", timeout, 0.001, MAX_TIMEOUT)
@@ -134,7 +134,7 @@ def compare(
       vargen eval compare samples/ real/
       vargen eval compare samples.npz VIRTUAL_imagenet256_labeled.npz --network inception
     """
-    from vargen.metrics.evaluate import compare as run
+    from vargen.evaluation.evaluate import compare as run
 
     with _common.progress() as progress:
         report = run(
@@ -165,7 +165,7 @@ def reconstruction(
     device: _common.Device = None,
 ) -> None:
     """Encode and decode real images: PSNR and rFD of a model's tokenizer."""
-    from vargen.metrics.reconstruction import evaluate_reconstruction
+    from vargen.evaluation.reconstruction import evaluate_reconstruction
 
     _check_counts(num)
     features = _features(network, weights, tap, device)
@@ -193,7 +193,7 @@ def likelihood(
     device: _common.Device = None,
 ) -> None:
     """Score fresh heroes: nats per token of a causal or next-scale model."""
-    from vargen.metrics.likelihood import evaluate_likelihood
+    from vargen.evaluation.likelihood import evaluate_likelihood
 
     _check_counts(num)
     pipe = _pipeline(model, None, device)
@@ -210,7 +210,7 @@ def card(
     recipe: Annotated[Path | None, typer.Option(help="Training recipe; default: the record beside the model.")] = None,
 ) -> None:
     """Write a model's README.md from reports."""
-    from vargen.metrics.card import write_card
+    from vargen.evaluation.card import write_card
 
     _common.say(write_card(model, [*results], recipe=recipe))
 
@@ -224,7 +224,7 @@ def classifier(
 ) -> None:
     """Train the hero classifier that attribute accuracy is measured with (ten minutes on one core)."""
     from vargen.metrics.attribute_accuracy import accuracy_on_real_heroes
-    from vargen.metrics.attributes import CLASSIFIER_FOLDER, train_classifier
+    from vargen.metrics.networks.attributes import CLASSIFIER_FOLDER, train_classifier
 
     _common.check_number("--steps", steps, 1, 10**6)
     _common.check_number("--seed", seed, 0, 2**63 - 1)
@@ -241,14 +241,14 @@ def classifier(
 
 def _check_counts(num: int, classes: int | None = None) -> None:
     """Raise ``ValueError`` before a network or a model is loaded."""
-    from vargen.metrics.conditions import MAX_IMAGES
+    from vargen.evaluation.conditions import MAX_IMAGES
 
     _common.check_number("--num", num, 2, MAX_IMAGES)
     _common.check_number("--classes", classes, 1, 10**9)
 
 
 def _features(network: str, weights: Path | None, tap: str | None, device: str | None) -> Any:
-    from vargen.metrics.networks import feature_network
+    from vargen.metrics.networks.registry import feature_network
 
     return feature_network(network, weights, tap=tap).to(_common.pick_device(device))
 
@@ -269,7 +269,7 @@ def _pipeline(model: str, sampler: str | None, device: str | None, dtype: str = 
 
 
 def _show(report: Any, out: Path | None) -> None:
-    from vargen.metrics.report import markdown
+    from vargen.evaluation.report import markdown
 
     _common.show_markdown(markdown(report.to_dict(), has_grid=False))
     if out is not None:

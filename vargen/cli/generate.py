@@ -157,7 +157,7 @@ def _write_grid(
     labels: bool,
     overwrite: bool,
 ) -> None:
-    from vargen.hub import atomic_write
+    from vargen.checkpoints.resolve import atomic_write
     from vargen.pipelines.grid import image_grid
 
     texts = [f"{text} #{seed}" for text, seed in zip(named, result.seeds, strict=True)] if labels else None
@@ -172,7 +172,7 @@ def _write_each(
 ) -> None:
     from PIL import Image
 
-    from vargen.hub import atomic_dir
+    from vargen.checkpoints.resolve import atomic_dir
 
     with atomic_dir(folder, overwrite=overwrite) as beside:
         for index, (image, text, seed) in enumerate(zip(result.images, named, result.seeds, strict=True)):

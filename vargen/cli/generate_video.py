@@ -91,7 +91,7 @@ def generate_video(
 def _read_frames(path: Path | None) -> list[Any] | None:
     if path is None:
         return None
-    from vargen.pictures import open_frames
+    from vargen.validation.pictures import open_frames
 
     return open_frames(path)
 

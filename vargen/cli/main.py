@@ -12,7 +12,7 @@ from typer.core import TyperGroup
 import vargen
 from vargen.cli import bench, convert, data, demo, generate, generate_video, models, train, verify
 from vargen.cli import eval as evaluate
-from vargen.printable import printable
+from vargen.validation.printable import printable
 
 HELP = """
 Visual autoregressive generation: tokenizers, backbones and samplers that plug into one another.

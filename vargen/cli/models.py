@@ -7,8 +7,8 @@ from typing import Annotated, Any
 import typer
 
 from vargen.cli import _common
-from vargen.printable import shown
-from vargen.reading import read_text
+from vargen.validation.printable import shown
+from vargen.validation.reading import read_text
 
 
 @_common.one_line_errors
@@ -74,7 +74,7 @@ def _families() -> Any:
     from rich.table import Table
 
     import vargen
-    from vargen.families import known_families
+    from vargen.checkpoints.families import known_families
 
     title = "published checkpoints (vargen convert CKPT DIR)"
     table = Table("family", "loads as", title=title, title_justify="left")

@@ -16,11 +16,11 @@ from diffusers.configuration_utils import register_to_config
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vargen.checks import Settings, check_choice, check_flag, checked, shown
+from vargen.validation.checks import Settings, check_choice, check_flag, checked, shown
 from vargen.conditioners.base import Conditioner, one_of
 
 # name -> module with a function ``parse_prompt``
-VOCABULARIES = {"heroes": "vargen.data.heroes", "motion": "vargen.data.motion_prompts"}
+VOCABULARIES = {"heroes": "vargen.datasets.heroes.compose", "motion": "vargen.datasets.motion.prompts"}
 
 
 @runtime_checkable

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Self
 from diffusers import ConfigMixin
 from torch import Tensor
 
-from vargen.folders import Stored, check_component, one_line
+from vargen.validation.folders import Stored, check_component, one_line
 
 MAX_CHARACTERS = 10_000  # of a prompt; conditioners that read less allow less
 

@@ -19,11 +19,11 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
-from vargen.classes import component_class
+from vargen.validation.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
+from vargen.validation.classes import component_class
 from vargen.conditioners.base import Conditioner, check_prompt, one_of
 from vargen.conditioners.captions import clean_caption
-from vargen.folders import check_component, check_settings, one_line
+from vargen.validation.folders import check_component, check_settings, one_line
 
 MAX_CHARACTERS = 2000  # of a caption, of which 120 tokens are read; cleaning takes time with the square
 
@@ -205,7 +205,7 @@ def load_text_encoder(name: str | Path, **options: Any) -> Any:
 
 
 def load_text_tokenizer(name: str | Path) -> Any:
-    """Load the tokenizer of a T5 encoder from a folder or the Hub: one of the classes in ``vargen.classes``.
+    """Load the tokenizer of a T5 encoder from a folder or the Hub: one of the classes in ``vargen.validation.classes``.
 
     Raises:
         ValueError: another class, or code of its own.

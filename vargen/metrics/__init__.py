@@ -10,34 +10,34 @@ from importlib import import_module
 from typing import Any
 
 _names = {
-    "feature_network": "networks",
-    "FeatureNetwork": "networks",
-    "FrechetDistance": "frechet",
-    "frechet_distance": "frechet",
-    "frechet_infinity": "frechet",
-    "FrechetVideoDistance": "fvd",
-    "I3D": "i3d",
-    "MotionClassifier": "motion",
-    "measure_motion": "motion",
-    "evaluate_motion": "motion_eval",
-    "GaussianStatistics": "statistics",
-    "KernelDistance": "kernel",
-    "InceptionScore": "inception_score",
-    "ManifoldPrecisionRecall": "precision_recall",
-    "read_images": "images",
-    "write_npz": "images",
-    "quantise": "images",
-    "evaluate_fid": "evaluate",
-    "compare": "evaluate",
-    "evaluate_reconstruction": "reconstruction",
-    "evaluate_likelihood": "likelihood",
-    "AttributeAccuracy": "attribute_accuracy",
-    "AttributeClassifier": "attributes",
-    "train_classifier": "attributes",
-    "write_card": "card",
-    "bench": "benchmark",
-    "bench_table": "benchmark",
-    "read_bench": "benchmark",
+    "feature_network": "metrics.networks.registry",
+    "FeatureNetwork": "metrics.networks.registry",
+    "FrechetDistance": "metrics.frechet",
+    "frechet_distance": "metrics.frechet",
+    "frechet_infinity": "metrics.frechet",
+    "FrechetVideoDistance": "metrics.fvd",
+    "I3D": "metrics.networks.i3d",
+    "MotionClassifier": "metrics.networks.motion",
+    "measure_motion": "metrics.networks.motion",
+    "evaluate_motion": "evaluation.motion",
+    "GaussianStatistics": "metrics.statistics",
+    "KernelDistance": "metrics.kernel",
+    "InceptionScore": "metrics.inception_score",
+    "ManifoldPrecisionRecall": "metrics.precision_recall",
+    "read_images": "evaluation.images",
+    "write_npz": "evaluation.images",
+    "quantise": "evaluation.images",
+    "evaluate_fid": "evaluation.evaluate",
+    "compare": "evaluation.evaluate",
+    "evaluate_reconstruction": "evaluation.reconstruction",
+    "evaluate_likelihood": "evaluation.likelihood",
+    "AttributeAccuracy": "metrics.attribute_accuracy",
+    "AttributeClassifier": "metrics.networks.attributes",
+    "train_classifier": "metrics.networks.attributes",
+    "write_card": "evaluation.card",
+    "bench": "evaluation.benchmark",
+    "bench_table": "evaluation.benchmark",
+    "read_bench": "evaluation.benchmark",
 }
 
 __all__ = list(_names)
@@ -46,7 +46,7 @@ __all__ = list(_names)
 def __getattr__(name: str) -> Any:
     if name not in _names:
         raise AttributeError(f"module 'vargen.metrics' has no attribute {name!r}")
-    value = getattr(import_module(f"vargen.metrics.{_names[name]}"), name)
+    value = getattr(import_module(f"vargen.{_names[name]}"), name)
     globals()[name] = value
     return value
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
-from vargen.data.atlas import HeroAtlas
-from vargen.data.heroes import compose
-from vargen.metrics.attributes import AttributeClassifier
+from vargen.datasets.heroes.atlas import HeroAtlas
+from vargen.datasets.heroes.compose import compose
+from vargen.metrics.networks.attributes import AttributeClassifier
 from vargen.metrics.heroes import draw_heroes
 
 

@@ -13,8 +13,8 @@ from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vargen.images import Rounding
-from vargen.metrics._base import QuantisedMetric
-from vargen.metrics.networks import FeatureNetwork
+from vargen.metrics.base import QuantisedMetric
+from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.results import FrechetResult, protocol
 from vargen.metrics.statistics import GaussianStatistics
 

@@ -17,10 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vargen.metrics._files import file_digest, load_state
+from vargen.metrics.files import file_digest, load_state
 from vargen.metrics.frechet import FrechetDistance, frechet_distance
-from vargen.metrics.i3d import I3D, MIN_FRAMES
-from vargen.metrics.networks import feature_network, load_weights
+from vargen.metrics.networks.i3d import I3D, MIN_FRAMES
+from vargen.metrics.networks.registry import feature_network, load_weights
 
 Protocol = Literal["styleganv", "larp", "nbp"]
 Covariance = Literal["n", "n-1"]

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.data.atlas import ATLAS_FOLDER, HeroAtlas
-from vargen.data.heroes import HeroesDataset, caption
-from vargen.metrics._files import file_digest
-from vargen.metrics.images import TensorImages
+from vargen.datasets.heroes.atlas import ATLAS_FOLDER, HeroAtlas
+from vargen.datasets.heroes.compose import HeroesDataset, caption
+from vargen.metrics.files import file_digest
+from vargen.evaluation.images import TensorImages
 
 Stream = Literal["reference", "floor", "prompts"]
 _LAW = 1  # raise it when heroes of equal seeds change: cached features are then made anew

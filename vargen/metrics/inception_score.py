@@ -10,8 +10,8 @@ from torch import Tensor
 from torchmetrics.image.inception import InceptionScore as _InceptionScore
 
 from vargen.images import Rounding
-from vargen.metrics._base import FeatureListMetric
-from vargen.metrics.networks import FeatureNetwork
+from vargen.metrics.base import FeatureListMetric
+from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.results import InceptionScoreResult, protocol
 
 _BLOCK = 1024  # images whose logits are in float64 at a time

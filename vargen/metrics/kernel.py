@@ -10,8 +10,8 @@ from torch import Tensor
 from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from vargen.images import Rounding
-from vargen.metrics._base import FeatureListMetric
-from vargen.metrics.networks import FeatureNetwork
+from vargen.metrics.base import FeatureListMetric
+from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.results import KernelResult, protocol
 
 

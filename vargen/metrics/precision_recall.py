@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from vargen.images import Rounding
-from vargen.metrics._base import FeatureListMetric
-from vargen.metrics.networks import FeatureNetwork
+from vargen.metrics.base import FeatureListMetric
+from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.results import PrecisionRecallResult, protocol
 
 _BLOCK = 1024  # rows of a distance matrix that are held at a time

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from vargen.metrics.networks import FeatureNetwork
+from vargen.metrics.networks.registry import FeatureNetwork
 
 
 @dataclass(frozen=True, kw_only=True)

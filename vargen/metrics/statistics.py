@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vargen.files import atomic_write
-from vargen.metrics._arrays import open_npz
-from vargen.printable import printable, shown
+from vargen.metrics.arrays import open_npz
+from vargen.validation.printable import printable, shown
 
 _BLOCK = 512  # samples in float64 at a time
 MAX_FEATURES = 4096  # D of a file where nobody says which network it is for: 128 MiB of covariance

@@ -15,9 +15,9 @@ import diffusers
 from diffusers.pipelines import pipeline_loading_utils, pipeline_utils
 
 import vargen
-from vargen.checks import shown
-from vargen.classes import SLOTS, component_class
-from vargen.folders import check_component, is_plain_name, read_settings
+from vargen.validation.checks import shown
+from vargen.validation.classes import SLOTS, component_class
+from vargen.validation.folders import check_component, is_plain_name, read_settings
 
 INDEX_FILE = "model_index.json"
 SHARED_KEY = "_shared"  # in an index: component name -> pipeline folder beside this one that holds it
@@ -58,7 +58,7 @@ def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
 
     Raises:
         ValueError: no index, not JSON, malformed, another library's pipeline, a class that a folder may not name (see
-            ``vargen.classes``), or a component whose folder is missing or holds code.
+            ``vargen.validation.classes``), or a component whose folder is missing or holds code.
     """
     path = folder / INDEX_FILE
     if not path.is_file():

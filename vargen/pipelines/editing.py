@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from vargen.images import from_pil
-from vargen.samplers.scale_editing import keep_codes
+from vargen.samplers.scale.editing import keep_codes
 
 REDRAWN = 0.5  # pixels of a mask above it are drawn anew, as in diffusers
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from PIL import Image, ImageDraw, ImageFont
 
-from vargen.printable import shown
+from vargen.validation.printable import shown
 
 BACKGROUND = (24, 24, 27)
 TEXT = (228, 228, 231)

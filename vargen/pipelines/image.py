@@ -14,8 +14,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from vargen.folders import one_line, read_settings
-from vargen.hub import resolve_model
+from vargen.validation.folders import one_line, read_settings
+from vargen.checkpoints.resolve import resolve_model
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.pipelines import inputs
@@ -109,7 +109,7 @@ class ImagePipeline(DiffusionPipeline):
 
         Raises:
             ValueError: unknown name (the nearest are shown), incomplete or damaged folder, a folder that holds code or
-                names a class that it may not (``vargen.classes`` lists those it may); nothing was imported or loaded then.
+                names a class that it may not (``vargen.validation.classes`` lists those it may); nothing was imported or loaded then.
         """
         check_options(kwargs)
         found = resolve_model(str(pretrained_model_name_or_path))

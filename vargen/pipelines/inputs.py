@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.checks import check_flag, shown
+from vargen.validation.checks import check_flag, shown
 from vargen.conditioners.base import check_prompt
 from vargen.outputs import DecodeStats, Guarantee
 from vargen.random import check_seeds

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from diffusers.utils import BaseOutput
 
-from vargen.display import output_html, output_sheet, png
+from vargen.display.notebook import output_html, output_sheet, png
 from vargen.outputs import DecodeStats
 
 

@@ -12,14 +12,14 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vargen.checks import shown
+from vargen.validation.checks import shown
 from vargen.images import to_pil
 from vargen.outputs import SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.image import UNDRAWN, ImagePipeline
 from vargen.pipelines.video_frames import VideoPipelineOutput, VideoWatch, check_fps, given_codes, read_frames
 from vargen.random import image_seeds
-from vargen.tokenizers.video_fsq_blocks import StreamState
+from vargen.tokenizers.video_fsq.layers import StreamState
 
 
 class VideoPipeline(ImagePipeline):

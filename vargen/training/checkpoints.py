@@ -18,8 +18,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from vargen.files import atomic_write, make_folder, writing
-from vargen.printable import printable
-from vargen.reading import parse_json, read_json
+from vargen.validation.printable import printable
+from vargen.validation.reading import parse_json, read_json
 
 _PATTERN = re.compile(r"step-(\d+)")
 

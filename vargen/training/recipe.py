@@ -16,8 +16,8 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from vargen.printable import printable, shown
-from vargen.reading import check_plain, parse_toml, read_toml
+from vargen.validation.printable import printable, shown
+from vargen.validation.reading import check_plain, parse_toml, read_toml
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 MAX_STEPS = 10**9
@@ -106,7 +106,7 @@ class Recipe:
     """
 
     name: str
-    task: str  # a key of vargen.training.tasks.TASKS
+    task: str  # a key of vargen.training.tasks.base.TASKS
     seed: int = 0
     mixed_precision: str = "no"  # "no", "fp16", "bf16": as accelerate names them
     compile: bool = False  # torch.compile the training forward

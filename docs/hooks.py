@@ -1,0 +1,226 @@
+"""What the site is made of beside its pages: sources for the reference, and tables of measured numbers.
+
+The reference is read from a copy in which every folder is a package: documentation tools do not follow our links. A line
+``<!-- table: NAME -->`` in a page becomes a table of the committed recordings (``benchmarks/results``, cards of the shipped
+models), so that no number is typed twice.
+"""
+
+import json
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+ROOMS = ("tokenizers", "samplers", "kernels")
+PLACE = re.compile(r"^<!-- table: ([\w-]+) -->$", flags=re.MULTILINE)
+
+# name in the recording -> what a user types; speculative.py records them
+SPECULATIVE = {
+    "next token": "`NextTokenSampler()`",
+    "Jacobi gumbel W=8": "`SpeculativeJacobiSampler(window=8)`",
+    "Jacobi gumbel W=16": "`SpeculativeJacobiSampler(window=16)`",
+    "Jacobi gumbel W=32": "`SpeculativeJacobiSampler()`",
+    "Jacobi gumbel W=64": "`SpeculativeJacobiSampler(window=64)`",
+    "Jacobi maximal W=32": '`SpeculativeJacobiSampler(carry="maximal")`',
+    "Jacobi independent W=32": '`SpeculativeJacobiSampler(carry="independent")`, as published',
+    "draft model, 8 drafts": "`DraftModelSampler(num_drafts=8)`",
+    "drafted Jacobi W=32, 2 sweeps": "`DraftedJacobiSampler(num_sweeps=2)`",
+    "grouped W=16 (relaxed)": "`GroupedSpeculativeSampler()`",
+}
+
+
+def on_startup(command: str, dirty: bool) -> None:
+    """Copy the sources to build/api, before anyone looks for them."""
+    target = ROOT / "build" / "api" / "vargen"
+    shutil.rmtree(target, ignore_errors=True)
+    skip = shutil.ignore_patterns("assets", "__pycache__", *ROOMS)
+    shutil.copytree(ROOT / "vargen", target, ignore=skip)
+    for room in ROOMS:
+        shutil.copytree(ROOT / room, target / room, ignore=shutil.ignore_patterns("__pycache__"))
+        (target / room / "__init__.py").touch()
+    for file in target.rglob("*.py"):
+        text = file.read_text()
+        file.write_text(text.replace(" Example:\n", " Examples:\n"))  # the section whose prompts are shown as code
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Put tables where a page asks for them."""
+    return PLACE.sub(lambda match: table(match[1]), markdown)
+
+
+def table(name: str) -> str:
+    """Return a table as Markdown, with where it comes from below it.
+
+    Raises:
+        ValueError: a name that no table has.
+    """
+    known = {
+        "speculative": speculative,
+        "lantern": lantern,
+        "schedules": schedules,
+        "next-scale": next_scale,
+        "shipped": shipped,
+        "families": families,
+        "sizes": sizes,
+        "notebooks": notebooks,
+    }
+    if name not in known:
+        raise ValueError(f"unknown table {name!r}; known: {', '.join(known)}")
+    rows, source = known[name]()
+    header, *body = rows
+    lines = [f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *body)]
+    return "\n".join(lines + (["", f"<small>{source}</small>"] if source else []))
+
+
+def recording(name: str) -> dict[str, Any]:
+    """Read a file of benchmarks/results."""
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+
+
+def told(record: dict[str, Any], *commands: str) -> str:
+    """Where numbers come from: the commands that make them, machine and day."""
+    machine = record["machine"]
+    made = ", ".join(f"<code>python {command}</code>" for command in commands)
+    return f"{made}; {machine['processor']}, {machine['threads']} thread, torch {record['versions']['torch']}, {record['date']}."
+
+
+def speculative() -> tuple[list[list[str]], str]:
+    """Samplers of causal models: forwards at batch 32, seconds at batch 1 and 32 beside next-token sampling."""
+    records = [recording("speculative-synthetic"), recording("speculative-heroes32-llamagen")]
+    flat, heroes = ({(row["sampler"], row["batch"]): row for row in record["rows"]} for record in records)
+    batch = max(size for _, size in flat)
+    header = ["sampler", "guarantee", "same codes", "flat: forwards", "heroes: forwards"]
+    rows = [[*header, "heroes: time, batch 1", f"batch {batch}"]]
+    for name, call in SPECULATIVE.items():
+        many, one = heroes[name, batch], heroes[name, 1]
+        same = "yes" if many["same"] else ""
+        forwards = [f"{law[name, batch]['forwards']:.1f}".removesuffix(".0") for law in (flat, heroes)]
+        times = [f"{row['time ratio']:.2f}" for row in (one, many)]
+        rows.append([call, many["guarantee"], same, *forwards, *times])
+    commands = ("benchmarks/speculative.py", "benchmarks/speculative.py --model heroes32-llamagen")
+    return rows, told(records[1], *commands)
+
+
+def lantern() -> tuple[list[list[str]], str]:
+    """What LANTERN's relaxation buys and costs, on flat laws and on heroes."""
+    record = recording("lantern")
+    flat = {row["setting"]: row for row in record["flat"]["good drafter"]}
+    rows = [["setting", "guarantee", "flat: codes a forward", "heroes: codes a forward", "heroes: FD", "parts"]]
+    for row in record["heroes"]:
+        codes = f"{flat[row['setting']]['codes/forward']:.1f}" if row["setting"] in flat else "-"
+        parts = f"{row['attributes']:.1%}"
+        rows.append(
+            [row["setting"], row["guarantee"], codes, f"{row['codes/forward']:.2f}", f"{row['FD']:.1f}", parts]
+        )
+    floor, num = record["heroes"][0]["floor"], record["protocol"]["num"]
+    note = f"FD-Lite0-112 of {num} pictures, where real heroes score {floor:.1f}; single runs: differences around 1 are noise. "
+    return rows, note + told(record, "benchmarks/lantern.py")
+
+
+def schedules() -> tuple[list[list[str]], str]:
+    """Models trained for other orders, beside next-token sampling of a model of about their size."""
+    record, published = recording("schedules_cpu"), recording("schedules_published_cpu")
+    rows = [["models", "order", "batch", "forwards", "images/s", "speed-up"]]
+    for models, group in (
+        ("shipped", record["shipped"]),
+        ("3 million parameters, random", record["equal"]),
+        ("LlamaGen-B, NAR-B, random", published["published"]),
+    ):
+        for row in group:
+            numbers = [str(row["batch"]), str(row["forwards"]), f"{row['images/s']:.2g}", f"{row['speed-up']:.2f}"]
+            rows.append([models, row["schedule"], *numbers])
+    return rows, told(record, "benchmarks/schedules.py")
+
+
+def next_scale() -> tuple[list[list[str]], str]:
+    """Next-scale beside next-token."""
+    record = recording("next_scale")
+    rows = [["models", "batch", "forwards", "images/s", "next-token: images/s", "speed-up"]]
+    for row in record["beside_next_token"]:
+        speeds = [f"{row[f'{kind} images/s']:.1f}" for kind in ("next-scale", "next-token")]
+        rows.append(
+            [row["models"], str(row["batch"]), str(row["next-scale forwards"]), *speeds, f"{row['ratio']:.1f}"]
+        )
+    return rows, told(record, "benchmarks/next_scale.py")
+
+
+def shipped() -> tuple[list[list[str]], str]:
+    """The models inside the package, from their folders and cards."""
+    rows = [["name", "backbone", "size", "forwards an image", "FD-Lite0-112", "parts recognised"]]
+    for index in sorted((ROOT / "vargen" / "assets" / "models").glob("*/model_index.json")):
+        entry = json.loads(index.read_text()).get("backbone")
+        if not entry or not entry[1]:
+            continue
+        size = sum(path.stat().st_size for path in index.parent.rglob("*") if path.is_file())
+        card = index.parent / "README.md"
+        numbers = [_found(card, pattern) for pattern in (r"decoding: ([\d.]+) forward", r"FD-Lite0-112 \| ([\d.]+)")]
+        parts = _found(card, r"Attribute accuracy: ([\d.]+)%")
+        row = [f"`{index.parent.name}`", f"`{entry[1]}`", f"{size / 1e6:.1f} MB", numbers[0].removesuffix(".0")]
+        rows.append([*row, numbers[1], f"{parts} %" if parts != "-" else parts])
+    note = (
+        "From the cards of the models: 2,000 pictures each, where two sets of real heroes score 1.5. Those of the continuous "
+        "models say what captions leave open and what that does to the distance."
+    )
+    return rows, note
+
+
+def _found(file: Path, pattern: str) -> str:
+    match = re.search(pattern, file.read_text()) if file.is_file() else None
+    return match[1] if match else "-"
+
+
+def families() -> tuple[list[list[str]], str]:
+    """Checkpoints that `load_original`, `verify` and `convert` know, with the keywords that shapes cannot tell."""
+    import vargen
+    from vargen.checkpoints.families import known_families
+
+    found = [family for family in known_families() if family.loader in vargen.__all__]
+    return [["checkpoint", "loads as"], *([family.title, f"`{family.loader}`"] for family in found)], ""
+
+
+def sizes() -> tuple[list[list[str]], str]:
+    """Published sizes with the parameter counts that ``vargen verify`` expects."""
+    from vargen.checkpoints.manifests import llamagen as llamagen_manifests
+    from vargen.checkpoints.manifests import mar
+    from vargen.checkpoints.manifests import schedule
+    from vargen.checkpoints.manifests import var
+
+    llamagen = {size: counts[-2:] for size, counts in llamagen_manifests.LLAMAGEN_SIZES.items() if size != "GPT-7B"}
+    nar = schedule.NAR_PARAMETERS
+    published: dict[str, dict[Any, int]] = {
+        "LlamaGen, class to image": {size: c2i for size, (c2i, _) in llamagen.items()},
+        "LlamaGen, text to image": {"GPT-XL": llamagen["GPT-XL"][1]},
+        "LlamaGen tokenizers": llamagen_manifests.VQ_PARAMETERS,
+        "VAR": {size: count for size, count in var.VAR_PARAMETERS.items() if size != "d12"},
+        "VAR tokenizer": {var.VAE_NAME: var.VAE_PARAMETERS},
+        "NAR, class to image": {size: nar[size][0] for size in ("B", "M", "L", "XL", "XXL")},
+        "NAR, text to image": {"XL": nar["XL"][1]},
+        "NAR video": schedule.NAR_VIDEO_PARAMETERS,
+        "PAR (size x codes of a group)": schedule.PAR_PARAMETERS,
+        "RandAR": schedule.RANDAR_PARAMETERS,
+        "MAR": mar.MAR_PARAMETERS,
+        "xAR": mar.XAR_PARAMETERS,
+    }
+    rows = [["model", "parameters in millions (GB in float32)"]]
+    for model, counts in published.items():
+        listed = [f"{_plain(size)} {count / 1e6:,.0f} ({count * 4 / 1e9:.2g})" for size, count in counts.items()]
+        rows.append([model, ", ".join(listed)])
+    return rows, ""
+
+
+def _plain(size: Any) -> str:
+    return (
+        " x ".join(map(str, size)) if isinstance(size, tuple) else str(size).removeprefix("xar_").removeprefix("GPT-")
+    )
+
+
+def notebooks() -> tuple[list[list[str]], str]:
+    """The notebooks and the questions they answer."""
+    rows = [["notebook", "question"]]
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        text = "".join(json.loads(path.read_text())["cells"][0]["source"])
+        found = re.search(r"\*\*Question\.\*\* (.+?)(?:\n\n|$)", text, flags=re.DOTALL)
+        question = found[1] if found else text.splitlines()[0].lstrip("# ")
+        rows.append([f"`{path.name}`", " ".join(question.split())])
+    return rows, ""

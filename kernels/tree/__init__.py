@@ -1,0 +1,1 @@
+"""Verification of trees: Triton kernel and public function."""

@@ -1,0 +1,1 @@
+"""Verification of windows: reference, Triton kernels, public functions."""

@@ -1,0 +1,132 @@
+"""Group masses of grouped speculative decoding (GSD, So et al., 2025, arXiv:2508.07747). p target, q draft.
+
+Tokens of equal logit (top-k removes many) are ordered by code, so that a group is well defined. A draft that top-k or
+top-p removed is rejected whatever its neighbours weigh; the released code accepts it with their mass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vargen.kernels import device as rows
+from vargen.kernels.language import jit, tl
+from vargen.kernels.acceptance import near
+from vargen.kernels.verify.types import GroupSpec
+
+
+def group_members(z: Tensor, p: Tensor, token: Tensor, spec: GroupSpec) -> tuple[Tensor, Tensor]:
+    """Codes that share the fate of a draft token.
+
+    Args:
+        z: ``[R, V]`` float32 warped logits of the target.
+        p: ``[R, V]`` float32 probabilities.
+        token: ``[R]`` int64 draft tokens.
+        spec: sizes and thresholds.
+
+    Returns:
+        codes ``[R, size]`` int64 and whether each belongs to the group ``[R, size]`` bool; the token is a member.
+    """
+    half = spec.size // 2
+    order = torch.argsort(z, dim=-1, stable=True)
+    own = z.gather(-1, token[:, None])
+    code = torch.arange(z.shape[-1], device=z.device)
+    rank = ((z < own) | ((z == own) & (code < token[:, None]))).sum(-1)
+    ranks = rank[:, None] + torch.arange(-half, half, device=z.device)
+    inside = (ranks < z.shape[-1]) & (rank >= half)[
+        :, None
+    ]  # a slice that starts below 0 is empty in the released code
+    members = order.gather(-1, ranks.clamp(0, z.shape[-1] - 1))
+    members = members.where(inside, token[:, None])
+    keep = inside & near.fn(p.gather(-1, members), p.gather(-1, token[:, None]), spec.prob_threshold)
+    if spec.embeddings is not None:
+        keep &= _close(members, inside, token, spec)
+    own_place = members == token[:, None]
+    first = own_place & (own_place.cumsum(-1) == 1)  # the token counts once, whatever the filters say
+    return members, (keep & ~own_place) | first
+
+
+def _close(members: Tensor, inside: Tensor, token: Tensor, spec: GroupSpec) -> Tensor:
+    table = spec.embeddings
+    assert table is not None
+    known = len(table)
+    apart = table[members.clamp(max=known - 1)].float() - table[token.clamp(max=known - 1)].float()[:, None]
+    close = apart.square().sum(-1) < spec.distance_threshold
+    unfiltered = ((members >= known) & inside).any(-1) | (token >= known)
+    return close | unfiltered[:, None]
+
+
+@jit
+def group_masses(
+    z, cond, uncond, scale, inv_t, V, tau, lse, label_cond, label_uncond, q_tau, q_lse,
+    kind, token, z_token, q_token, embeddings_ptr, group_codes, dim, prob_threshold, distance_threshold,
+    GUIDED: tl.constexpr, LABEL_GUIDED: tl.constexpr, HALF: tl.constexpr, CLOSE: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """p and q of the group of ``token``; the device function of ``group_members`` and the sums over it.
+
+    Neighbours in rank are found one after the other, by the next smaller or larger (logit, code) of the row.
+    """
+    own = _order(z_token, token, tau)
+    rank = 0
+    for tile in range(TILES):
+        x = rows.tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
+        code = tile * BLOCK + tl.arange(0, BLOCK)
+        rank += tl.sum(((_order(x, code, tau) < own) & (code < V)).to(tl.int32), 0)
+    p_token = rows.law_of(z_token, tau, lse)
+    q_own = tl.where(kind == 1, 1.0, q_token)
+    p_near, q_near, p_close, q_close = p_token, q_own, p_token, q_own
+    unfiltered = token >= group_codes
+    d = tl.arange(0, DIM)
+    current = own
+    for i in range(2 * HALF - 1):
+        if i == HALF:
+            current = own  # the lower neighbours are done
+        down = i < HALF
+        current = _next(z, cond, uncond, scale, inv_t, V, tau, current, down, GUIDED, BLOCK, TILES)
+        found = (rank >= HALF) & (current != 0x7FFFFFFFFFFFFFFF)
+        member = tl.where(found, current & 0xFFFFFFFF, token)
+        p = rows.law_of(rows.load_code(cond, uncond, scale, inv_t, member, GUIDED), tau, lse)
+        q = tl.where(kind == 2, q_token, 0.0)
+        if kind == 3:
+            q = rows.law_of(rows.load_code(label_cond, label_uncond, scale, inv_t, member, LABEL_GUIDED), q_tau, q_lse)
+        joins = found & near(p, p_token, prob_threshold)
+        p_near += tl.where(joins, p, 0.0)
+        q_near += tl.where(joins, q, 0.0)
+        if CLOSE:
+            unfiltered = unfiltered | (found & (member >= group_codes))
+            known = tl.minimum(member, group_codes - 1)
+            a = tl.load(embeddings_ptr + known * dim + d, mask=d < dim, other=0.0)
+            o = tl.load(embeddings_ptr + tl.minimum(token, group_codes - 1) * dim + d, mask=d < dim, other=0.0)
+            joins = joins & (tl.sum((a - o) * (a - o), 0) < distance_threshold)
+            p_close += tl.where(joins, p, 0.0)
+            q_close += tl.where(joins, q, 0.0)
+    if CLOSE:
+        p_near = tl.where(unfiltered, p_near, p_close)
+        q_near = tl.where(unfiltered, q_near, q_close)
+    return tl.where(p_token > 0, p_near, 0.0), q_near  # a removed draft has no group
+
+
+@jit
+def _order(x, code, tau):
+    """int64 that orders by (logit, code); removed codes are equal in logit."""
+    x = tl.where(x >= tau, x, float("-inf"))
+    key = rows.key_of(tl.where(x == 0.0, 0.0, x))  # -0 equals +0
+    return (key.to(tl.int64) << 32) | code.to(tl.int64)
+
+
+@jit
+def _next(
+    z, cond, uncond, scale, inv_t, V, tau, current, down,
+    GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """Largest order below ``current``, or smallest above it (the largest int64 if there is none)."""
+    below = current * 0 - 0x7FFFFFFFFFFFFFFF
+    above = current * 0 + 0x7FFFFFFFFFFFFFFF
+    for tile in range(TILES):
+        x = rows.tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
+        code = tile * BLOCK + tl.arange(0, BLOCK)
+        order = _order(x, code, tau)
+        below = tl.maximum(below, tl.max(tl.where((order < current) & (code < V), order, -0x7FFFFFFFFFFFFFFF), 0))
+        above = tl.minimum(above, tl.min(tl.where((order > current) & (code < V), order, 0x7FFFFFFFFFFFFFFF), 0))
+    return tl.where(down, below, above)

@@ -1,0 +1,222 @@
+"""PyTorch twin of ``vargen.kernels.verify.verify`` and ``vargen.kernels.verify.relaxed``: the definition that the Triton kernels are
+tested against.
+
+p is the target law, q the draft law. Letters: G guidance branches (conditional first), B images, W window, V codes,
+R rows picked from a window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vargen.kernels.draw import raise_bad_rows
+from vargen.kernels.verify.group import group_members
+from vargen.kernels.tree.neighborhood import Relaxation, neighbor_mass, relaxed_residual
+from vargen.kernels.acceptance import accept, residual
+from vargen.kernels.warp import NEG_INF, combine, threshold
+from vargen.kernels.verify.types import Draft, GroupSpec, Label, Verdict, VerifyNoise
+from vargen.random import Stream, gumbel, uniform
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How rows become laws; the same for the target and for the labels."""
+
+    guidance_scale: float | Tensor
+    temperature: float
+    top_k: int
+    top_p: float
+
+
+def verify_twin(
+    logits: Tensor,
+    draft: Draft,
+    carry: str,
+    seeds: Tensor,
+    positions: Tensor,
+    iteration: Tensor,
+    num_rows: Tensor,
+    setting: Setting,
+    forced: Tensor | None,
+    noise: VerifyNoise,
+    rule: GroupSpec | Relaxation | None = None,
+) -> Verdict:
+    """Arguments and result of :func:`vargen.kernels.verify.verify.verify_window`, unchecked; ``rule`` relaxes the test."""
+    z, stats = _law(logits, setting)
+    valid = torch.arange(positions.shape[1], device=z.device) < num_rows[:, None]  # B W
+    free = valid if forced is None else valid & (forced < 0)
+    raise_bad_rows(free & ~stats[..., 1].isfinite(), positions)
+    window = _Window(z, stats, draft, seeds, positions, iteration, setting, noise, rule)
+    has = (draft.tokens >= 0) & (draft.kind != Label.NONE) & valid
+    greedy = setting.temperature == 0
+    chain = carry in ("independent", "none") and (not greedy or isinstance(rule, Relaxation))
+    fresh = count = torch.zeros_like(draft.tokens)
+
+    if greedy or carry == "gumbel":
+        fresh = window.argmax(greedy)
+        accepted = has & (draft.tokens == fresh)
+        if isinstance(rule, Relaxation):
+            accepted |= window.relaxed_argmax(has & free, fresh)
+    else:
+        accepted, count = window.test(has & free)
+    if forced is not None:
+        accepted = accepted.where(forced < 0, has & (draft.tokens == forced))
+    passed = accepted.cumprod(-1).bool()  # accepted, like all before it
+    if chain:
+        accepted = passed
+    if chain and carry == "none":
+        valid = valid & _shift_right(passed)  # nothing behind the first rejection
+    y = draft.tokens.where(accepted, -1)
+    if forced is not None:
+        y = forced.where((forced >= 0) & valid, y)
+    if greedy or carry == "gumbel":
+        y = y.where(y >= 0, fresh)
+    else:
+        retry = has & ~accepted if carry == "maximal" else has & ~passed & _shift_right(passed)
+        todo = (y < 0) & valid
+        y = y.masked_scatter(todo, window.draw(todo, retry, count))
+
+    y = y.where(valid, -1)
+    prob = torch.ones_like(stats[..., 0]) if greedy else window.prob(y)
+    if forced is not None:
+        prob = prob.masked_fill(forced >= 0, 1.0)
+    run = (accepted & valid).cumprod(-1).sum(-1)
+    return Verdict(y, accepted & valid, prob.where(valid, 0.0), torch.minimum(run + 1, num_rows), stats)
+
+
+@dataclass(frozen=True)
+class _Window:
+    z: Tensor  # [B, W, V] warped logits of the target, removed codes at -inf
+    stats: Tensor  # [B, W, 2] threshold, log-normaliser
+    draft: Draft
+    seeds: Tensor
+    positions: Tensor
+    iteration: Tensor
+    setting: Setting
+    noise: VerifyNoise
+    rule: GroupSpec | Relaxation | None
+
+    def prob(self, tokens: Tensor) -> Tensor:
+        """p of ``tokens [B, W]``."""
+        return _prob(self.z.gather(-1, tokens.clamp(min=0)[..., None])[..., 0], self.stats[..., 1])
+
+    def argmax(self, greedy: bool) -> Tensor:
+        """Most likely codes, or draws with the noise of the positions, ``[B, W]``."""
+        if greedy:
+            return self.z.max(-1).indices
+        if self.noise.fresh is not None:
+            return _choose(self.z, self.noise.fresh)
+        return gumbel(self.seeds, self.positions, self.z.shape[-1]).add_(self.z).max(-1).indices
+
+    def test(self, tested: Tensor) -> tuple[Tensor, Tensor]:
+        """Which of the drafts ``tested [B, W]`` pass, and how many neighbours counted with each."""
+        u = self.noise.accept
+        if u is None:
+            u = uniform(self.seeds, self.positions, 1, Stream.ACCEPT, self.iteration)[..., 0]
+        p, q, count = self.prob(self.draft.tokens), self.draft.prob, torch.zeros_like(self.draft.tokens)
+        image, row = tested.nonzero(as_tuple=True)
+        if self.rule is not None and len(image):
+            at, token, p = (image, row), self.draft.tokens[image, row], p.clone()
+            law = _prob(self.z[at], self.stats[image, row, 1, None])
+            if isinstance(self.rule, Relaxation):
+                added, count[at] = neighbor_mass(law, token, self.rule)
+                p[at] += added
+            else:
+                members, inside = group_members(self.z[at], law, token, self.rule)
+                mass = (law.gather(-1, members) * inside).sum(-1)
+                p[at] = mass.where(law.gather(-1, token[:, None])[:, 0] > 0, 0.0)  # a removed draft has no group
+                label, q = self.label(image, row), q.clone()
+                q[at] = (label.gather(-1, members) * inside).sum(-1)
+        return tested & accept.fn(p, q, u), count
+
+    def relaxed_argmax(self, tested: Tensor, best: Tensor) -> Tensor:
+        """Drafts that would be the argmax if they had the mass of their neighbours as well (LANTERN, greedy)."""
+        relaxation = self.rule
+        assert isinstance(relaxation, Relaxation)
+        wins = torch.zeros_like(tested)
+        at = tested.nonzero(as_tuple=True)
+        if len(at[0]):
+            law, token, top = _prob(self.z[at], self.stats[..., 1][at][:, None]), self.draft.tokens[at], best[at]
+            added, _ = neighbor_mass(law, token, relaxation)
+            own, other = law.gather(-1, token[:, None])[:, 0] + added, law.gather(-1, top[:, None])[:, 0]
+            wins[at] = (own > other) | ((own == other) & (token < top))
+        return wins
+
+    def label(self, image: Tensor, row: Tensor) -> Tensor:
+        """Draft law of the entries (image, row): ``[R, V]`` float32; zero for NONE."""
+        draft, setting = self.draft, self.setting
+        kind, token, prob = draft.kind[image, row], draft.tokens[image, row], draft.prob[image, row]
+        q = prob.where(kind == Label.UNIFORM, 0.0)[:, None].expand(-1, self.z.shape[-1]).contiguous()
+        q.scatter_add_(1, token.clamp(min=0)[:, None], (kind == Label.POINT).float()[:, None])
+        here = (kind == Label.ROW).nonzero()[:, 0]
+        if len(here) and draft.logits is None:
+            raise ValueError("draft has ROW labels but no logits; pass the logits that the tokens were drawn from")
+        if len(here) and draft.logits is not None:
+            image, source = image[here], draft.row[image, row][here]
+            scale = setting.guidance_scale
+            scale = scale[image] if isinstance(scale, Tensor) else scale
+            raw = draft.logits[:, image, source]  # G R V
+            if draft.stats is None:
+                z, stats = _law(raw, Setting(scale, setting.temperature, setting.top_k, setting.top_p))
+            else:
+                z, stats = combine(raw, scale, setting.temperature), draft.stats[image, source]
+            q[here] = _prob(z, stats[:, 1:]).where(z >= stats[:, :1], 0.0)
+        return q
+
+    def draw(self, todo: Tensor, retry: Tensor, count: Tensor) -> Tensor:
+        """Draw the rows marked ``todo [B, W]``, from the residual where ``retry``: ``[R]`` int64 in row-major order."""
+        image, row = todo.nonzero(as_tuple=True)
+        if not len(image):
+            return image
+        again, noise = retry[image, row], self.noise
+        weights = self.z[image, row]  # R V, log-weights
+        if again.any():
+            at = again.nonzero()[:, 0]
+            left = self.residual(image[at], row[at], count).log()
+            empty = left.amax(-1, keepdim=True) == NEG_INF  # p <= q everywhere in floating point
+            weights[at] = weights[at].where(empty, left)
+        if noise.fresh is not None and noise.residual is not None:
+            pick = again.view(-1, *[1] * (noise.fresh.ndim - 2))
+            return _choose(weights, noise.residual[image, row].where(pick, noise.fresh[image, row]))
+        stream = torch.where(again, int(Stream.RESIDUAL), int(Stream.FRESH))
+        where = (self.seeds[image], self.positions[image, row, None])
+        rows = gumbel(*where, self.z.shape[-1], stream[:, None], self.iteration[image])
+        return _choose(weights, rows[:, 0])
+
+    def residual(self, image: Tensor, row: Tensor, count: Tensor) -> Tensor:
+        """Unnormalised law after the rejections (image, row): ``[R, V]``."""
+        p, q = _prob(self.z[image, row], self.stats[image, row, 1:]), self.label(image, row)
+        if not isinstance(self.rule, Relaxation):
+            return residual.fn(p, q)  # the group decides on acceptance only
+        point = self.draft.kind[image, row] == Label.POINT
+        return relaxed_residual(p, q, self.draft.tokens[image, row], count[image, row], point, self.rule)
+
+
+def _law(logits: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+    """Warped logits ``[..., V]``, removed codes at -inf, and their (threshold, log-normaliser) ``[..., 2]``."""
+    z = combine(logits, setting.guidance_scale, setting.temperature)
+    tau = threshold(z, setting.top_k, setting.top_p) if setting.temperature else None
+    if tau is None:
+        tau = torch.full_like(z[..., 0], NEG_INF)
+    else:
+        z = z.masked_fill(z < tau[..., None], NEG_INF)
+    return z, torch.stack([tau, torch.logsumexp(z, -1)], -1)
+
+
+def _prob(z: Tensor, lse: Tensor) -> Tensor:
+    return (z - lse).exp()
+
+
+def _shift_right(passed: Tensor) -> Tensor:
+    return torch.cat([torch.ones_like(passed[:, :1]), passed[:, :-1]], 1)
+
+
+def _choose(z: Tensor, noise: Tensor) -> Tensor:
+    """Draw from log-weights ``z [..., V]`` with Gumbel rows ``[..., V]`` or uniforms ``[...]``."""
+    if noise.ndim == z.ndim:
+        return (z + noise).max(-1).indices
+    total = (z - z.amax(-1, keepdim=True)).exp().double().cumsum(-1)
+    return (total <= noise.double()[..., None] * total[..., -1:]).sum(-1).clamp(max=z.shape[-1] - 1)

@@ -1,0 +1,207 @@
+"""Verify a window of drafts against the target: the acceptance step of speculative Jacobi decoding and its family.
+
+Three ways to carry a row that cannot be committed yet, all exact (Teng et al., 2024, arXiv:2410.01699; So et al.,
+2025, arXiv:2510.24211): ``independent`` redraws it, ``maximal`` continues the accept-or-residual step at every row,
+``gumbel`` reuses the noise of the position and commits while the draw repeats the draft.
+
+p is the target law, q the draft law. Letters: G guidance branches (conditional first), B images, W window, V codes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vargen.kernels.verify import triton_kernels as kernels
+from vargen.kernels.draw import check_logits, new_errors, raise_errors
+from vargen.kernels.language import triton, use_triton
+from vargen.kernels.verify.arguments import WindowLaunch
+from vargen.kernels.verify.reference import Setting, verify_twin
+from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Label, Verdict, VerifyNoise
+
+__all__ = ["Carry", "Draft", "GroupSpec", "Label", "Verdict", "VerifyNoise", "verify_window"]
+
+CARRIES = ("gumbel", "maximal", "independent", "none")  # in the order of the kernels' numbers
+
+
+def verify_window(
+    logits: Tensor,
+    draft: Draft,
+    *,
+    carry: Carry,
+    seeds: Tensor,
+    positions: Tensor,
+    iteration: Tensor,
+    num_rows: Tensor,
+    guidance_scale: float | Tensor = 1.0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    forced: Tensor | None = None,
+    group: GroupSpec | None = None,
+    noise: VerifyNoise | None = None,
+    errors: Tensor | None = None,
+) -> Verdict:
+    """Decide every row of a window.
+
+    Args:
+        logits: ``[G, B, W, V]``; row j is the law of position ``positions[b, j]``, given the drafts before it.
+        draft: proposals, entry j for the same position.
+        carry: ``"gumbel"``, ``"maximal"``, ``"independent"``, or ``"none"`` for chains whose rows behind the first
+            rejection are thrown away (draft models; those rows then hold -1).
+        seeds: ``[B]`` int64.
+        positions: ``[B, W]`` int64.
+        iteration: ``[B]`` int64, the image's own count of iterations.
+        num_rows: ``[B]`` int64 in [0, W], how many rows count; 0 for a finished image.
+        guidance_scale, temperature, top_k, top_p: as in :func:`vargen.kernels.warp.warp_logits`; temperature 0 is
+            greedy: the argmax is emitted and a draft is accepted when it is the argmax.
+        forced: ``[B, W]`` int64 codes that a position must hold, -1 where it is free.
+        group: grouped acceptance; changes the law. Not with ``"gumbel"``.
+        noise: explicit noise in place of Philox (uniforms in place of Gumbel rows always run the twin).
+        errors: record of bad rows, as in :func:`vargen.kernels.draw.draw`.
+
+    Returns:
+        The outcome of every row and how many rows each image commits (at least 1 if it is not finished).
+
+    Raises:
+        ValueError: unknown carry, unfitting shapes, labels without logits; NaN, infinite or all -inf rows.
+    """
+    check_logits(logits)
+    check_window(logits, draft, carry, positions, forced)
+    if group is not None and carry == "gumbel":
+        raise ValueError(
+            "grouped acceptance needs carry 'independent' or 'maximal', got 'gumbel', which has no ratio test"
+        )
+    noise = noise or VerifyNoise()
+    inverse = noise.fresh is not None and noise.fresh.ndim == 2
+    if inverse or not (use_triton(logits) or torch.compiler.is_compiling()):
+        setting = Setting(guidance_scale, temperature, top_k, top_p)
+        return verify_twin(logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, noise, group)
+    record = new_errors(logits.shape[1], logits.device) if errors is None else errors
+    per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
+    spec = group or GroupSpec(size=0)
+    verdict = _verify(
+        logits,
+        *(draft.tokens, draft.kind, draft.prob, draft.row, draft.logits, draft.stats),
+        carry,
+        *(seeds, positions, iteration, num_rows, record),
+        1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale),
+        per_image,
+        *(float(temperature), top_k, float(top_p), forced),
+        *(spec.size, spec.prob_threshold, spec.distance_threshold, spec.embeddings),
+        *(noise.accept, noise.fresh, noise.residual),
+    )
+    if errors is None and use_triton(logits):
+        raise_errors(record)
+    return Verdict(*verdict)
+
+
+def check_window(logits: Tensor, draft: Draft, carry: str, positions: Tensor, forced: Tensor | None) -> None:
+    """Check that a window's arguments fit one another."""
+    shape = logits.shape[1:3]
+    if carry not in CARRIES:
+        raise ValueError(f"carry must be one of {', '.join(CARRIES)}, got {carry!r}")
+    for name, value in (("draft.tokens", draft.tokens), ("positions", positions), ("forced", forced)):
+        if value is not None and value.shape != shape:
+            raise ValueError(f"{name} must be [B, W] = {list(shape)} like the logits, got {list(value.shape)}")
+    if draft.logits is not None and draft.logits.shape[-1] != logits.shape[-1]:
+        raise ValueError(f"draft.logits have {draft.logits.shape[-1]} codes, the target {logits.shape[-1]}")
+
+
+@torch.library.custom_op("vargen::verify", mutates_args=("errors",))
+def _verify(
+    logits: Tensor,
+    tokens: Tensor,
+    kind: Tensor,
+    prob: Tensor,
+    row: Tensor,
+    label_logits: Tensor | None,
+    label_stats: Tensor | None,
+    carry: str,
+    seeds: Tensor,
+    positions: Tensor,
+    iteration: Tensor,
+    num_rows: Tensor,
+    errors: Tensor,
+    scale: float,
+    scales: Tensor | None,
+    temperature: float,
+    top_k: int,
+    top_p: float,
+    forced: Tensor | None,
+    group_size: int,
+    prob_threshold: float,
+    distance_threshold: float,
+    embeddings: Tensor | None,
+    accept: Tensor | None,
+    fresh: Tensor | None,
+    residual: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    draft = Draft(tokens, kind, prob, row, label_logits, label_stats)
+    group = GroupSpec(group_size, prob_threshold, distance_threshold, embeddings) if group_size else None
+    noise = VerifyNoise(accept, fresh, residual)
+    setting = Setting(scale if scales is None else scales, temperature, top_k, top_p)
+    if not use_triton(logits):
+        verdict = verify_twin(
+            logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, noise, group
+        )
+    else:
+        verdict = _launch(
+            logits, draft, carry, seeds, positions, iteration, num_rows, errors, setting, forced, group, noise
+        )
+    return verdict.tokens, verdict.accepted, verdict.prob, verdict.num_committed, verdict.stats
+
+
+@_verify.register_fake
+def _(logits: Tensor, tokens: Tensor, kind: Tensor, prob: Tensor, row: Tensor, *settings: Any) -> tuple[Tensor, ...]:
+    return (
+        torch.empty_like(tokens),
+        torch.empty_like(tokens, dtype=torch.bool),
+        torch.empty_like(tokens, dtype=torch.float32),
+        tokens.new_empty(tokens.shape[0]),
+        tokens.new_empty((*tokens.shape, 2), dtype=torch.float32),
+    )
+
+
+def _launch(
+    logits: Tensor,
+    draft: Draft,
+    carry: str,
+    seeds: Tensor,
+    positions: Tensor,
+    iteration: Tensor,
+    num_rows: Tensor,
+    errors: Tensor,
+    setting: Setting,
+    forced: Tensor | None,
+    group: GroupSpec | None,
+    noise: VerifyNoise,
+) -> Verdict:
+    run = WindowLaunch.of(logits, draft, seeds, positions, iteration, num_rows, setting, forced, noise)
+    batch, window = draft.tokens.shape
+    number = CARRIES.index(carry)
+    kernels.rows_kernel[(window, batch)](
+        **run.rows, errors_ptr=errors, CARRY=number, **_group_arguments(group, run.verdict.stats)
+    )
+    kernels.finish_kernel[(batch,)](**run.finish, CARRY=0 if setting.temperature == 0 else number)
+    return run.result()
+
+
+def _group_arguments(group: GroupSpec | None, filler: Tensor) -> dict[str, Any]:
+    size, prob_threshold, distance_threshold, table = (
+        (0, 0.0, 0.0, None)
+        if group is None
+        else (group.size, group.prob_threshold, group.distance_threshold, group.embeddings)
+    )
+    return {
+        "embeddings_ptr": filler if table is None else table.float().contiguous(),
+        "group_codes": 0 if table is None else table.shape[0],
+        "group_dim": 0 if table is None else table.shape[1],
+        "prob_threshold": prob_threshold,
+        "distance_threshold": distance_threshold,
+        "HALF": size // 2,
+        "CLOSE": table is not None,
+        "DIM": 16 if table is None else triton.next_power_of_2(table.shape[1]),
+    }

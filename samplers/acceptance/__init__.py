@@ -1,0 +1,1 @@
+"""Which proposals become permanent: one rule a file."""

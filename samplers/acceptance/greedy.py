@@ -1,0 +1,145 @@
+"""Acceptance that looks at every proposal of a tree on its own and keeps the longest accepted path.
+
+Greedy decoding, with LANTERN's aggregated mass where it is relaxed (arXiv:2410.03355), and the typical acceptance of Medusa
+(Cai et al., 2024, arXiv:2401.10774), which favours likely codes and promises nothing about the law.
+
+Letters: B images, n nodes, D depth, V codes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vargen.samplers.acceptance.lantern import Relaxation, aggregate
+from vargen.samplers.drafters.tree import Tree, TreeDraft
+from vargen.samplers.acceptance.recursive import Walk
+
+ENTROPY_FLOOR = 1e-5  # of the probability inside the logarithm, as released
+BATCH_CODES = 1 << 22  # probabilities looked at together
+
+
+def walk_greedy(
+    logits: Tensor,
+    draft: TreeDraft,
+    *,
+    limit: Tensor | None = None,
+    relaxation: Relaxation | None = None,
+    forced: Tensor | None = None,
+) -> Walk:
+    """Keep the longest path of proposals that the target would choose itself.
+
+    A proposal is accepted when it is the largest entry of its parent's law, with its own entry replaced by the aggregated
+    mass. The code behind the path is the largest entry of the law, unrelaxed.
+
+    Args:
+        logits: ``[B, n, V]`` guided logits; temperature and truncation do not touch an argmax.
+        draft: proposals.
+        limit: ``[B]`` int64 slots left, see ``walk_tree``; None = more than D.
+        relaxation: LANTERN; None is exact.
+        forced: ``[B, D + 1]`` int64 code that a slot must hold, -1 where free.
+    """
+    best = logits.argmax(-1)  # B n
+    if forced is not None:
+        code = forced.gather(1, draft.tree.depth.expand(len(forced), -1))
+        best = code.where(code >= 0, best)
+    above = draft.tree.parents.clamp(min=0).expand_as(draft.tokens)
+    accepted = draft.tokens == best.gather(1, above)
+    if relaxation is not None:
+        fits = _largest_when_aggregated(logits, draft, above, relaxation)
+        if forced is not None:
+            fits = fits & (code.gather(1, above) < 0)
+        accepted = accepted | fits
+    exact = draft.tokens == best.gather(1, above)
+    return _longest(draft, accepted & (draft.tokens >= 0), exact, best, limit)
+
+
+def _largest_when_aggregated(logits: Tensor, draft: TreeDraft, above: Tensor, relaxation: Relaxation) -> Tensor:
+    batch, n, num_codes = logits.shape
+    rows = torch.arange(batch * n, device=logits.device)
+    flat, parent = draft.tokens.clamp(min=0).flatten(), (above + torch.arange(batch, device=rows.device)[:, None] * n)
+    fits = []
+    for part in rows.split(max(1, BATCH_CODES // num_codes)):
+        p = logits.flatten(0, 1)[parent.flatten()[part]].softmax(-1)
+        mass = aggregate(p, flat[part], relaxation).mass
+        fits.append(p.scatter(1, flat[part, None], mass[:, None]).argmax(-1) == flat[part])
+    return torch.cat(fits).view(batch, n)
+
+
+def walk_typical(
+    logits: Tensor,
+    draft: TreeDraft,
+    *,
+    temperature: float = 1.0,
+    epsilon: float = 0.09,
+    alpha: float = 0.3,
+    limit: Tensor | None = None,
+    forced: Tensor | None = None,
+) -> Walk:
+    """Keep the longest path of proposals with ``p(x) > min(epsilon, alpha * exp(-entropy))``.
+
+    Args:
+        logits: ``[B, n, V]`` guided logits.
+        draft: proposals of a deterministic drafter.
+        temperature: divides the logits; positive.
+        epsilon: threshold of peaked laws.
+        alpha: share of the typical probability of flat ones.
+        limit, forced: as in ``walk_greedy``.
+
+    Returns:
+        The walk; the law of the code behind the path is cut at the same threshold.
+    """
+    p = (logits / temperature).softmax(-1)
+    if forced is not None:
+        code = forced.gather(1, draft.tree.depth.expand(len(forced), -1))[..., None]
+        p = torch.where(code >= 0, torch.zeros_like(p).scatter_(-1, code.clamp(min=0), 1.0), p)
+    entropy = -(p * (p + ENTROPY_FLOOR).log()).sum(-1)
+    threshold = (alpha * (-entropy).exp()).clamp(max=epsilon)  # B n
+    above = draft.tree.parents.clamp(min=0).expand_as(draft.tokens)
+    own = p.gather(1, above[..., None].expand_as(p)).gather(-1, draft.tokens.clamp(min=0)[..., None])[..., 0]
+    accepted = (own > threshold.gather(1, above)) & (draft.tokens >= 0)
+    score = own.log().masked_fill(draft.tree.parents.expand_as(own) < 0, 0.0)
+    seen = draft.tree.mask.expand(len(score), -1, -1)
+    walk = _longest(draft, accepted, accepted, None, limit, torch.where(seen, score[:, None], 0.0).sum(-1))
+    node = walk.path.gather(1, walk.num_accepted.clamp(max=walk.path.shape[1] - 1)[:, None])
+    law = p.gather(1, node[..., None].expand(-1, -1, p.shape[-1]))[:, 0]
+    typical = law > threshold.gather(1, node)
+    law = torch.where(typical.any(-1, keepdim=True), law * typical, law)
+    walk.law = law / law.sum(-1, keepdim=True)
+    return walk
+
+
+def _longest(
+    draft: TreeDraft,
+    accepted: Tensor,
+    exact: Tensor,
+    best: Tensor | None,
+    limit: Tensor | None,
+    score: Tensor | None = None,
+) -> Walk:
+    """The deepest node whose whole path is accepted; the highest score, then the earliest path, among equals."""
+    tree: Tree = draft.tree
+    batch, n = draft.tokens.shape
+    root = (tree.parents < 0).expand(batch, -1)
+    mask, depth = tree.mask.expand(batch, -1, -1), tree.depth.expand(batch, -1)
+    reached = ((accepted | root)[:, None] | ~mask).all(-1)
+    limit = torch.full_like(draft.tokens[:, 0], tree.max_depth + 1) if limit is None else limit
+    reached = reached & (depth < limit[:, None].clamp(min=1))  # the last slot left is never proposed for
+    reached = reached & (depth == torch.where(reached, depth, -1).amax(-1, keepdim=True))
+    if score is not None:
+        reached = reached & (score == torch.where(reached, score, float("-inf")).amax(-1, keepdim=True))
+    end = torch.where(reached, tree.order.expand(batch, -1), torch.iinfo(torch.int64).max).argmin(-1)  # B
+    on_path = mask[torch.arange(batch, device=end.device), end]  # B n
+    width = tree.max_depth + 1
+    place = torch.where(on_path, depth, width)
+    path = torch.zeros(batch, width + 1, dtype=torch.int64, device=end.device)
+    path = path.scatter(1, place, torch.arange(n, device=end.device).expand(batch, -1))[:, :width]
+    count = depth.gather(1, end[:, None])[:, 0]
+    column = torch.arange(width, device=end.device)
+    tokens = draft.tokens.gather(1, path).roll(-1, 1).where(column < count[:, None], -1)
+    relaxed = (on_path & ~exact & ~root).sum(-1)
+    law = torch.zeros(batch, 0, device=end.device)
+    if best is not None:  # the choice behind the path
+        choice = best.gather(1, end[:, None])
+        tokens = torch.where(column == count[:, None], choice, tokens)
+    return Walk(path, tokens, count, law, torch.zeros_like(count), relaxed)

@@ -1,0 +1,1 @@
+"""Who proposes codes: one drafter a file."""

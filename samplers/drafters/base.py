@@ -1,0 +1,135 @@
+"""Who proposes the codes of a window: the sampler's own previous iteration, or a small model.
+
+Every proposal carries the law from which it was drawn, given earlier positions only: this label rule is what keeps the
+sampled law exact (Teng et al., 2024, arXiv:2410.01699).
+
+Letters: A images, S slots, V codes, W window, w rows of an iteration, G guidance branches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from vargen.kernels.draw import draw
+from vargen.kernels.verify.shift import shift_window
+from vargen.kernels.verify.types import Draft, Label, Verdict
+
+Init = Literal["uniform", "repeat_left", "repeat_above"]
+INITS = ("uniform", "repeat_left", "repeat_above")
+GUESS_BLOCK = 1 << 22  # noise numbers looked at together when the guesses of a run are made
+
+
+class Drafter(Protocol):
+    """Proposes the codes of the next window; holds what it needs between the iterations of one run."""
+
+    num_forwards: int  # forward passes of a drafting model, 0 without one
+
+    def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
+        """Propose codes for the ``state.width`` slots behind the permanent ones.
+
+        Args:
+            state: the decoder's state after the commit.
+            logits: ``[G, A, w, V]`` of the iteration that was just decided.
+            verdict: its outcome.
+            slots: ``[A, w]`` int64 slots of its rows.
+            num_rows: ``[A]`` int64 how many of its rows counted.
+        """
+        ...
+
+    def commit(self, count: Tensor) -> None:
+        """Learn how many codes of the last window ``[A]`` became permanent; comes before ``select`` and ``propose``."""
+        ...
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these images (int64 indices), in that order."""
+        ...
+
+
+class JacobiDrafter:
+    """Drafts from the previous iteration; slots that were not in the window before are initialised.
+
+    Args:
+        init: how a slot that enters the window is filled.
+        guesses: ``[A, S]`` int64 codes to use in place of independent uniform ones. Only where any proposal is exact:
+            the equality rule and greedy decoding.
+    """
+
+    num_forwards = 0
+
+    def __init__(self, init: Init, guesses: Tensor | None = None) -> None:
+        self.init, self.guesses = init, guesses
+
+    def commit(self, count: Tensor) -> None:
+        """Nothing is kept that a commit would change."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these images."""
+        self.guesses = None if self.guesses is None else self.guesses[rows]
+
+    def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
+        """Shift the outcome of the iteration by what was committed and fill the tail."""
+        following = (slots + verdict.num_committed[:, None]).clamp(max=state.stream.num_slots - 1)  # a w
+        draft = shift_window(
+            verdict,
+            logits,
+            positions=slots,
+            num_rows=num_rows,
+            num_positions=state.stream.num_slots,
+            seeds=state.keys,
+            iteration=state.iteration,
+            tail=self.init,
+            grid_width=state.stream.stride,
+            codes=state.slots[state.rows, : state.stream.num_slots] if self.init == "repeat_above" else None,
+            forced=None if state.forced is None else state.forced.gather(1, following),
+        )
+        if self.guesses is not None:
+            tokens = torch.where(draft.kind == Label.UNIFORM, self.guesses.gather(1, following), draft.tokens)
+            draft = replace(draft, tokens=tokens)
+        return draft
+
+
+def shared_guesses(state: Any) -> Tensor:
+    """The code whose noise is largest in every slot, ``[A, S]`` int64: what the slot would hold if its law were uniform.
+
+    It repeats the draw with that noise much more often than an independent guess does: the two laws are coupled.
+    """
+    num_images, num_codes = len(state.keys), int(state.backbone.codebook_size)
+    block = max(1, GUESS_BLOCK // (num_images * num_codes))
+    block = block if state.noise is None else min(block, state.noise.capacity)
+    flat = torch.zeros(num_codes, device=state.keys.device)
+    guesses = []
+    for positions in state.stream.code_index.split(block):
+        here = positions.expand(num_images, -1)
+        rows = None if state.noise is None else state.noise.rows(here)
+        guesses.append(draw(flat.expand(1, *here.shape, -1), seeds=state.keys, positions=here, noise=rows))
+    return torch.cat(guesses, dim=1)
+
+
+def force(forced: Tensor, draft: Draft) -> Draft:
+    """Put the codes fixed beforehand (``[A, w]``, -1 where free) into a draft, as point masses."""
+    fixed = forced >= 0
+    return replace(
+        draft,
+        tokens=torch.where(fixed, forced, draft.tokens),
+        kind=torch.where(fixed, int(Label.POINT), draft.kind).to(torch.int8),
+        prob=torch.where(fixed, 1.0, draft.prob),
+    )
+
+
+def check_drafter(owner: str, backbone: Any, drafter: Any) -> None:
+    """Raise ``ValueError`` unless ``drafter`` is a backbone over the same codes."""
+    if drafter is None:
+        raise ValueError(f"{owner} needs drafter=, a small backbone over the same codes (pipe.drafter)")
+    missing = {"window", "ragged"} - frozenset(getattr(drafter, "features", ()))
+    if missing:
+        raise ValueError(
+            f"drafter {type(drafter).__name__} lacks {', '.join(sorted(missing))}; give a causal backbone"
+        )
+    for name in ("codebook_size", "num_codes"):
+        mine, other = getattr(backbone, name), getattr(drafter, name)
+        if mine != other:
+            raise ValueError(f"drafter and backbone need the same {name}, got {other} and {mine}")

@@ -1,0 +1,191 @@
+"""The drafter of one run of tree decoding: feeds the draft model what became permanent and asks it for the next tree.
+
+Letters: A images, G guidance branches, V codes, n nodes, w slots an iteration may decide, T condition positions, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vargen.kernels.warp import warp_logits
+from vargen.kernels.verify.types import Verdict
+from vargen.random import Stream, gumbel, uniform
+from vargen.samplers.acceptance.lantern import Relaxation
+from vargen.samplers.drafters.base import check_drafter
+from vargen.samplers.drafters.tree import Tree, TreeDraft
+from vargen.samplers.drafters.tree_drafts import BackboneDrafts, DraftModel, draft_fixed, draft_likeliest
+from vargen.samplers.acceptance.recursive import Walk
+
+
+@dataclass(frozen=True)
+class TreeVerdict:
+    """Outcome of one tree: what becomes permanent, and the states of the nodes that it goes on from."""
+
+    tokens: Tensor  # [A, w] int64
+    num_committed: Tensor  # [A] int64
+    path: Tensor  # [A, w] int64 nodes from node 0 down
+    hidden: Tensor  # [A, w, G, D] hidden states of those nodes; [A, 0] where nobody reads them
+
+    @classmethod
+    def gather(cls, tokens: Tensor, num_committed: Tensor, path: Tensor, hidden: Tensor | None) -> TreeVerdict:
+        """Take the states along the paths from ``hidden [G, A, n, D]``."""
+        if hidden is None:
+            return cls(tokens, num_committed, path, tokens[:, :0])
+        index = path[None, :, :, None].expand(hidden.shape[0], -1, -1, hidden.shape[-1])
+        return cls(tokens, num_committed, path, hidden.gather(2, index).permute(1, 2, 0, 3))
+
+
+def check_draft_model(sampler: Any, backbone: Any, drafter: Any) -> None:
+    """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
+    if drafter is None:
+        raise ValueError(
+            f"{type(sampler).__name__} needs drafter=, an EagleDrafter of the backbone (pipe.eagle) or a small backbone over "
+            "the same codes (pipe.drafter)"
+        )
+    if hasattr(drafter, "open_drafts"):
+        drafter.check_backbone(backbone)
+        return
+    check_drafter(type(sampler).__name__, backbone, drafter)
+    if sampler.tree != "chain" and sampler.reach > 2 and "tree_mask" not in drafter.features:
+        raise ValueError(
+            f"tree {sampler.tree!r} needs a drafter with tree_mask, which {type(drafter).__name__} does not offer; "
+            "take tree='chain'"
+        )
+
+
+def open_draft_model(sampler: Any, state: Any, drafter: Any, condition: Any) -> DraftModel:
+    """Start the drafting side of a run."""
+    nodes = sampler.num_rows if sampler.tree != "dynamic" else sampler.branching * sampler.depth
+    if hasattr(drafter, "open_drafts"):
+        options = {"branches": state.hidden.shape[0], "batch": len(state.rows), "max_nodes": nodes}
+        return drafter.open_drafts(state.backbone, **options)
+    window = max(nodes, sampler.reach)
+    return BackboneDrafts(drafter, condition, sampler.guidance_scale, window, sampler.tree == "chain")
+
+
+class TreeRun:
+    """Proposes a tree for every image; holds the draft model and the counts of a run."""
+
+    def __init__(self, sampler: Any, model: DraftModel) -> None:
+        self.sampler, self.model = sampler, model
+        self.relaxation: Relaxation | None = None  # set when the run starts
+        self.shapes: dict[int, Tree] = {}
+        self.walks = torch.zeros(sampler.reach + 1, dtype=torch.int64)  # by number of proposals kept
+        self.tests = torch.zeros(2, dtype=torch.int64)  # made, passed by relaxation only
+
+    @property
+    def num_forwards(self) -> int:
+        """Forward passes of the draft model."""
+        return self.model.num_forwards
+
+    def commit(self, count: Tensor) -> None:
+        """Nothing yet: ``propose`` reads what became permanent from the verdict."""
+
+    def select(self, rows: Tensor) -> None:
+        """Keep these images."""
+        self.model.select(rows)
+
+    def propose(self, state: Any, logits: Tensor, verdict: Any, slots: Tensor, num_rows: Tensor) -> TreeDraft:
+        """Extend the draft model by the permanent codes and fill a tree behind them."""
+        if state.width == 1:  # the last slot of all images: nothing will be decided behind it
+            return TreeDraft(self._shape(1, logits.device), state.last_codes())
+        root = self.model.extend(*self._news(state, verdict))
+        s = self.sampler
+        if s.tree == "dynamic":
+            return self._likeliest(state, root)
+        return draft_fixed(
+            self.model,
+            root,
+            self._shape(state.width, logits.device),
+            warp=self._warp,
+            proposal=s.chosen_proposal,
+            noise=lambda level, count: self._noise(state, level, count),
+            forced=None if state.forced is None else state.forced.gather(1, state.next_slots()),
+        )
+
+    def count(self, walk: Walk, limit: Tensor) -> None:
+        """Add the outcome of an iteration to the statistics."""
+        if self.walks.device != limit.device:
+            self.walks, self.tests = self.walks.to(limit.device), self.tests.to(limit.device)
+        live = limit > 0
+        self.walks += F.one_hot(walk.num_accepted, len(self.walks)).masked_fill(~live[:, None], 0).sum(0)
+        self.tests += torch.stack([walk.num_uniforms.sum(), walk.num_relaxed.sum()])
+
+    def summary(self) -> dict[str, Any]:
+        """Plain numbers for ``stats.extra``.
+
+        ``mean_accepted``: proposals kept an iteration and image. ``acceptance_by_depth``: entry d, of the walks that
+        reached depth d how many went on. ``num_tests``: proposals tested. ``relaxed_share``: of the proposals kept, those
+        that the exact rule would have rejected with the same numbers.
+        """
+        walks = self.walks.tolist()
+        kept = sum(n * count for n, count in enumerate(walks))
+        reached = [sum(walks[d:]) for d in range(len(walks))]
+        ratios = [after / before for before, after in pairwise(reached) if before]
+        tests, relaxed = self.tests.tolist()
+        return {
+            "mean_accepted": kept / max(sum(walks), 1),
+            "acceptance_by_depth": ratios[: self.sampler.reach - 1],
+            "num_tests": tests,
+            "relaxed_share": relaxed / max(kept, 1),
+        }
+
+    def _news(self, state: Any, verdict: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+        """Permanent codes ``[A, w]``, the hidden states before them ``[G, A, w, D]`` and how many count ``[A]``."""
+        num = verdict.num_committed
+        if not isinstance(verdict, Verdict):
+            hidden = verdict.hidden.permute(2, 0, 1, 3) if self.model.reads_hidden else None
+            return verdict.tokens, hidden, num
+        codes = verdict.tokens[:, :1]  # of the prefill
+        if not self.model.reads_hidden:
+            return codes, None, num
+        hidden, state.hidden = state.hidden, None
+        before = hidden.shape[2] - 1  # condition positions in front of the last have no code behind them
+        return F.pad(codes, (before, 0)), hidden, num + before
+
+    def _shape(self, width: int, device: torch.device) -> Tree:
+        """The part of the tree that ``width`` slots can use."""
+        if width not in self.shapes:
+            full: Tree = Tree.chain(1) if self.sampler.tree == "dynamic" else self.sampler.shape
+            used = int((full.depth[0] < width).sum())
+            self.shapes[width] = full.narrow(used).to(device)
+        return self.shapes[width]
+
+    def _likeliest(self, state: Any, root: Tensor) -> TreeDraft:
+        s = self.sampler
+        size = min(s.branching, root.shape[-1])
+        depth = state.width - 1
+        draft = draft_likeliest(
+            self.model,
+            root,
+            warp=self._warp,
+            depth=depth,
+            branching=size,
+            num_nodes=min(s.num_nodes, 1 + size + (depth - 1) * size * size),
+            limit=state.stream.num_slots - state.length,
+            leaf_order=s.temperature == 0,
+        )
+        if state.forced is None:
+            return draft
+        code = state.forced.gather(1, state.next_slots()).gather(1, (draft.tree.depth - 1).clamp(min=0))
+        fits = (code < 0) | (code == draft.tokens)  # others cannot be accepted; the walk passes them by
+        return TreeDraft(draft.tree, draft.tokens.where(fits, -1))
+
+    def _warp(self, raw: Tensor) -> Tensor:
+        return warp_logits(raw, **self.sampler.warp)  # temperature 0: guided logits, nothing removed
+
+    def _noise(self, state: Any, level: int, count: int) -> Tensor:
+        """Noise of the slot of a level; a slot is looked at in one iteration only, so it needs no number of that."""
+        slot = state.next_slots()[:, level, None]
+        position = state.stream.code_index[slot]  # A 1
+        if self.sampler.chosen_proposal == "with_replacement":
+            return uniform(state.keys, position, count, Stream.DRAFT)[:, 0]
+        if state.noise is not None:
+            return state.noise.rows(position)[:, 0]
+        return gumbel(state.keys, position, int(state.backbone.codebook_size))[:, 0]

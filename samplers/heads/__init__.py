@@ -1,0 +1,1 @@
+"""Token heads: from rows of a backbone to tokens."""

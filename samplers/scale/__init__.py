@@ -1,0 +1,1 @@
+"""The scale loop: next-scale prediction."""

@@ -1,0 +1,265 @@
+"""Next-scale sampling: all codes of a scale at once, coarse to fine (VAR, Tian et al., 2024, arXiv:2404.02905).
+
+One step is one forward pass and one scale: score it, draw it, add its vectors to the picture so far, shrink the picture to
+the next scale. How codes become vectors, are enlarged and shrunk is the tokenizer's; how logits come about is the
+backbone's. Collaborative decoding with two models (CoDe, arXiv:2411.17787) is a setting.
+
+Letters: B images, K scales, n_k codes of scale k, L all codes, V codebook, C channels, h w the last scale, G branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
+from vargen.kernels.draw import draw
+from vargen.kernels.warp import warp_logits
+from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
+from vargen.random import Stream, gumbel, seed_tensor
+from vargen.samplers.base import Sampler
+from vargen.samplers.scale.editing import check_forced_codes
+from vargen.samplers.scale.state import NextScaleState, Noise
+
+RAMPS = ("linear", "constant")
+SMOOTH_TEMPERATURE = (0.27, 0.95, 0.005)  # start, share that is lost by the last scale, floor: the official constants
+
+
+@dataclass(frozen=True, kw_only=True)
+class NextScaleSampler(Sampler):
+    """Draw scale after scale, every code of a scale from its own law given the coarser scales.
+
+    Noise is keyed by the place of a code among all L codes, so an image depends on its seed only. The official models
+    are sampled with ``guidance_scale=2.5, top_k=900, top_p=0.96`` (their "cfg 1.5"; the demo uses 5 and 0.95).
+
+    Args:
+        guidance_scale, temperature, top_k, top_p: as in ``Sampler``; the guidance is that of the last scale.
+        guidance_ramp: ``"linear"`` from none at the first scale to all at the last (official), or ``"constant"``.
+        final_temperature: temperature of the last scale, reached linearly from ``temperature`` at the first; ``None`` =
+            the same for all. Codes of one scale are drawn without knowledge of each other: coarse scales can afford
+            variety, in the finest it is noise.
+        guidance_stop_scale: from this scale on only the conditional branch runs, unguided; ``None`` = never.
+        stop_scale: draw only so many scales and decode what is there; ``None`` = all.
+        smooth: mix code vectors by a sharpened soft draw ("more_smooth" of the official code); the codes returned are
+            hard draws of the same laws and do not decode to the very image.
+        refine_scale: collaborative decoding: the first scales, up to this one, are drawn by the drafter (the larger
+            model), the others by the backbone; ``None`` = the backbone draws all.
+
+    Example:
+        >>> NextScaleSampler(guidance_scale=2.5, top_k=900, top_p=0.96).guidance_at(9, 10)
+        2.5
+
+        In a pipeline: a preview after every scale, a hole filled in, an edit, two models (CoDe).
+
+        >>> pipe = ImagePipeline.from_pretrained("heroes32-var")  # doctest: +SKIP
+        >>> def watch(pipe, step, num_forwards, tensors):
+        ...     previews.append(pipe.decode_codes(tensors["codes"]))
+        >>> pipe("minotaur", callback_on_step_end=watch)  # doctest: +SKIP
+        >>> pipe(image=picture, mask_image=mask)  # doctest: +SKIP
+        >>> pipe("a great sword", image=picture, mask_image=mask)  # doctest: +SKIP
+        >>> pipe.drafter = larger_model  # doctest: +SKIP
+        >>> pipe("minotaur", refine_scale=3)  # doctest: +SKIP
+    """
+
+    guarantee: ClassVar[Guarantee] = "exact"
+    required_features: ClassVar[frozenset[str]] = frozenset({"scales"})
+
+    guidance_ramp: str = "linear"
+    final_temperature: float | None = None
+    guidance_stop_scale: int | None = None
+    stop_scale: int | None = None
+    smooth: bool = False
+    refine_scale: int | None = None
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a setting out of range."""
+        super().check()
+        check_choice("guidance_ramp", self.guidance_ramp, RAMPS)
+        if self.final_temperature is not None:
+            check_number("final_temperature", self.final_temperature, low=0.0, hint="0 is greedy, None is temperature")
+        for name, low in (("guidance_stop_scale", 0), ("stop_scale", 1), ("refine_scale", 0)):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), low=low, hint="None is off")
+
+    def ratio(self, k: int, num_scales: int) -> float:
+        """How far scale k is: 0 at the first, 1 at the last."""
+        return k / (num_scales - 1) if num_scales > 1 else 1.0
+
+    def guidance_at(self, k: int, num_scales: int) -> float:
+        """The guidance scale of scale k of K."""
+        if self.guidance_stop_scale is not None and k >= self.guidance_stop_scale:
+            return 1.0
+        ramp = self.ratio(k, num_scales) if self.guidance_ramp == "linear" else 1.0
+        return 1.0 + (self.guidance_scale - 1.0) * ramp
+
+    def temperature_at(self, k: int, num_scales: int) -> float:
+        """The temperature of scale k of K."""
+        last = self.temperature if self.final_temperature is None else self.final_temperature
+        return self.temperature + (last - self.temperature) * self.ratio(k, num_scales)
+
+    def start(
+        self,
+        backbone: Any,
+        condition: Any,
+        *,
+        seeds: Sequence[int] | Tensor | int,
+        tokenizer: Any = None,
+        drafter: Any = None,
+        forced_codes: Sequence[Tensor] | None = None,
+        noise: Noise | None = None,
+    ) -> NextScaleState:
+        """Check the arguments, run the condition and draw the first scale.
+
+        Args:
+            backbone, condition, seeds: as in ``sample``.
+            tokenizer: a multi-scale tokenizer with the backbone's scales.
+            drafter: the model of the first scales, with ``refine_scale``.
+            forced_codes: K tensors ``[n_k]`` or ``[B, n_k]`` of codes fixed beforehand, -1 where free, see
+                ``vargen.samplers.scale.editing.keep_codes``.
+            noise: replaces the counter-based noise: ``noise(k, stream, (B, n_k, V))`` returns Gumbel numbers, first for
+                ``Stream.GUMBEL``, then with ``smooth`` for ``Stream.FRESH``.
+        """
+        self.check_backbone(backbone)
+        self._check_models(backbone, tokenizer, drafter)
+        first = backbone if not self.refine_scale else drafter
+        prepared = first.prepare(condition, guidance_scale=self._widest_guidance(first))
+        listed = check_seeds(seeds, prepared.batch)
+        forced = None if forced_codes is None else check_forced_codes(forced_codes, tokenizer, len(listed))
+        session, out = first.open(prepared)
+        state = NextScaleState(
+            backbone=backbone,
+            tokenizer=tokenizer,
+            condition=condition,
+            session=session,
+            seeds=listed,
+            keys=seed_tensor(listed, out.logits.device),
+            total=tokenizer.blank(len(listed)).to(out.logits.device),
+            forced=forced,
+            noise=noise,
+            drafter=drafter if self.refine_scale else None,
+        )
+        return self._finish_step(state, out.logits)
+
+    @torch.no_grad()
+    def step(self, state: NextScaleState) -> NextScaleState:
+        """Spend one forward pass: score and draw the next scale. Advances the state in place."""
+        k = len(state.scales)
+        state.inputs.append(state.tokenizer.shrink(state.total, state.tokenizer.scales[k]))
+        if state.drafter is not None and k == self.refine_scale:
+            prepared = state.backbone.prepare(state.condition, guidance_scale=self._widest_guidance(state.backbone))
+            state.session, out = state.backbone.open(prepared, features=torch.cat(state.inputs, dim=1))
+            state.drafter = None
+            return self._finish_step(state, out.logits[:, :, -state.sizes[k] :])
+        model = state.backbone if state.drafter is None else state.drafter
+        if k == self.guidance_stop_scale:
+            model.drop_guidance(state.session)
+        return self._finish_step(state, model.step(state.session, state.inputs[-1]).logits)
+
+    def finish(self, state: NextScaleState) -> SamplerOutput:
+        """Return codes by scale, the summed latents ``[B, C, h, w]`` and statistics."""
+        notes = self._departures(state)
+        count = torch.full((len(state.seeds),), state.num_forwards)
+        trace = torch.cat([torch.full(part.shape, k) for k, part in enumerate(state.scales)], dim=1)
+        stats = DecodeStats(
+            num_forwards=state.num_forwards - state.num_drafter_forwards,
+            num_drafter_forwards=state.num_drafter_forwards,
+            forwards_per_image=count,
+            commit_trace=trace,
+            guarantee="heuristic" if notes else self.guarantee,
+            notes=notes,
+        )
+        return SamplerOutput(state.scales, state.seeds, stats, latents=state.total)
+
+    def draw_scale(self, state: NextScaleState, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Draw the next scale from its logits ``[G, B, n_k, V]``: codes ``[B, n_k]`` and their vectors ``[B, n_k, C]``.
+
+        The one place that knows what a backbone says about a position; override it for anything but one choice of V.
+        """
+        k = len(state.scales)
+        start = sum(state.sizes[:k])
+        positions = torch.arange(start, start + state.sizes[k], device=logits.device).expand(len(state.seeds), -1)
+        warp: dict[str, Any] = {
+            "guidance_scale": self.guidance_at(k, len(state.sizes)),
+            "temperature": self.temperature_at(k, len(state.sizes)),
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+        shape = (len(state.seeds), state.sizes[k], logits.shape[-1])
+        noise = None if state.noise is None else state.noise(k, Stream.GUMBEL, shape)
+        codes = draw(logits, seeds=state.keys, positions=positions, noise=noise, **warp)
+        fixed = None if state.forced is None else state.forced[k].to(codes.device)
+        if fixed is not None:
+            codes = torch.where(fixed >= 0, fixed, codes)
+        vectors = state.tokenizer.lookup(codes)
+        if self.smooth:
+            soft = self._soft_vectors(state, warp_logits(logits, **warp), positions, k)
+            vectors = soft if fixed is None else torch.where((fixed >= 0)[..., None], vectors, soft)
+        return codes, vectors
+
+    def _finish_step(self, state: NextScaleState, logits: Tensor) -> NextScaleState:
+        """Draw the scale that ``logits`` predict and add it to the picture."""
+        codes, vectors = self.draw_scale(state, logits)
+        state.total = state.tokenizer.accumulate(state.total, vectors, len(state.scales))
+        state.scales.append(codes)
+        state.num_forwards += 1
+        state.num_drafter_forwards += state.drafter is not None
+        num_scales = len(state.sizes)
+        state.done = len(state.scales) == min(num_scales, self.stop_scale or num_scales)
+        return state
+
+    def _soft_vectors(self, state: NextScaleState, logits: Tensor, positions: Tensor, k: int) -> Tensor:
+        """A Gumbel-softmax mixture of code vectors ``[B, n_k, C]``, sharper at finer scales."""
+        ratio = self.ratio(k, len(state.sizes))
+        start, share, floor = SMOOTH_TEMPERATURE
+        if state.noise is None:
+            noise = gumbel(state.keys, positions, logits.shape[-1], Stream.FRESH)
+        else:
+            noise = state.noise(k, Stream.FRESH, tuple(logits.shape))  # type: ignore[arg-type]
+        weights = ((logits * (1 + ratio) + noise) / max(start * (1 - share * ratio), floor)).softmax(-1)
+        return weights @ state.tokenizer.codebook.float()
+
+    def _widest_guidance(self, model: Any) -> float:
+        """1 where no scale is guided, so that the unconditional branch is not run at all."""
+        num_scales = len(model.scales)
+        guided = any(self.guidance_at(k, num_scales) != 1.0 for k in range(num_scales))
+        return self.guidance_scale if guided else 1.0
+
+    def _departures(self, state: NextScaleState) -> list[str]:
+        """One line for each setting with which the law is no longer the backbone's."""
+        notes = []
+        if self.smooth:
+            notes.append("smooth: code vectors are soft mixtures, the codes are not what was decoded")
+        if len(state.scales) < len(state.sizes):
+            notes.append(f"stopped after {len(state.scales)} of {len(state.sizes)} scales")
+        if state.forced is not None:
+            notes.append("some codes were fixed beforehand: coarse codes do not know of finer ones that are kept")
+        if state.num_drafter_forwards:
+            notes.append(f"the first {state.num_drafter_forwards} scales were drawn by the drafter")
+        return notes
+
+    def _check_models(self, backbone: Any, tokenizer: Any, drafter: Any) -> None:
+        if tokenizer is None or not hasattr(tokenizer, "accumulate"):
+            raise ValueError(
+                "NextScaleSampler adds up scales with the tokenizer; pass tokenizer=MultiScaleVQTokenizer"
+            )
+        models = {"tokenizer": tokenizer}
+        if self.refine_scale:
+            if drafter is None:
+                raise ValueError(f"refine_scale={self.refine_scale} needs a drafter that draws the scales before it")
+            models["drafter"] = drafter
+        for name, model in models.items():
+            if tuple(model.scales) != tuple(backbone.scales):
+                raise ValueError(
+                    f"{name} and backbone must have the same scales, got {list(model.scales)} and {list(backbone.scales)}"
+                )
+            if model.codebook_size != backbone.codebook_size:
+                sizes = f"{model.codebook_size} and {backbone.codebook_size}"
+                raise ValueError(f"{name} and backbone must have the same codebook size, got {sizes}")
+        count = len(backbone.scales)
+        for name in ("guidance_stop_scale", "stop_scale", "refine_scale"):
+            if getattr(self, name) is not None:
+                check_integer(name, getattr(self, name), low=0, high=count, hint=f"the model has {count} scales")

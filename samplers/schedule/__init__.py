@@ -1,0 +1,1 @@
+"""The schedule loop: groups of positions, one forward pass a group."""

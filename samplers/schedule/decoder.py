@@ -1,0 +1,257 @@
+"""The schedule loop: one forward pass a step, all targets of the step drawn at once, whatever the schedule.
+
+Noise is keyed by the place of a code on its grid, so an image depends on its seed and its settings only. Not covered:
+window decoding of causal models (samplers/window/decoder.py) and next-scale models.
+
+Letters: B images, N codes, V codes of the codebook, G guidance branches, g targets of a step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vargen.validation.checks import check_choice, check_integer, check_seeds
+from vargen.kernels.draw import draw, new_errors, raise_errors
+from vargen.kernels.warp import combine
+from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
+from vargen.protocols import Step
+from vargen.random import seed_tensor
+from vargen.samplers.base import Sampler
+from vargen.samplers.schedule.schedule import DecodeSchedule
+
+RAMPS = ("constant", "linear")
+
+
+@dataclass
+class ScheduleState:
+    """Everything that changes while a batch is decoded, and what ``stream`` yields."""
+
+    backbone: Any
+    session: Any
+    schedule: DecodeSchedule
+    seeds: list[int]
+    keys: Tensor  # [B] int64
+    codes: Tensor  # [B, N] int64, -1 where not drawn
+    trace: Tensor  # [B, N] int64 forward that drew each code, -1 where none did
+    forced: Tensor | None  # [B, N] int64, -1 where free
+    errors: Tensor  # [B] record of bad rows, read at the end
+    rows: Tensor  # [A] int64 images still decoded; all of them unless the sampler finishes some early
+    num_forwards: int = 0
+    done: bool = False
+
+    @property
+    def commit_trace(self) -> Tensor:
+        """[B, N] int64 forward (0 = prefill) that made each code permanent, -1 where none did yet."""
+        return self.trace
+
+    @property
+    def num_committed(self) -> Tensor:
+        """[B] int64 permanent codes of each image."""
+        return (self.trace >= 0).sum(-1)
+
+    @property
+    def next_step(self) -> Step:
+        """The step that the next forward pass runs."""
+        return self.schedule.steps[self.num_forwards]
+
+    def record(self, rows: Tensor, positions: Tensor, codes: Tensor) -> None:
+        """Make ``codes [A, g]`` of the images ``rows [A]`` permanent; called before the forward is counted."""
+        self.codes[rows[:, None], positions] = codes
+        self.trace[rows[:, None], positions] = self.num_forwards
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleSampler(Sampler):
+    """Base of the samplers that run a decode schedule; concrete ones choose the schedule.
+
+    Args:
+        guidance_scale, temperature, top_k, top_p: as in ``Sampler``, for every code on its own.
+        guidance_interval: guide only passes before which at most so many codes were drawn; -1 = always
+            (``cfg_interval`` of the official code).
+        guidance_ramp: ``"constant"``, or ``"linear"`` from 1 at the first code to ``guidance_scale`` at the last.
+    """
+
+    guarantee: ClassVar[Guarantee] = "exact"
+
+    guidance_interval: int = -1
+    guidance_ramp: str = "constant"
+
+    def check(self) -> None:
+        """Raise ``ValueError`` for a setting out of range."""
+        super().check()
+        check_integer("guidance_interval", self.guidance_interval, low=-1, hint="-1 is always")
+        check_choice("guidance_ramp", self.guidance_ramp, RAMPS)
+
+    def make_schedule(self, backbone: Any) -> DecodeSchedule:
+        """The schedule for a backbone."""
+        raise NotImplementedError
+
+    def guidance_at(self, step: Step, num_codes: int, made: int) -> float:
+        """The guidance scale of a pass before which ``made`` of N codes were drawn."""
+        if 0 <= self.guidance_interval < step.counted:
+            return 1.0
+        ramp = made / num_codes if self.guidance_ramp == "linear" else 1.0
+        return 1.0 + (self.guidance_scale - 1.0) * ramp
+
+    def start(
+        self,
+        backbone: Any,
+        condition: Any,
+        *,
+        seeds: Sequence[int] | Tensor | int,
+        tokenizer: Any = None,
+        drafter: Any = None,
+        forced_codes: Tensor | None = None,
+        schedule: DecodeSchedule | None = None,
+    ) -> ScheduleState:
+        """Check the arguments and run the first step.
+
+        Args:
+            backbone, condition, seeds: as in ``sample``.
+            tokenizer, drafter: not read.
+            forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free: in-painting, or the given frames
+                of a video. The law of every free code is the backbone's, given the codes drawn or fixed before it.
+            schedule: replaces the sampler's own; it is validated, and refused where the backbone cannot run it.
+        """
+        self.check_backbone(backbone)
+        if schedule is None:
+            schedule = self.make_schedule(backbone)
+        else:
+            schedule.validate()
+        backbone.check_schedule(schedule)
+        prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
+        listed = check_seeds(seeds, prepared.batch)
+        forced = check_forced(forced_codes, len(listed), schedule, int(backbone.codebook_size))
+        device = prepared.embeddings.device
+        empty = torch.full((len(listed), schedule.num_codes), -1, dtype=torch.int64, device=device)
+        state = ScheduleState(
+            backbone=backbone,
+            session=backbone.begin(prepared, schedule),
+            schedule=schedule.to(device),
+            seeds=listed,
+            keys=seed_tensor(listed, device),
+            codes=empty,
+            trace=empty.clone(),
+            forced=None if forced is None else forced.to(device),
+            errors=new_errors(len(listed), device),
+            rows=torch.arange(len(listed), device=device),
+        )
+        if state.forced is not None and schedule.prefix:
+            first = torch.arange(schedule.prefix, device=device)
+            state.record(state.rows, first, state.forced[:, : schedule.prefix])
+        if state.forced is not None and schedule.revising:
+            state.codes, state.trace = state.forced.clone(), torch.where(state.forced >= 0, 0, -1)
+        return self.step(state)
+
+    @torch.no_grad()
+    def step(self, state: ScheduleState) -> ScheduleState:
+        """Spend one forward pass and draw its targets. Advances the state in place."""
+        if state.done:
+            return state
+        step = state.next_step
+        self.decide(state, step, state.backbone.run_items(state.session, step, state.codes[state.rows]))
+        state.num_forwards += 1
+        state.done = state.done or state.num_forwards == len(state.schedule.steps)
+        return state
+
+    def decide(self, state: ScheduleState, step: Step, logits: Tensor) -> None:
+        """Choose codes from ``logits [G, A, g, V]`` of the step's targets and record them."""
+        made = sum(state.schedule.group_sizes[: state.num_forwards])
+        codes = self.draw_codes(state, step, logits, self.guidance_at(step, state.schedule.num_codes, made))
+        state.record(state.rows, step.targets, codes)
+
+    def draw_codes(self, state: ScheduleState, step: Step, logits: Tensor, guidance_scale: float) -> Tensor:
+        """Draw one code a target ``[A, g]``; fixed ones as they are."""
+        positions = step.targets.expand(logits.shape[1], -1)
+        fixed = None if state.forced is None else state.forced[state.rows][:, step.targets]
+        if fixed is not None:  # the law of a fixed code is never read
+            logits = torch.where((fixed >= 0)[None, :, :, None], 0.0, logits)
+        errors = state.errors[state.rows]  # a copy: kernels note bad rows in it
+        codes = self.pick(logits, state.keys[state.rows], positions, guidance_scale, errors)
+        state.errors[state.rows] = errors
+        return codes if fixed is None else torch.where(fixed >= 0, fixed, codes)
+
+    def pick(self, logits: Tensor, keys: Tensor, positions: Tensor, guidance_scale: float, errors: Tensor) -> Tensor:
+        """Draw ``[A, g]`` codes from ``[G, A, g, V]`` logits."""
+        if guidance_scale == 1.0:
+            logits = logits[:1]
+        warp: dict[str, Any] = {
+            "guidance_scale": guidance_scale,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+        if self.temperature > 0 and self.top_p < 1 and logits.device.type == "cpu":
+            return _draw_unsure(logits, keys, positions, warp)
+        return draw(logits, seeds=keys, positions=positions, errors=errors, **warp)
+
+    def finish(self, state: ScheduleState) -> SamplerOutput:
+        """Collect codes and statistics."""
+        raise_errors(state.errors)
+        notes = self.departures(state)
+        stats = DecodeStats(
+            num_forwards=state.num_forwards,
+            forwards_per_image=state.trace.amax(-1) + 1,
+            commit_trace=state.trace.clone(),
+            guarantee="heuristic" if notes else self.guarantee,
+            notes=notes,
+        )
+        return SamplerOutput(codes=state.codes.clone(), seeds=state.seeds, stats=stats)
+
+    def departures(self, state: ScheduleState) -> list[str]:
+        """One line for each way in which this run left the sampler's guarantee."""
+        return []
+
+
+def _draw_unsure(logits: Tensor, keys: Tensor, positions: Tensor, warp: dict[str, Any]) -> Tensor:
+    """Draw where top-p leaves a choice; a code that holds the whole mass alone needs no noise (CPU: noise is dear)."""
+    z = combine(logits, warp["guidance_scale"], warp["temperature"])
+    mass = z.logsumexp(-1)
+    if not bool(mass.isfinite().all()):
+        return draw(logits, seeds=keys, positions=positions, **warp)  # which names the bad row
+    best, codes = z.max(-1)
+    images, columns = (best - mass < math.log(warp["top_p"])).nonzero(as_tuple=True)
+    if len(images):
+        rows = logits[:, images, columns][:, :, None]  # G n 1 V
+        where = positions[images, columns][:, None]
+        codes[images, columns] = draw(rows, seeds=keys[images], positions=where, **warp)[:, 0]
+    return codes
+
+
+def check_forced(
+    forced: Tensor | None, num_images: int, schedule: DecodeSchedule, codebook_size: int
+) -> Tensor | None:
+    """Return codes fixed beforehand as ``[B, N]`` int64, -1 where free.
+
+    Raises:
+        ValueError: wrong shape or type, a code outside -1..V-1, or a prefix that the schedule needs is missing.
+    """
+    num_codes = schedule.num_codes
+    if forced is None:
+        if schedule.prefix:
+            raise ValueError(
+                f"schedule {schedule.kind!r} continues {schedule.prefix} given codes; pass them as forced_codes"
+            )
+        return None
+    codes = torch.as_tensor(forced)
+    if (
+        codes.is_floating_point()
+        or codes.dtype == torch.bool
+        or codes.shape not in ((num_codes,), (num_images, num_codes))
+    ):
+        got = f"{codes.dtype} {list(codes.shape)}"
+        raise ValueError(f"forced_codes must be integers [{num_codes}] or [{num_images}, {num_codes}], got {got}")
+    if bool(((codes < -1) | (codes >= codebook_size)).any()):
+        raise ValueError(f"forced_codes must lie in 0..{codebook_size - 1}, or be -1 where free")
+    codes = codes.long().expand(num_images, -1)
+    if bool((codes[:, : schedule.prefix] < 0).any()):
+        raise ValueError(
+            f"forced_codes must hold the first {schedule.prefix} codes, which {schedule.kind!r} continues"
+        )
+    return codes

@@ -1,0 +1,1 @@
+"""The window loop: propose, score in one forward pass, decide, commit."""

@@ -1,0 +1,352 @@
+"""The window decoder: every sampler for causal backbones, next-token included, is a drafter and an acceptance rule here.
+
+One iteration scores a window of W proposals in one forward pass. Entry j of the window is the proposal for slot
+``length + j`` and row j of the logits is the law of that same slot, given the permanent codes and the proposals before
+it. The rule decides how many rows become permanent, at least one; the drafter proposes again for the others. Images
+advance raggedly, each by its own count, and leave the batch when they are complete. Next-token sampling is W = 1.
+
+Trees of proposals take the same path with another score and another rule (samplers/window/lantern.py). Not covered: backbones
+without a causal session.
+
+Letters: B images of the call, A images still decoded, N code positions, S slots that need a decision, V codes,
+W window, w rows of this iteration, G guidance branches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from vargen.validation.checks import check_seeds
+from vargen.kernels.draw import draw, new_errors, raise_errors
+from vargen.kernels.verify.verify import verify_window
+from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Verdict, VerifyNoise
+from vargen.outputs import DecodeStats, SamplerOutput
+from vargen.random import GumbelCache, seed_tensor
+from vargen.samplers.base import Sampler
+from vargen.samplers.drafters.base import Drafter
+from vargen.samplers.window.cuda_graph import Replay, obstacle
+from vargen.samplers.window.layout import Stream, forced_slots
+from vargen.samplers.window.state import WindowState
+
+__all__ = ["WindowSampler", "WindowState"]
+
+POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
+NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
+NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowSampler(Sampler):
+    """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule."""
+
+    required_features: ClassVar[frozenset[str]] = frozenset({"window", "ragged"})
+    replayable: ClassVar[bool] = False  # an iteration has fixed shapes and reads nothing back
+
+    @property
+    def num_rows(self) -> int:
+        """W, the rows of one forward pass; 1 is next-token sampling."""
+        return 1
+
+    @property
+    def reach(self) -> int:
+        """Most codes that one iteration makes permanent; less than ``num_rows`` where proposals form a tree."""
+        return self.num_rows
+
+    @property
+    def rule(self) -> Carry:
+        """The ``carry`` of ``verify_window``: how rows are accepted and how their outcome is carried on."""
+        return "gumbel"
+
+    def make_group(self, backbone: Any) -> GroupSpec | None:
+        """Return the groups of a relaxed acceptance, if the rule has any."""
+        return None
+
+    def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter | None:
+        """Return the drafter of one run; None proposes nothing, which is right for W = 1 only."""
+        return None
+
+    def reads_hidden(self, drafter: Any) -> bool:
+        """Whether the run needs the backbone's hidden states."""
+        return False
+
+    @property
+    def warp(self) -> dict[str, Any]:
+        """The shared settings as keyword arguments of the kernels."""
+        return {
+            "guidance_scale": self.guidance_scale,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+        }
+
+    def start(
+        self,
+        backbone: Any,
+        condition: Any,
+        *,
+        seeds: Sequence[int] | Tensor | int,
+        tokenizer: Any = None,
+        drafter: Any = None,
+        forced_codes: Tensor | None = None,
+        cuda_graph: bool | None = None,
+    ) -> WindowState:
+        """Check the arguments, run the condition and commit the first code.
+
+        Args:
+            backbone, condition, seeds, drafter: as in ``sample``.
+            tokenizer: not read by window samplers.
+            forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free. A fixed prefix continues an
+                image; the law of every free code is the backbone's, given all codes before it.
+            cuda_graph: replay iterations as a CUDA graph: None = wherever that is possible, False = never, True =
+                refuse to run without. Complete images then stay in the batch until all are complete.
+        """
+        self.check_backbone(backbone)
+        reason = "switched off" if cuda_graph is False else obstacle(self, backbone)
+        if cuda_graph and reason is not None:
+            raise ValueError(f"cuda_graph=True is not possible: {reason}; leave it out or take cuda_graph=None")
+        prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
+        listed = check_seeds(seeds, prepared.batch)
+        table, structural = Stream.of(backbone)
+        forced = forced_slots(forced_codes, structural, table, len(listed), int(backbone.codebook_size))
+        options = {"hidden": True} if self.reads_hidden(drafter) else {}
+        options |= {"static": True} if reason is None else {}
+        session, out = backbone.open(prepared, max_window=self.num_rows, **options)
+        state = self._first_state(backbone, session, table.to(out.logits.device), listed, out.logits)
+        state.forced = None if forced is None else forced.to(out.logits.device)
+        state.hidden = out.hidden
+        state.noise = None if reason is None else state.noise  # a replay makes its own
+        if self.num_rows > 1:
+            state.group = self.make_group(backbone)
+            state.drafter = self.make_drafter(state, drafter, condition)
+        self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
+        if reason is None and not state.done:
+            state.replay = Replay(state, labels=self.rule != "gumbel" and self.temperature > 0)
+        elif cuda_graph is None and out.logits.is_cuda and reason is not None:
+            state.notes.append(f"iterations are not replayed as a CUDA graph: {reason}")
+        return state
+
+    def step(self, state: WindowState) -> WindowState:
+        """Score the drafts in one forward pass, commit, draft again."""
+        if state.done:
+            return state
+        if state.replay is not None:
+            state.replay.step(self, state)
+            self._look(state)
+        elif self.num_rows == 1:
+            codes = state.slots[:, state.num_forwards - 1, None]  # b 1
+            self._decide(state, state.backbone.step(state.session, codes).logits)
+        else:
+            self._decide(state, self._score(state))
+        return state
+
+    def _score(self, state: WindowState) -> Tensor:
+        """Feed the last permanent code and the proposals: logits ``[G, A, w, V]``."""
+        drafts = state.draft.tokens[:, : state.width - 1].clamp(min=0)  # a w-1; a missing one is fed as any code
+        codes = torch.cat([state.last_codes(), drafts], dim=1)  # a w
+        return state.backbone.step(state.session, codes).logits
+
+    def finish(self, state: WindowState) -> SamplerOutput:
+        """Collect codes and statistics."""
+        trace = state.commit_trace.clone()
+        stats = DecodeStats(
+            num_forwards=state.num_forwards,
+            num_drafter_forwards=0 if state.drafter is None else state.drafter.num_forwards,
+            forwards_per_image=trace.amax(-1) + 1,
+            commit_trace=trace,
+            guarantee=self.guarantee,
+            notes=list(state.notes),
+            extra={} if state.replay is None else {"graph_replays": state.replay.count},
+        )
+        return SamplerOutput(codes=state.codes.clone(), seeds=state.seeds, stats=stats)
+
+    def _first_state(
+        self, backbone: Any, session: Any, stream: Stream, seeds: list[int], logits: Tensor
+    ) -> WindowState:
+        device, num_codes = logits.device, logits.shape[-1]
+        keys = seed_tensor(seeds, device)
+        empty = torch.full((len(seeds), stream.num_slots + 1), -1, dtype=torch.int64, device=device)
+        noise = None
+        if device.type == "cpu" and self.temperature > 0:
+            room = NOISE_BLOCK if self.num_rows == 1 else NOISE_CACHE
+            held = min(stream.num_slots, max(self.reach, room // (len(seeds) * num_codes)))
+            noise = GumbelCache(keys, held, num_codes)
+        return WindowState(
+            backbone=backbone,
+            session=session,
+            stream=stream,
+            drafter=None,
+            noise=noise,
+            seeds=seeds,
+            keys=keys,
+            rows=torch.arange(len(seeds), device=device),
+            forced=None,
+            slots=empty,
+            trace=empty.clone(),
+            length=torch.zeros(len(seeds), dtype=torch.int64, device=device),
+            errors=new_errors(len(seeds), device) if device.type == "cuda" else None,
+            width=min(self.reach, stream.num_slots),
+            draft=Draft.none(len(seeds), min(self.reach, stream.num_slots), device),
+        )
+
+    def _decide(self, state: WindowState, logits: Tensor) -> None:
+        """Draw or verify the rows ``logits [G, A, w, V]``, commit, and prepare the next iteration."""
+        if self.num_rows == 1:
+            self._commit_one(state, logits)
+            return
+        verdict, slots, num_rows = self._accept(state, logits)
+        keep = self._look(state)
+        if keep is not None:
+            logits, slots, num_rows = logits[:, keep], slots[keep], num_rows[keep]
+            verdict = type(verdict)(*(value[keep] for value in vars(verdict).values()))
+        if not state.done:
+            self._propose(state, logits, verdict, slots, num_rows)
+
+    def iterate(self, state: WindowState) -> None:
+        """One iteration of a replayable sampler on a static session: tensors in, tensors of the same shapes out."""
+        if self.num_rows == 1:
+            logits = state.backbone.step(state.session, state.last_codes()).logits
+            self._commit_next(state, logits)
+            return
+        logits = self._score(state)
+        verdict, slots, num_rows = self._accept(state, logits)
+        self._propose(state, logits, verdict, slots, num_rows)
+
+    def _propose(self, state: WindowState, logits: Tensor, verdict: Any, slots: Tensor, num_rows: Tensor) -> None:
+        draft = state.drafter.propose(state, logits, verdict, slots, num_rows)
+        state.draft = narrow(draft, state.width) if isinstance(draft, Draft) else draft
+
+    def _accept(self, state: WindowState, logits: Tensor) -> tuple[Any, Tensor, Tensor]:
+        """Run the rule and commit; return the verdict, the slots of its rows ``[A, w]`` and how many counted ``[A]``."""
+        prefill = state.num_forwards == 0
+        slots = state.length[:, None] + torch.arange(state.width, device=logits.device)  # a w
+        num_rows = (state.stream.num_slots - state.length).clamp(max=1 if prefill else state.width)  # a
+        verdict = self._verify(state, logits, slots, num_rows)
+        committed = slots < (state.length + verdict.num_committed)[:, None]
+        place = torch.where(committed, slots, state.stream.num_slots)
+        state.slots[state.rows[:, None], place] = verdict.tokens
+        state.trace[state.rows[:, None], place] = state.iteration[:, None]
+        state.length = state.length + verdict.num_committed
+        if not prefill:  # which feeds no code
+            self._keep(state, verdict)
+        state.count()
+        return verdict, slots, num_rows
+
+    def _keep(self, state: WindowState, verdict: Verdict) -> None:
+        """Make the committed entries permanent in the caches."""
+        state.backbone.commit(state.session, verdict.num_committed)
+        state.drafter.commit(verdict.num_committed)
+
+    def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Verdict:
+        """Run the acceptance rule on the rows of this iteration."""
+        slots = slots.clamp(max=state.stream.num_slots - 1)  # rows past the end do not count
+        positions = state.stream.code_index[slots]  # a w
+        noise = None
+        if state.noise is not None and self.rule == "gumbel":
+            noise = VerifyNoise(fresh=state.noise.rows(positions))
+        return verify_window(
+            logits,
+            state.draft,
+            carry=self.rule,
+            seeds=state.keys,
+            positions=positions,
+            iteration=state.iteration,
+            num_rows=num_rows,
+            forced=None if state.forced is None else state.forced.gather(1, slots),
+            group=state.group,
+            noise=noise,
+            errors=state.errors,
+            **self.warp,
+        )
+
+    def _look(self, state: WindowState) -> Tensor | None:
+        """Learn the progress, drop complete images and set the next width; return the images kept if some left.
+
+        On a GPU this waits for the device, hence only every few iterations, and the window keeps its shape. On a static
+        session the batch keeps its shape as well.
+        """
+        if self.num_rows == 1:
+            state.done = state.num_forwards == state.stream.num_slots
+            if state.done and state.errors is not None:
+                raise_errors(state.errors)
+            return None
+        free, static = looking_is_free(state.length.device), getattr(state.session, "static", False)
+        if not free and state.num_forwards < state.next_poll:
+            return None
+        left = state.stream.num_slots - state.length
+        most = int(left.max())
+        state.done = most == 0
+        if free and not static:
+            state.width = min(self.reach, most)
+        state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
+        if state.errors is not None:
+            raise_errors(state.errors)
+        if state.done or static or bool((left > 0).all()):
+            return None
+        keep = (left > 0).nonzero().flatten()
+        state.backbone.select(state.session, keep)
+        state.rows, state.keys, state.length = state.rows[keep], state.keys[keep], state.length[keep]
+        state.forced = None if state.forced is None else state.forced[keep]
+        state.errors = None if state.errors is None else state.errors[keep]
+        state.counter = None if state.counter is None else state.counter[keep]
+        if state.noise is not None:
+            state.noise.select(keep)
+        state.drafter.select(keep)
+        return keep
+
+    def _commit_one(self, state: WindowState, logits: Tensor) -> None:
+        """Next-token sampling: every image commits one code, so nothing is verified, gathered or polled."""
+        now, noise = state.num_forwards, None
+        if state.noise is not None:
+            block = state.noise.capacity
+            if now % block == 0:  # many positions at once: small calls would cost as much as a small model
+                ahead = state.stream.code_index[now : now + block]
+                state.ahead = state.noise.rows(ahead.expand(len(state.keys), -1))
+            noise = state.ahead[:, now % block, None]
+        position = state.stream.code_index[now].expand(len(state.keys), 1)
+        fixed = None if state.forced is None else state.forced[:, now]  # b
+        if fixed is not None:  # the law of a fixed slot is never read
+            logits = torch.where((fixed >= 0)[:, None, None], 0.0, logits)
+        tokens = draw(logits, seeds=state.keys, positions=position, noise=noise, errors=state.errors, **self.warp)[
+            :, 0
+        ]
+        if fixed is not None:
+            tokens = torch.where(fixed >= 0, fixed, tokens)
+        state.slots[:, now] = tokens
+        state.trace[:, now] = now
+        state.length += 1
+        if now > 0:
+            state.backbone.commit(state.session, 1)
+        state.count()
+        self._look(state)
+
+    def _commit_next(self, state: WindowState, logits: Tensor) -> None:
+        """The same as a function of tensors."""
+        slots = state.length[:, None]  # b 1
+        fixed = None if state.forced is None else state.forced.gather(1, slots)
+        if fixed is not None:
+            logits = torch.where((fixed >= 0)[..., None], 0.0, logits)
+        positions = state.stream.code_index[slots]
+        tokens = draw(logits, seeds=state.keys, positions=positions, errors=state.errors, **self.warp)
+        if fixed is not None:
+            tokens = torch.where(fixed >= 0, fixed, tokens)
+        state.slots.scatter_(1, slots, tokens)
+        state.trace.scatter_(1, slots, state.iteration[:, None])
+        state.length = state.length + 1
+        state.backbone.commit(state.session, 1)
+        state.count()
+
+
+def looking_is_free(device: torch.device) -> bool:
+    """Whether reading a number back costs nothing; where it does not, shapes stay fixed and looks are rare."""
+    return device.type == "cpu"
+
+
+def narrow(draft: Draft, width: int) -> Draft:
+    """The first ``width`` proposals."""
+    parts = {name: getattr(draft, name)[:, :width] for name in ("tokens", "kind", "prob", "row")}
+    return replace(draft, **parts)

@@ -1,0 +1,61 @@
+"""Speculative Jacobi decoding (Teng et al., 2024, arXiv:2410.01699) and its coupled forms (So et al., 2025, arXiv:2510.24211).
+
+Drafts come from the sampler's own previous iteration; no draft model is used and nothing is trained.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from vargen.validation.checks import check_choice, check_integer
+from vargen.kernels.verify.types import Carry
+from vargen.samplers.drafters.base import INITS, Drafter, Init, JacobiDrafter, shared_guesses
+from vargen.samplers.window.decoder import WindowSampler, WindowState
+
+CARRIES = ("gumbel", "maximal", "independent")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SpeculativeJacobiSampler(WindowSampler):
+    """Score a window of guesses at once, keep the prefix that proves right, guess again from what was seen.
+
+    Exact for every setting: the codes follow the law of next-token sampling.
+
+    Args:
+        window: W, codes scored in one forward pass. Wider windows need fewer passes and more work in each.
+        carry: what becomes of a row that cannot be committed yet. ``"gumbel"`` draws it with the noise of its
+            position and commits while the draw repeats the guess: the result is, code for code, that of
+            ``NextTokenSampler`` with the same seed. ``"maximal"`` changes a guess as rarely as its law allows.
+            ``"independent"`` draws it anew (the published rule); it gains little from windows above 16.
+        init: first guess for a slot that enters the window: ``"uniform"``, ``"repeat_left"`` (the last known code) or
+            ``"repeat_above"`` (the code in the row above).
+    """
+
+    replayable: ClassVar[bool] = True
+
+    window: int = 32
+    carry: Carry = "gumbel"
+    init: Init = "uniform"
+
+    def check(self) -> None:
+        """Check the shared settings, the window, the carry and the initialiser."""
+        super().check()
+        check_integer("window", self.window, low=1, hint="1 is next-token sampling")
+        check_choice("carry", self.carry, CARRIES)
+        check_choice("init", self.init, INITS)
+
+    @property
+    def num_rows(self) -> int:
+        """W."""
+        return self.window
+
+    @property
+    def rule(self) -> Carry:
+        """The carry."""
+        return self.carry
+
+    def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter:
+        """Draft from the previous iteration."""
+        shared = self.carry == "gumbel" and self.temperature > 0
+        return JacobiDrafter(self.init, shared_guesses(state) if shared else None)

@@ -1,0 +1,1 @@
+"""Video tokenizers with scalar codes."""

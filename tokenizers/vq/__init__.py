@@ -1,0 +1,1 @@
+"""VQ tokenizers."""

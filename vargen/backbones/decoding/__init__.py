@@ -1,0 +1,1 @@
+"""Sessions: how samplers run a backbone."""

@@ -1,0 +1,179 @@
+"""The scale session: condition in, scale after scale scored, over the library's one key-value cache.
+
+A slot is stamped with its scale and sees every slot of its own and of coarser scales; condition positions carry -1 and see
+one another only. Nothing is ever rolled back.
+
+Letters: B images, G guidance branches, R = G * B rows, branch-major, K scales, n_k codes of scale k, L all codes,
+T condition positions, V codes of the codebook, C code channels, D width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vargen.backbones.layers.cache.kv_cache import Attend, KVCache
+from vargen.protocols import StepOut
+
+
+@dataclass(frozen=True)
+class ScaleCondition:
+    """A prepared condition: everything that does not change from scale to scale, conditional branch first."""
+
+    start: Tensor  # [R, n_0, D] input of the first scale, without its position
+    tokens: Tensor | None  # [R, T, D] condition positions in front of it
+    rows: list[Tensor]  # of every block, [6, R, 1, D]
+    head_rows: Tensor  # [2, R, 1, D]
+    batch: int
+    branches: int
+
+    @property
+    def lengths(self) -> Tensor:
+        """[R] int64 condition positions in the cache."""
+        count = 0 if self.tokens is None else self.tokens.shape[1]
+        return torch.full((self.batch * self.branches,), count, device=self.start.device)
+
+
+class ScaleSession:
+    """The state of one decode: the cache and how many scales are in it."""
+
+    def __init__(self, cache: KVCache, condition: ScaleCondition) -> None:
+        self.cache, self.condition = cache, condition
+        self.scale = 0  # scales fed so far
+        self.used = 0  # slots written
+
+
+class ScaleBackbone:
+    """Mixin: decoding scale by scale.
+
+    The module provides ``blocks``, ``sizes`` (n_k), ``lvl_1L`` [1, L] scale of every code, ``condition_embedding`` with
+    ``check`` and ``null``, and the parts of its forward declared below.
+    """
+
+    features = frozenset({"scales"})
+    blocks: nn.ModuleList
+    sizes: list[int]
+    lvl_1L: Tensor
+    condition_embedding: Any
+    training: bool
+
+    @property
+    def num_codes(self) -> int:
+        """L."""
+        return sum(self.sizes)
+
+    def _condition(self, parts: Sequence[Tensor]) -> ScaleCondition:
+        raise NotImplementedError
+
+    def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
+        raise NotImplementedError
+
+    def _run(self, x: Tensor, condition: ScaleCondition, attends: Sequence[Attend]) -> Tensor:
+        raise NotImplementedError
+
+    def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
+        raise NotImplementedError
+
+    def null_condition(self, num_images: int) -> Tensor:
+        """The condition that says nothing, ``[B]`` or ``[B, T]`` int64."""
+        embedding = self.condition_embedding
+        slots = getattr(embedding, "num_tokens", None)
+        blank = torch.zeros(num_images, *([] if slots is None else [slots]), dtype=torch.int64)
+        return embedding.null(blank.to(self.lvl_1L.device))
+
+    @torch.no_grad()
+    def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> ScaleCondition:
+        """Check and embed a batch of conditions.
+
+        Args:
+            condition: class ids [B] or attribute ids [B, T].
+            guidance_scale: 1 = one branch; anything else adds the unconditional branch.
+            negative: a condition for the second branch instead of the null condition; needs guidance.
+        """
+        embedding = self.condition_embedding
+        parts = [embedding.check(condition)]
+        if bool((torch.as_tensor(guidance_scale) != 1).any()):
+            parts.append(embedding.null(parts[0]) if negative is None else embedding.check(negative))
+            if parts[1].shape != parts[0].shape:
+                raise ValueError("the negative condition must have as many rows as the condition")
+        return self._condition(parts)
+
+    @torch.no_grad()
+    def open(
+        self, condition: ScaleCondition, *, features: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> tuple[ScaleSession, StepOut]:
+        """Run the condition and return a session with the logits of the first scale.
+
+        Args:
+            condition: from ``prepare``.
+            features: [B, n_1 + ..., C] inputs of the next few scales, run in the same pass; their logits follow.
+            dtype: dtype of cached keys and values (None = the model's).
+
+        Returns:
+            The session and logits [G, B, n_0 + ..., V].
+        """
+        if self.training:
+            raise ValueError("the model is in training mode and its dropout would disturb decoding; call model.eval()")
+        count = int(condition.lengths[0])
+        rows = condition.start.shape[0]
+        cache = KVCache(rows, count + self.num_codes, len(self.blocks), device=condition.start.device, dtype=dtype)
+        session = ScaleSession(cache, condition)
+        return session, self._feed(session, features)
+
+    @torch.no_grad()
+    def step(self, session: ScaleSession, features: Tensor) -> StepOut:
+        """Score the next scale: its input [B, n_k, C] to logits [G, B, n_k, V]; several scales may be fed at once."""
+        return self._feed(session, features)
+
+    @torch.no_grad()
+    def drop_guidance(self, session: ScaleSession) -> None:
+        """Forget the unconditional branch: the next scales return logits of one branch."""
+        c = session.condition
+        if c.branches == 1:
+            return
+        rows = torch.arange(c.batch, device=c.start.device)
+        session.cache.select(rows)
+        session.condition = ScaleCondition(
+            c.start[: c.batch],
+            None if c.tokens is None else c.tokens[: c.batch],
+            [table[:, : c.batch] for table in c.rows],
+            c.head_rows[:, : c.batch],
+            c.batch,
+            1,
+        )
+
+    def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:
+        condition = session.condition
+        first = session.scale
+        num_scales = self._num_scales(features, first)
+        if features is not None:
+            features = features.repeat(condition.branches, 1, 1)
+        x = self._embed(condition, features, first)
+        plan = session.cache.plan_block(session.used, self._stamps(condition, first, num_scales))
+        h = self._run(x, condition, [session.cache.layer(i, plan) for i in range(len(self.blocks))])
+        session.scale, session.used = first + num_scales, session.used + x.shape[1]
+        return StepOut(self._score(h, condition, features, first).unflatten(0, (condition.branches, -1)))
+
+    def _num_scales(self, features: Tensor | None, first: int) -> int:
+        """How many scales are fed: the first one has no features."""
+        length = 0 if features is None else features.shape[1]
+        count, total = (1, 0) if first == 0 else (0, 0)
+        while total < length and first + count < len(self.sizes):
+            total += self.sizes[first + count]
+            count += 1
+        if total != length or count == 0:
+            raise ValueError(
+                f"features must hold whole scales of {self.sizes[max(first, 1) :]} positions, got {length} positions"
+            )
+        return count
+
+    def _stamps(self, condition: ScaleCondition, first: int, num_scales: int) -> Tensor:
+        """[w] block number of every item fed: -1 for condition positions, which only see one another."""
+        chosen = self.lvl_1L[0, sum(self.sizes[:first]) : sum(self.sizes[: first + num_scales])]
+        if first == 0 and condition.tokens is not None:
+            chosen = torch.cat([chosen.new_full((condition.tokens.shape[1],), -1), chosen])
+        return chosen

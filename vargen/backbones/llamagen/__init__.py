@@ -1,0 +1,1 @@
+"""LlamaGen's transformer: raster, any order, masked."""

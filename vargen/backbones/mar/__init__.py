@@ -1,0 +1,1 @@
+"""MAR, bidirectional and causal."""

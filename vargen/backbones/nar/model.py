@@ -1,0 +1,253 @@
+"""NAR's transformer: every code is guessed by its nearest neighbors (He et al., 2025, arXiv:2503.10696).
+
+One head for each axis of the grid, each above one more block than the one before it: the first guesses the next code of
+the row, the second the code below, the third (video) the code of the next frame. The guesses of all neighbors that exist
+are averaged, so a whole anti-diagonal is drawn in one forward pass. Parameter names are those of the official
+checkpoints, image and video.
+
+Letters: B images, N codes, T condition positions, V codes of the codebook, D width, H heads (axes), L = T + N, r rank.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from functools import reduce
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from vargen.backbones.settings.discrete import NAR
+from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
+from vargen.backbones.nar.sizes import infer_nar_config, nar_size_config
+from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
+from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
+from vargen.backbones.llamagen.sizes import RECOMPUTED, swiglu_dim
+from vargen.checkpoints.bounds import check_given
+from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.validation.checks import checked
+from vargen.protocols import neighbors
+
+FAMILIES = ("nar", "nar-video")
+IMAGE_HEADS = (("norm", "output"), ("medusa_norm", "medusa_output"))  # official names: norm and matrix of each head
+VIDEO_HEADS = (("norm_R", "output_R"), ("norm_D", "output_D"), ("norm_B", "output_B"))
+_SHARED = frozenset(inspect.signature(LlamaGenTransformer.__init__).parameters) - {"self"}
+
+
+class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
+    """Codes of a grid from their neighbors; anti-diagonal by anti-diagonal.
+
+    Images (``grid_size=(h, w)``) have rotary positions, videos (``(t, h, w)``) learned ones, as the official models.
+
+    Args:
+        num_layers: blocks below the first head; every further head adds one.
+        grid_size: (height, width) or (frames, height, width) in codes. The official video model reads 1024 codes of the
+            LARP tokenizer as (4, 16, 16).
+        code_rank: r, width of one code table that the input and all heads share through linear maps, for small models
+            with large codebooks (as in arXiv:1909.11942); None = separate full tables, the official layout.
+        dim, num_heads, codebook_size, condition_type, num_classes, caption_dim, num_condition_tokens, num_attributes,
+            ffn_dim, multiple_of, rope_base, norm_eps, condition_rope, token_dropout_p, resid_dropout_p, ffn_dropout_p,
+            class_dropout_prob, attribute_dropout_prob: as in ``LlamaGenTransformer``.
+    """
+
+    features = frozenset({"neighbors"})
+    sampler_hint = "NeighboringSampler"
+    heads: tuple[tuple[str, str], ...] = IMAGE_HEADS[:1]  # while the base class builds its own
+    ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
+
+    @checked(NAR)
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        codebook_size: int = 16384,
+        grid_size: tuple[int, ...] = (16, 16),
+        condition_type: ConditionType = "class",
+        num_classes: int = 1000,
+        caption_dim: int = 2048,
+        num_condition_tokens: int = 120,
+        num_attributes: int = 0,
+        ffn_dim: int | None = None,
+        multiple_of: int = 256,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+        condition_rope: Literal["zero", "identity"] = "zero",
+        token_dropout_p: float = 0.1,
+        resid_dropout_p: float = 0.1,
+        ffn_dropout_p: float = 0.1,
+        class_dropout_prob: float = 0.1,
+        attribute_dropout_prob: float = 0.0,
+        code_rank: int | None = None,
+    ) -> None:
+        shared = {
+            name: self.config[name] for name in inspect.signature(type(self).__init__).parameters if name in _SHARED
+        }
+        super().__init__(**{**shared, "grid_size": grid_size[-2:]})
+        self.register_to_config(grid_size=grid_size)
+        self.grid_size = grid_size  # type: ignore[assignment]
+        self.is_video = len(grid_size) == 3
+        self.schedules = ("nar3d",) if self.is_video else ("nar2d",)
+        if code_rank is not None:
+            self.tok_embeddings = CodeTable(codebook_size, code_rank, dim)  # type: ignore[assignment]
+        del self.norm, self.output
+        self.heads = VIDEO_HEADS if self.is_video else IMAGE_HEADS
+        ffn_dim = ffn_dim or swiglu_dim(dim, multiple_of)
+        for _ in self.heads[1:]:
+            block = TransformerBlock(dim, num_heads, num_heads, ffn_dim, norm_eps, resid_dropout_p, ffn_dropout_p)
+            self.layers.append(block)
+        for norm, output in self.heads:
+            self.add_module(norm, RMSNorm(dim, norm_eps))
+            self.add_module(output, nn.Linear(dim, code_rank or codebook_size, bias=False))
+        if self.is_video:
+            self.abs_pe = nn.Parameter(torch.zeros(1, self.num_codes + self.num_condition_tokens, dim))
+        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """Draw linear and embedding weights from N(0, 0.02); the heads start at zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+        for _, output in self.heads:
+            nn.init.zeros_(getattr(self, output).weight)
+        if hasattr(self, "abs_pe"):
+            nn.init.normal_(self.abs_pe, std=0.02)
+
+    @classmethod
+    def from_size(cls, size: str, **config: Any) -> NARTransformer:
+        """Build a published size with random weights: "B", "M", "L", "XL", "XXL" and the larger ones of LlamaGen.
+
+        The sizes of the video models are "abs-S", "abs-B", "abs-L", "abs-LP" and "abs-XL".
+        """
+        return cls(**{**nar_size_config(size), **config})
+
+    @classmethod
+    def from_original(cls, checkpoint: Any, **config: Any) -> NARTransformer:
+        """Load an official checkpoint strictly; upstream's loader lets missing heads pass.
+
+        Args:
+            checkpoint: path or state dict, any of the published containers, image or video.
+            config: ``grid_size`` always, ``num_heads`` unless width and depth are those of a published size; anything
+                else overrides what the shapes tell.
+        """
+        config = check_given(cls, config)
+        state_dict = load_original(checkpoint)
+        check_family(state_dict, FAMILIES)
+        config = infer_nar_config(state_dict, config)
+        with torch.device("meta"):  # the checkpoint's own tensors take the places
+            model = cls(**config)
+        load_strict(model, state_dict, family=FAMILIES, ignore=RECOMPUTED)
+        return model.eval()
+
+    @property
+    def num_codes(self) -> int:  # type: ignore[override]
+        """N."""
+        return math.prod(self.grid_size)
+
+    @property
+    def codebook_size(self) -> int:
+        """V."""
+        return int(self.config.codebook_size)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """One head above each of the last layers."""
+        return tuple(range(len(self.layers) - len(self.heads) + 1, len(self.layers) + 1))
+
+    def head_norm(self, head: int, states: Tensor) -> Tensor:
+        """Normalise states as one head reads them."""
+        return getattr(self, self.heads[head][0])(states)
+
+    def head_output(self, head: int, states: Tensor) -> Tensor:
+        """[R, g, D] to [R, g, V], or [R, g, r] with a shared table."""
+        out = getattr(self, self.heads[head][1])(states)
+        return out.float() if self.config.code_rank is None else out
+
+    def to_logits(self, outputs: Tensor) -> Tensor:
+        """Mixed outputs of the heads to [R, g, V] float32."""
+        if self.config.code_rank is not None:
+            outputs = F.linear(outputs, self.tok_embeddings.weight)
+        return outputs.float()
+
+    def rope_table(self) -> Tensor | None:  # type: ignore[override]
+        """As LlamaGen's; None for videos."""
+        return None if self.is_video else super().rope_table()
+
+    def item_inputs(self, condition: Any, step: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
+        """Embed the items; videos add learned positions."""
+        x, positions = super().item_inputs(condition, step, codes)
+        return (x + self.abs_pe[0, positions] if self.is_video else x), positions
+
+    def forward(  # type: ignore[override]
+        self,
+        codes: Tensor,
+        condition: Any,
+        *,
+        drop: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        parts: bool = False,
+    ) -> Tensor:
+        """Predict every code from the condition and the codes on nearer diagonals.
+
+        Args:
+            codes: [B, N] int64.
+            condition: as the model takes: class ids [B], (features [B, T, C], mask [B, T]) or attribute ids [B, T].
+            drop: as in ``LlamaGenTransformer.forward``.
+            generator: likewise.
+            parts: return the logits of each head at the last condition position and all codes instead of their mix.
+
+        Returns:
+            [B, N, V] float32 logits, row p for code p; with ``parts`` [H, B, 1 + N, V].
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.num_codes:
+            raise ValueError(f"codes must be [batch, {self.num_codes}], got {tuple(codes.shape)}")
+        condition = self.cls_embedding.check(condition, values=False)
+        condition = self._drop_condition(condition, len(codes), drop, generator)
+        x = torch.cat([self.cls_embedding(condition), self.embed(codes)], dim=1)
+        index = torch.arange(x.shape[1], device=x.device)
+        order, sources, weights = self._order_tables(x.device)
+        present = self.cls_embedding.mask(condition)
+        mask = order if present is None else padding_mask(present, x.shape[1], order)
+        x = self.tok_dropout(x + self.abs_pe if self.is_video else x)
+        states = self.forward_full(x, positions=index, mask=mask, taps=self.taps)
+        heads = range(len(self.heads))
+        if parts:
+            shown = states[:, :, self.num_condition_tokens - 1 :]
+            return torch.stack([self.to_logits(self.head_output(k, self.head_norm(k, shown[k]))) for k in heads])
+        outputs = []
+        for k in heads:
+            near = self.head_norm(k, states[k])[:, sources[k]] * weights[k, :, None].to(x.dtype)
+            outputs.append(self.head_output(k, near))
+        return self.to_logits(reduce(torch.add, outputs))
+
+    def _order_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Proximity mask [L, L] bool; row of the input [H, N] and weight [H, N] with which each head guesses a code."""
+        if device not in self._tables:
+            offset = self.num_condition_tokens
+            with torch.inference_mode(False):
+                cells = torch.cartesian_prod(*[torch.arange(side) for side in self.grid_size]).sum(1)
+                # condition rows see only what stands before them; in the official video model all but the first are unused
+                stamps = torch.cat([torch.arange(offset), offset + cells])
+                positions, weights = neighbors(self.grid_size)
+                found = (stamps <= stamps[:, None], offset + positions, weights)
+                self._tables[device] = tuple(part.to(device) for part in found)  # type: ignore[assignment]
+        return self._tables[device]
+
+
+class CodeTable(nn.Module):
+    """A narrow table of all codes and the map to the model's width; heads share the table."""
+
+    def __init__(self, codebook_size: int, rank: int, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(codebook_size, rank) * rank**-0.5)
+        self.projection = nn.Linear(rank, dim, bias=False)
+        self.embedding_dim = dim
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """[...] int64 to [..., D]."""
+        return self.projection(F.embedding(codes, self.weight))

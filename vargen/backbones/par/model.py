@@ -1,0 +1,172 @@
+"""PAR's transformer: groups of distant codes in one forward pass (Wang et al., 2024, arXiv:2412.15119).
+
+LlamaGen's blocks over codes in another order: the first code of each region one by one, then, beside M - 1 learned
+tokens, the same cell of all regions at once. Parameter names are those of the official checkpoints.
+
+Letters: B images, N codes, T condition positions, M codes of a group, V codes of the codebook, D width.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from typing import Any, Literal
+
+import torch
+from diffusers.configuration_utils import register_to_config
+from torch import Tensor, nn
+
+from vargen.backbones.settings.discrete import PAR
+from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
+from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
+from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
+from vargen.checkpoints.bounds import check_given, read_shape
+from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.validation.checks import checked
+
+_SHARED = frozenset(inspect.signature(LlamaGenTransformer.__init__).parameters) - {"self"}
+_SPECIAL = "spe_tok_embeddings.special_embeddings.weight"
+
+
+class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
+    """Codes of a grid, group by group.
+
+    Args:
+        group_size: M, the square of a number that divides both sides of the grid; 4 or 16 in the published models.
+        dim, num_layers, num_heads, codebook_size, grid_size, condition_type, num_classes, caption_dim,
+            num_condition_tokens, num_attributes, ffn_dim, multiple_of, rope_base, norm_eps, condition_rope,
+            token_dropout_p, resid_dropout_p, ffn_dropout_p, class_dropout_prob, attribute_dropout_prob: as in
+            ``LlamaGenTransformer``.
+    """
+
+    features = frozenset({"groups"})
+    schedules = ("par",)
+    sampler_hint = "ParallelGroupSampler"
+    ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
+
+    @checked(PAR)
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 768,
+        num_layers: int = 12,
+        num_heads: int = 12,
+        codebook_size: int = 16384,
+        grid_size: tuple[int, int] = (24, 24),
+        condition_type: ConditionType = "class",
+        num_classes: int = 1000,
+        caption_dim: int = 2048,
+        num_condition_tokens: int = 120,
+        num_attributes: int = 0,
+        ffn_dim: int | None = None,
+        multiple_of: int = 256,
+        rope_base: float = 10000.0,
+        norm_eps: float = 1e-5,
+        condition_rope: Literal["zero", "identity"] = "zero",
+        token_dropout_p: float = 0.1,
+        resid_dropout_p: float = 0.1,
+        ffn_dropout_p: float = 0.1,
+        class_dropout_prob: float = 0.1,
+        attribute_dropout_prob: float = 0.0,
+        group_size: int = 4,
+    ) -> None:
+        shared = {
+            name: self.config[name] for name in inspect.signature(type(self).__init__).parameters if name in _SHARED
+        }
+        super().__init__(**shared)
+        self.spe_tok_embeddings = SpecialTokens(group_size - 1, dim)
+        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self.initialize_weights()
+
+    @classmethod
+    def from_original(cls, checkpoint: Any, **config: Any) -> PARTransformer:
+        """Load an official checkpoint strictly; arguments as in ``LlamaGenTransformer.from_original``."""
+        config = check_given(cls, config)
+        state_dict = load_original(checkpoint)
+        check_family(state_dict, "par")
+        config = infer_config(state_dict, {"group_size": read_shape(state_dict, _SPECIAL, 2)[0] + 1, **config})
+        config.pop("num_kv_heads")
+        with torch.device("meta"):  # the checkpoint's own tensors take the places
+            model = cls(**config)
+        load_strict(model, state_dict, family="par", ignore=RECOMPUTED)
+        return model.eval()
+
+    def check_schedule(self, schedule: Any) -> None:
+        """Raise ``ValueError`` unless the weights were trained for this schedule, M included."""
+        super().check_schedule(schedule)
+        if schedule.group_size != self.config.group_size:
+            raise ValueError(
+                f"the schedule draws groups of {schedule.group_size} codes, the model was trained for {self.config.group_size}"
+            )
+
+    def head_norm(self, head: int, states: Tensor) -> Tensor:
+        """Normalise states for the head."""
+        return self.norm(states)
+
+    def head_output(self, head: int, states: Tensor) -> Tensor:
+        """[R, g, D] to [R, g, V]."""
+        return self.output(states)
+
+    def special_embeddings(self, index: Tensor) -> Tensor:
+        """Learned tokens: [w] to [w, D]."""
+        return self.spe_tok_embeddings.special_embeddings(index)
+
+    def forward(  # type: ignore[override]
+        self,
+        codes: Tensor,
+        condition: Any,
+        *,
+        drop: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predict every code from the condition and the groups before its own.
+
+        Args:
+            codes: [B, N] int64 in raster order.
+            condition: as the model takes.
+            drop: as in ``LlamaGenTransformer.forward``.
+            generator: likewise.
+
+        Returns:
+            [B, N, V] float32 logits, row p for code p of the raster order.
+        """
+        if codes.ndim != 2 or codes.shape[1] != self.num_codes:
+            raise ValueError(f"codes must be [batch, {self.num_codes}], got {tuple(codes.shape)}")
+        condition = self._drop_condition(
+            self.cls_embedding.check(condition, values=False), len(codes), drop, generator
+        )
+        size, offset = self.config.group_size, self.num_condition_tokens
+        order, stamps = self._order_tables(codes.device)
+        fed = self.embed(codes[:, order[:-size]])  # the last group is never read
+        special = self.spe_tok_embeddings.special_embeddings.weight.expand(len(codes), -1, -1)
+        x = torch.cat([self.cls_embedding(condition), fed[:, :size], special, fed[:, size:]], dim=1)
+        null = order.new_full((size - 1,), -1)
+        places = torch.cat([torch.arange(offset, device=codes.device), offset + order[:size], null])
+        places = torch.cat([places, offset + order[size:-size]])
+        visible = stamps <= stamps[:, None]
+        present = self.cls_embedding.mask(condition)
+        mask = visible if present is None else padding_mask(present, len(visible), visible)
+        h = self.forward_full(self.tok_dropout(x), positions=places, mask=mask)
+        logits = self.output(self.norm(h[:, offset - 1 :])).float()
+        return torch.empty_like(logits).index_copy(1, order, logits)
+
+    def _order_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """[N] raster position of the k-th code, and the stamps of the input [T + N - 1]."""
+        if device not in self._tables:
+            size, offset = self.config.group_size, self.num_condition_tokens
+            side, (height, width) = math.isqrt(size), self.grid_size
+            cells = torch.arange(self.num_codes).view(side, height // side, side, width // side)
+            singles = torch.arange(offset + size - 1)  # condition and all but the last code of the first group
+            groups = torch.arange(self.num_codes // size - 1).repeat_interleave(size) + offset + size - 1
+            with torch.inference_mode(False):
+                found = (cells.permute(1, 3, 0, 2).flatten(), torch.cat([singles, groups]))
+                self._tables[device] = (found[0].to(device), found[1].to(device))
+        return self._tables[device]
+
+
+class SpecialTokens(nn.Module):
+    """Embeddings of the learned tokens, under their official name."""
+
+    def __init__(self, count: int, dim: int) -> None:
+        super().__init__()
+        self.special_embeddings = nn.Embedding(count, dim)

@@ -1,0 +1,1 @@
+"""What constructors of backbones take: checks of arguments, and rules over several."""

@@ -1,0 +1,1 @@
+"""Published files: read, recognised, verified, found."""

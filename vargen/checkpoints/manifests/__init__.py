@@ -1,0 +1,1 @@
+"""What published checkpoints contain: every key with its shape, and parameter counts."""

@@ -1,0 +1,54 @@
+"""`MotionDataset`: an endless, resumable, shardable stream of moving heroes for torch."""
+
+# b clips · t frames · s slots
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from vargen.datasets.heroes.dataset import HeroesDataset
+from vargen.datasets.motion.compose import sample_clips
+
+
+class MotionDataset(HeroesDataset):
+    """Endless clips; example i is a pure function of (seed, split, frames, i).
+
+    Examples are dicts: "clip" (3, t, 32, 32) float32 in [-1, 1]; "attributes" (s,) int64, 0 where dropped; "labels" (s,),
+    the same before dropping; "seed" int, with which `sample_clips` draws the same clip. Everything else is as in
+    `HeroesDataset`; seeds of the two splits differ in their lowest bit, so no clip is in both.
+
+    Args:
+        seed: of the stream, in [0, 2^63).
+        frames: one of `vargen.datasets.motion.compose.FRAMES`.
+        **options: of `HeroesDataset`; there are no held-out pairs.
+
+    Raises:
+        ValueError: an argument out of its range.
+    """
+
+    def __init__(self, seed: int = 0, *, frames: int = 17, **options: Any) -> None:
+        super().__init__(seed, **options)
+        if options.get("held_out"):
+            raise ValueError("moving heroes have no held-out pairs; leave held_out away")
+        self.frames = frames
+
+    def examples(self, indices: NDArray[np.int64]) -> dict[str, torch.Tensor]:
+        """Return the batch of examples with these indices of the stream.
+
+        Args:
+            indices: (b,) integers >= 0.
+        """
+        seeds = self._hero_seeds(indices)
+        batch = sample_clips(seeds, self.frames)
+        attributes = np.where(self._forgotten(seeds, batch.attributes.shape[1]), 0, batch.attributes)
+        clips = torch.from_numpy(batch.clips).permute(0, 4, 1, 2, 3).contiguous()
+        return {
+            "clip": clips.float().div_(127.5).sub_(1.0),
+            "attributes": torch.from_numpy(attributes),
+            "labels": torch.from_numpy(batch.attributes),
+            "seed": torch.from_numpy(seeds.astype(np.int64)),
+        }

@@ -1,0 +1,1 @@
+"""Results to look at: in notebooks, while they grow, as plots."""

@@ -1,0 +1,1 @@
+"""Models trained to draft for another."""

@@ -1,0 +1,1 @@
+"""Evaluation: runs, work that is shared and resumed, reports."""

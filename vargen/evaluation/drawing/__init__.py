@@ -1,0 +1,1 @@
+"""Drawing runs that can be killed, shared and resumed."""

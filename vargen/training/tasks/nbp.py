@@ -1,0 +1,131 @@
+"""Training of NBP's transformer on the codes of a frozen video tokenizer (arXiv:2502.07737, section 3.2).
+
+Clips are composed and encoded afresh at every step; no example is seen twice.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vargen.backbones.nbp.model import NBPTransformer
+from vargen.datasets.heroes.atlas import HeroAtlas
+from vargen.datasets.motion.compose import FRAMES, num_attributes
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
+from vargen.training.tasks.llamagen import LlamaGenTask
+from vargen.training.recipe import Recipe
+from vargen.training.tasks.base import model_from
+from vargen.training.tasks.video import MotionTask, to_strips
+
+
+@dataclass(frozen=True, kw_only=True)
+class NBPOptions:
+    """The tokenizer, the length of clips, and how the sample strips are drawn."""
+
+    tokenizer: str = "runs/heroes-video-fsq"  # folder of a tokenizer run or of a saved tokenizer, or a model's name
+    frames: int = 17
+    guidance_scale: float = 1.5
+    temperature: float = 0.8
+    grid_size: int = 14  # clips on the sample strip, from attributes of test clips
+
+    def __post_init__(self) -> None:
+        if self.frames not in FRAMES:
+            raise ValueError(f"options.frames must be one of {', '.join(map(str, FRAMES))}, got {self.frames}")
+        if self.grid_size < 1:
+            raise ValueError(f"options.grid_size must be >= 1, got {self.grid_size}")
+
+
+class NBPTask(MotionTask, LlamaGenTask):
+    """Train an ``NBPTransformer`` on attributes and codes of moving heroes."""
+
+    Options = NBPOptions
+    tokenizer_kind = VideoFSQTokenizer
+
+    def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
+        super().__init__(recipe, rank, world_size)
+        self._known = _PatchCodes(self.tokenizer) if self.tokenizer.config.dictionary else None
+
+    def build(self, initialize: bool) -> NBPTransformer:  # type: ignore[override]
+        """Make the transformer for the tokenizer's codes and the attributes of moving heroes."""
+        fixed: dict[str, Any] = {
+            "codebook_size": self.tokenizer.codebook_size,
+            "condition_type": "attributes",
+            "num_attributes": num_attributes(),
+            "num_condition_tokens": len(HeroAtlas.load().slots) + 1,
+            "max_positions": None,
+            "class_dropout_prob": 0.0,  # the stream of clips drops conditions: a resumed run sees the same
+            "attribute_dropout_prob": 0.0,
+        }
+        return model_from(NBPTransformer, self.recipe.model, **fixed)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Nats per token of fresh clips: under full attributes, under none, without the motion; and of first frames."""
+        totals = {"": 0.0, "_null": 0.0, "_no_motion": 0.0, "_first_frame": 0.0}
+        count = frame = 0
+        for batch in self.test_batches(16):
+            codes, full = batch["codes"], batch["labels"]
+            still = full.clone()
+            still[:, -1] = 0
+            frame = codes.shape[1] // (1 + (self.options.frames - 1) // self.tokenizer.temporal_factor)
+            for name, condition in (("", full), ("_null", torch.zeros_like(full)), ("_no_motion", still)):
+                logits = model(codes, condition)
+                nats = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
+                totals[name] += nats.sum().item()
+                if not name:
+                    totals["_first_frame"] += nats[:, :frame].sum().item() * codes.shape[1] / frame
+            count += codes.numel()
+        return {f"held_out_nats_per_token{name}": total / count for name, total in totals.items()}
+
+    @torch.no_grad()
+    def sample_grid(self, model: nn.Module) -> Tensor:
+        """Guided samples for the attributes of test clips, each below the clip itself."""
+        from vargen.samplers.schedule.next_block import NextBlockSampler
+
+        batch = self.test_batch(0, self.options.grid_size)
+        sampler = NextBlockSampler(guidance_scale=self.options.guidance_scale, temperature=self.options.temperature)
+        output = sampler.sample(model, batch["labels"], seeds=list(range(len(batch["labels"]))))
+        assert isinstance(output.codes, Tensor)
+        drawn = self.tokenizer.decode(output.codes.view(-1, *model.grid_size))  # type: ignore[misc]
+        return to_strips(torch.stack([batch["clip"], drawn], dim=1).flatten(0, 1))
+
+    @torch.no_grad()
+    def _encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        encode = self._known or (lambda clips: self.tokenizer.encode(clips).codes)
+        batch["codes"] = encode(batch["clip"]).flatten(1)
+        return batch
+
+
+class _PatchCodes:
+    """Codes of a dictionary tokenizer with a memory: pixel art shows the same patches again and again."""
+
+    def __init__(self, tokenizer: VideoFSQTokenizer) -> None:
+        self.tokenizer = tokenizer
+        width = tokenizer.patch_table.shape[1]  # type: ignore[union-attr,index]
+        generator = torch.Generator().manual_seed(0)
+        self.hash = torch.randint(1, 2**40, (width,), generator=generator)  # type: ignore[misc]
+        self.keys = torch.empty(0, dtype=torch.int64)
+        self.codes = torch.empty(0, dtype=torch.int64)
+
+    def __call__(self, clips: Tensor) -> Tensor:
+        """``[B, 3, T, H, W]`` to ``[B, t, h, w]``, as ``encode`` does."""
+        patches = self.tokenizer.patch(clips)
+        rows = patches.permute(0, 2, 3, 4, 1).flatten(0, 3)
+        keys, inverse = (((rows + 1) * 127.5).round().long() @ self.hash.to(rows.device)).unique(return_inverse=True)
+        if len(self.keys):
+            place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)
+            new = self.keys[place] != keys
+        else:
+            new = torch.ones_like(keys, dtype=torch.bool)
+        if bool(new.any()):
+            example = torch.empty_like(keys).scatter_(0, inverse, torch.arange(len(rows), device=rows.device))
+            vectors = rows[example[new]].T[None, :, None, None]  # one row of patches
+            found = self.tokenizer._nearest(vectors).flatten()
+            self.keys, order = torch.cat([self.keys.to(keys.device), keys[new]]).sort()
+            self.codes = torch.cat([self.codes.to(keys.device), found])[order]
+            place = torch.searchsorted(self.keys, keys)
+        return self.codes[place][inverse].view(patches.shape[0], *patches.shape[2:])

@@ -1,0 +1,148 @@
+"""Training of video tokenizers with scalar codes: reconstruction of moving heroes (arXiv:2502.07737, section 3.1).
+
+No discriminator. Where the encoder is a dictionary, its patches come from k-means before the first step, and the decoder
+alone is trained: it corrects patches from their surroundings and from earlier frames.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vargen.datasets.motion.compose import FRAMES
+from vargen.datasets.motion.dataset import MotionDataset
+from vargen.tokenizers.vq.kmeans import _assign, _update
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
+from vargen.training.tasks.base import Task, model_from, to_grid
+from vargen.training.tasks.vq import _psnr, _to_uint8
+
+_MANY = 60.0  # a patch seen more often weighs no more: plain background is a third of everything
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoOptions:
+    """Settings of clips, of the loss and of the dictionary."""
+
+    frames: int = 17
+    l1_weight: float = 0.2
+    mse_weight: float = 1.0
+    num_dictionary_clips: int = 2000
+    num_kmeans_iterations: int = 10
+    grid_size: int = 8  # clips on the sample strip, originals above reconstructions
+
+    def __post_init__(self) -> None:
+        if self.frames not in FRAMES:
+            raise ValueError(f"options.frames must be one of {', '.join(map(str, FRAMES))}, got {self.frames}")
+        for name in ("num_dictionary_clips", "num_kmeans_iterations", "grid_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"options.{name} must be >= 1, got {getattr(self, name)}")
+
+
+class MotionTask(Task):
+    """Base of the tasks on moving heroes."""
+
+    data_name = "motion"
+
+    def dataset(self, seed: int, **options: Any) -> MotionDataset:
+        """Open a stream of clips."""
+        return MotionDataset(seed, frames=self.options.frames, **options)
+
+
+class VideoTask(MotionTask):
+    """Train a ``VideoFSQTokenizer``."""
+
+    Options = VideoOptions
+
+    def build(self, initialize: bool) -> VideoFSQTokenizer:
+        """Make the tokenizer; the patches of a dictionary are found over clips of the training stream."""
+        model: VideoFSQTokenizer = model_from(VideoFSQTokenizer, self.recipe.model)
+        if initialize and self.recipe.model.get("dictionary"):
+            o = self.options
+            parts = np.array_split(np.arange(o.num_dictionary_clips), -(-o.num_dictionary_clips // 50))
+            clips = (self._train.examples(part)["clip"] for part in parts)
+            rows = [model.features(part).permute(0, 2, 3, 4, 1).flatten(0, 3) for part in clips]
+            patches = ((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8)
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            found = find_patches(patches, model.codebook_size, generator, o.num_kmeans_iterations)
+            model.patch_table.copy_(found)  # type: ignore[operator]
+            for value in model.decoder_layers[-1].parameters():
+                nn.init.zeros_(value)  # the patches themselves are where training starts
+        return model
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile nothing: the convolutions fill the time and are the same compiled."""
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted L1 and squared error."""
+        clips = batch["clip"]
+        videos = model(clips).videos
+        l1, mse = F.l1_loss(videos, clips), F.mse_loss(videos, clips)
+        return self.options.l1_weight * l1 + self.options.mse_weight * mse, {"l1": l1.detach(), "mse": mse.detach()}
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """PSNR in dB over all pixels, over first frames and over later ones (8-bit clips, one mean over the set)."""
+        total = torch.zeros(2, 2, dtype=torch.float64)
+        for batch in self.test_batches(16):
+            clips = batch["clip"]
+            error = ((_to_uint8(model(clips).videos) - _to_uint8(clips)) / 255).square()
+            for row, part in enumerate((error[:, :, :1], error[:, :, 1:])):
+                total[row] += torch.tensor([part.sum().item(), part.numel()], dtype=torch.float64)
+        sums = {"psnr": total.sum(0), "psnr_first": total[0], "psnr_later": total[1]}
+        return {name: _psnr(error / count) for name, (error, count) in sums.items() if count}
+
+    @torch.no_grad()
+    def sample_grid(self, model: nn.Module) -> Tensor:
+        """Test clips as strips, each above its reconstruction."""
+        clips = self.test_batch(0, self.options.grid_size)["clip"]
+        return to_strips(torch.stack([clips, model(clips).videos], dim=1).flatten(0, 1))
+
+
+def to_strips(clips: Tensor, scale: int = 2) -> Tensor:
+    """One row a clip, ``[n, 3, T, H, W]`` in [-1, 1], the first frame and every second one after it: ``[3, H', W']`` uint8."""
+    shown = clips[:, :, [0, *range(1, clips.shape[2], 2)]]
+    return to_grid(shown.transpose(1, 2).flatten(0, 1), shown.shape[2], scale)
+
+
+@torch.no_grad()
+def find_patches(patches: Tensor, num_codes: int, generator: torch.Generator, num_iterations: int) -> Tensor:
+    """Cluster patches of pixel art: ``[n, C]`` uint8 to ``[V, C]`` uint8, in an order that puts like by like.
+
+    k-means over distinct patches; centroids that few patches need move onto the patches that are served worst.
+    """
+    hashes = patches.long() @ torch.randint(1, 2**31, (patches.shape[1],), generator=generator)
+    _, inverse, counts = hashes.unique(return_inverse=True, return_counts=True)
+    first = torch.empty(len(counts), dtype=torch.long).scatter_(0, inverse, torch.arange(len(hashes)))
+    vectors, weights = patches[first].float() / 127.5 - 1, counts.float()
+    if len(vectors) <= num_codes:
+        chosen = torch.arange(num_codes) % len(vectors)
+    else:
+        chosen = torch.multinomial(weights.clamp(max=_MANY) ** 0.75, num_codes, generator=generator)
+    centroids = vectors[chosen]
+    for iteration in range(num_iterations if len(vectors) > num_codes else 0):
+        index, distance = _assign(vectors, centroids)
+        centroids = _update(vectors, weights, index, distance, num_codes)
+        if iteration < num_iterations - 3:
+            used = torch.zeros(num_codes).index_add_(0, index, weights)
+            moved = used.argsort()[: num_codes // 20]
+            centroids[moved] = vectors[(distance * weights).topk(len(moved)).indices]
+    return ((centroids[_tree_order(centroids)] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _tree_order(vectors: Tensor) -> Tensor:
+    """Order rows by halving along the direction in which they differ most, again and again."""
+    if len(vectors) < 3:
+        return torch.arange(len(vectors))
+    centred = vectors - vectors.mean(0)
+    direction = centred[centred.square().sum(1).argmax()]
+    for _ in range(4):
+        direction = F.normalize(centred.T @ (centred @ direction), dim=0)
+    order = (centred @ direction).argsort()
+    halves = order.split(-(-len(order) // 2))
+    return torch.cat([half[_tree_order(vectors[half])] for half in halves])

@@ -1,0 +1,122 @@
+"""Training of VQ tokenizers: reconstruction with the quantizer's own losses (LlamaGen, arXiv:2406.06525, section 3.1).
+
+No discriminator. Codes that fall out of use are moved onto encoder outputs (Dhariwal et al., 2020, arXiv:2005.00341).
+Patch tokenizers have their codebook from k-means before the first step and train the decoder alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vargen.tokenizers.vq.model import VQTokenizer
+from vargen.training.tasks.base import Task, model_from, to_grid
+
+
+@dataclass(frozen=True, kw_only=True)
+class VQOptions:
+    """Settings of the loss and of the codebook's initialisation."""
+
+    l1_weight: float = 1.0
+    mse_weight: float = 1.0
+    num_kmeans_images: int = 8000
+    num_kmeans_iterations: int = 12
+    restart_every: int = 0  # steps between restarts of codes that no recent hero uses; 0 = never
+    num_restart_images: int = 512
+    grid_size: int = 16  # pictures on the sample grid, originals above reconstructions
+
+    def __post_init__(self) -> None:
+        for name in ("num_kmeans_images", "num_kmeans_iterations", "num_restart_images", "grid_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"options.{name} must be >= 1, got {getattr(self, name)}")
+        if self.restart_every < 0:
+            raise ValueError(f"options.restart_every must be >= 0, got {self.restart_every}")
+
+
+class VQTask(Task):
+    """Train a ``VQTokenizer``."""
+
+    Options = VQOptions
+
+    def build(self, initialize: bool) -> VQTokenizer:
+        """Make the tokenizer; its codebook starts from k-means over heroes of the training stream."""
+        model: VQTokenizer = model_from(VQTokenizer, self.recipe.model)
+        if initialize:
+            size = self.options.num_kmeans_images
+            images = self._train.examples(np.arange(size))["image"]
+            generator = torch.Generator().manual_seed(self.recipe.seed)
+            model.init_codebook_(images, generator, self.options.num_kmeans_iterations)
+        return model
+
+    def compile(self, model: nn.Module) -> None:
+        """Compile the decoder, and the encoder where there is one."""
+        for name in ("encoder", "decoder"):
+            if hasattr(model, name):
+                getattr(model, name).compile()
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted L1 and squared error plus the quantizer's losses where they have a gradient."""
+        images = batch["image"]
+        output = model(images)
+        l1, mse = F.l1_loss(output.images, images), F.mse_loss(output.images, images)
+        loss = self.options.l1_weight * l1 + self.options.mse_weight * mse
+        if output.loss is not None and output.loss.requires_grad:
+            loss = loss + output.loss
+        return loss, {"l1": l1.detach(), "mse": mse.detach()}
+
+    @torch.no_grad()
+    def after_step(self, model: nn.Module, step: int) -> None:
+        """Every ``restart_every`` steps, move unused codes of a learned codebook onto encoder outputs.
+
+        Use is counted afresh on heroes of this step's stream position, not remembered, so that a resumed run agrees.
+        """
+        every = self.options.restart_every
+        if not every or (step + 1) % every or not isinstance(model, VQTokenizer):
+            return
+        first = (step + 1) * self.recipe.data.batch_size
+        images = self._to_device(self._train.examples(np.arange(first, first + self.options.num_restart_images)))
+        vectors = torch.cat(
+            [model.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in images["image"].split(64)]
+        )
+        counts = torch.bincount(model.quantize.nearest(vectors), minlength=model.codebook_size)
+        model.quantize.code_counts.copy_(counts)
+        generator = torch.Generator().manual_seed(self.recipe.seed + step)
+        model.quantize.restart_dead_codes_(vectors, generator)
+
+    @torch.no_grad()
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """PSNR in dB over all pixels and over the pixels of the hero (8-bit images, one mean over the set)."""
+        total = torch.zeros(4, dtype=torch.float64)
+        for batch in self.test_batches():
+            images = batch["image"]
+            restored = model(images).images
+            error = ((_to_uint8(restored) - _to_uint8(images)) / 255).square()
+            hero = (images != images[:, :, :1, :1]).any(1, keepdim=True)  # the top left pixel is background
+            hero = hero.expand_as(error)
+            total += (
+                torch.stack([error.sum(), error.new_tensor(error.numel()), error[hero].sum(), hero.sum()])
+                .double()
+                .cpu()
+            )
+        return {"psnr": _psnr(total[0] / total[1]), "psnr_hero": _psnr(total[2] / total[3])}
+
+    @torch.no_grad()
+    def sample_grid(self, model: nn.Module) -> Tensor:
+        """Test heroes, each above its reconstruction."""
+        images = self.test_batch(0, self.options.grid_size)["image"]
+        columns = min(16, len(images))
+        rows = zip(images.split(columns), model(images).images.split(columns), strict=True)
+        return to_grid(torch.cat([part for pair in rows for part in pair]), columns)
+
+
+def _to_uint8(images: Tensor) -> Tensor:
+    return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
+
+
+def _psnr(mse: Tensor) -> float:
+    return float(-10 * torch.log10(mse.clamp(min=1e-10)))
