@@ -15,9 +15,9 @@ from _common import report, table, write_json
 
 from tests.adapter_cases import case
 from vargen.samplers.base import Sampler
+from vargen.samplers.schedule.zipar import ZipARSampler
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.window.next_token import NextTokenSampler
-from vargen.samplers.schedule.zipar import ZipARSampler
 
 GRIDS = {"janus": (4, 4), "emu3": (8, 8), "chameleon": (8, 8), "lumina": (6, 6), "glm_image": (6, 6), "emu3_5": (8, 8)}
 WINDOWS = (8, 16)

@@ -25,14 +25,13 @@ from torch import Tensor
 from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.mar.model import MARTransformer
 from vargen.datasets.heroes.compose import HeroAtlas
-from vargen.images import to_uint8
 from vargen.evaluation.features import extract, extract_cached
+from vargen.images import TensorImages, to_uint8
 from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
-from vargen.evaluation.images import TensorImages
 from vargen.metrics.networks.registry import feature_network
-from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
+from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.training.tasks.kl import load_autoencoder
 from vargen.training.tasks.mar import load_continuous
 

@@ -27,9 +27,9 @@ from next_token import compiled_copy
 
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.outputs import DecodeStats
+from vargen.samplers.window.decoder import WindowSampler
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.window.next_token import NextTokenSampler
-from vargen.samplers.window.decoder import WindowSampler
 
 GRID = (16, 16)
 REPEATS = 3

@@ -35,10 +35,10 @@ from speculative import PROMPTS, nats
 
 from tests.toys import perturbed
 from tests.tree_toys import TreeSpatial
+from vargen.samplers.acceptance.codebook_neighbors import nearest_codes
 from vargen.samplers.base import Sampler
 from vargen.samplers.window.grouped import GroupedSpeculativeSampler
 from vargen.samplers.window.lantern import LanternSampler
-from vargen.samplers.acceptance.codebook_neighbors import nearest_codes
 from vargen.samplers.window.next_token import NextTokenSampler
 
 DELTAS = (0.1, 0.4, 0.2)  # the span of the paper's tables

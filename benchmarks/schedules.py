@@ -22,14 +22,14 @@ import torch
 from _common import interleaved_medians, pin_to_core, report, table, write_json
 
 from vargen.backbones.llamagen.any_order import AnyOrderTransformer
-from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.llamagen.masked import MaskedTransformer
+from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.nar.model import NARTransformer
 from vargen.backbones.par.model import PARTransformer
 from vargen.samplers.schedule.masked import MaskedSampler
 from vargen.samplers.schedule.neighboring import NeighboringSampler
-from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.samplers.schedule.parallel_group import ParallelGroupSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 PARTS = ("shipped", "equal", "published")
 SMALL: dict[str, Any] = {

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).parents[1]
 ROOMS = ("tokenizers", "samplers", "kernels")
 PLACE = re.compile(r"^<!-- table: ([\w-]+) -->$", flags=re.MULTILINE)
 
@@ -182,9 +182,7 @@ def families() -> tuple[list[list[str]], str]:
 def sizes() -> tuple[list[list[str]], str]:
     """Published sizes with the parameter counts that ``vargen verify`` expects."""
     from vargen.checkpoints.manifests import llamagen as llamagen_manifests
-    from vargen.checkpoints.manifests import mar
-    from vargen.checkpoints.manifests import schedule
-    from vargen.checkpoints.manifests import var
+    from vargen.checkpoints.manifests import mar, schedule, var
 
     llamagen = {size: counts[-2:] for size, counts in llamagen_manifests.LLAMAGEN_SIZES.items() if size != "GPT-7B"}
     nar = schedule.NAR_PARAMETERS

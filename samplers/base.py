@@ -11,8 +11,6 @@ Letters: B images, N code positions, V codes.
 from __future__ import annotations
 
 import dataclasses
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -23,9 +21,9 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 import vargen
+from vargen.outputs import Guarantee, SamplerOutput
 from vargen.validation.checks import check_choice, check_integer, check_names, check_number, shown
 from vargen.validation.folders import Stored
-from vargen.outputs import Guarantee, SamplerOutput
 
 
 class State(Protocol):
@@ -199,18 +197,8 @@ def _plain(value: Any) -> Any:
 
 
 def known_samplers() -> list[type[Sampler]]:
-    """All samplers of the package, by name."""
-    package = importlib.import_module("vargen.samplers")
-    for module in pkgutil.iter_modules(package.__path__):
-        importlib.import_module(f"vargen.samplers.{module.name}")
-
-    def below(cls: type[Sampler]) -> Iterator[type[Sampler]]:
-        for child in cls.__subclasses__():
-            if not child.__name__.startswith("_") and child.__module__.startswith("vargen."):
-                yield child
-            yield from below(child)
-
-    return sorted(set(below(Sampler)), key=lambda c: c.__name__)
+    """All public samplers, by name."""
+    return [getattr(vargen, name) for name in sorted(vargen._names) if name.endswith("Sampler")]
 
 
 def find_sampler(name: str) -> type[Sampler]:

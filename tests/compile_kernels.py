@@ -14,12 +14,11 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vargen.kernels.verify import arguments as launch
-from vargen.kernels.verify import relaxed_kernels
-from vargen.kernels.verify import shift
-from vargen.kernels.tree import triton_kernels as tree_kernels
-from vargen.kernels.verify import triton_kernels as verify_kernels
 from vargen.kernels import draw, language, nearest, warp
+from vargen.kernels.tree import triton_kernels as tree_kernels
+from vargen.kernels.verify import arguments as launch
+from vargen.kernels.verify import relaxed_kernels, shift
+from vargen.kernels.verify import triton_kernels as verify_kernels
 
 POINTERS = {
     "*bf16": "logits label",

@@ -20,9 +20,9 @@ from unittest import mock
 import numpy as np
 import torch
 
+from vargen.kernels.verify.types import Draft, Label, VerifyNoise
 from vargen.kernels.verify.verify import verify_window
 from vargen.kernels.warp import warp_logits
-from vargen.kernels.verify.types import Draft, Label, VerifyNoise
 from vargen.samplers.window import decoder as window_module
 
 EDGE = 0.02  # how deep inside its interval a random number is placed, as a share of the interval

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from vargen.datasets.heroes.compose import HeroAtlas, HeroesDataset, compose
 from vargen.metrics.attribute_accuracy import AttributeAccuracy, accuracy_on_real_heroes
+from vargen.metrics.heroes import draw_heroes
 from vargen.metrics.networks.attributes import (
     CLASSIFIER_FOLDER,
     AttributeClassifier,
@@ -15,7 +16,6 @@ from vargen.metrics.networks.attributes import (
     slot_loss,
     train_classifier,
 )
-from vargen.metrics.heroes import draw_heroes
 
 
 @pytest.fixture(scope="module")

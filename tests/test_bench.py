@@ -9,9 +9,9 @@ from typer.testing import CliRunner
 
 from tests.tiny import NUM_CLASSES, tiny_pipeline
 from vargen.cli.main import app
-from vargen.metrics import bench, bench_table, feature_network, read_bench
 from vargen.evaluation.benchmark import read_sampler
 from vargen.evaluation.conditions import class_conditions
+from vargen.metrics import bench, bench_table, feature_network, read_bench
 
 
 class Means(nn.Module):

@@ -13,8 +13,8 @@ from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.mar.model import MARTransformer
 from vargen.pipelines.image import ImagePipeline
 from vargen.registry import fitting_samplers
-from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
+from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 
 HEAD: dict[str, Any] = {"head_depth": 1, "head_width": 16, "num_sampling_steps": "4", "last_timestep": 900}
 SHARED: dict[str, Any] = {"grid_size": (4, 4), "latent_channels": 2, "patch_size": 2, "num_classes": 10, **HEAD}

@@ -20,12 +20,12 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.tiny import tiny_hero_pipeline
-from vargen.serving import studio as drawing
 from vargen.cli.main import app
-from vargen.serving.demo import build_page, drawable_models, serve
 from vargen.display.notebook import output_sheet
-from vargen.pipelines.image import ImagePipeline
 from vargen.display.preview import LivePreview
+from vargen.pipelines.image import ImagePipeline
+from vargen.serving import studio as drawing
+from vargen.serving.demo import build_page, drawable_models, serve
 from vargen.serving.same_site import MAX_BODY, SameSite
 from vargen.serving.studio import MAX_IMAGES, Studio
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import mkdocs_hooks
 import vargen
+from docs import hooks
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -53,19 +53,19 @@ def test_every_page_is_in_the_navigation_and_every_link_leads_somewhere():
 
 def test_tables_hold_the_recorded_numbers():
     pages = "".join(page.read_text() for page in DOCS.glob("*.md"))
-    names = mkdocs_hooks.PLACE.findall(pages)
+    names = hooks.PLACE.findall(pages)
     assert len(names) == pages.count("<!-- table")
     for name in names:
-        header, rule, *rows = [line for line in mkdocs_hooks.table(name).splitlines() if line.startswith("|")]
+        header, rule, *rows = [line for line in hooks.table(name).splitlines() if line.startswith("|")]
         assert rows
         assert {line.count(" | ") for line in (header, *rows)} == {rule.count(" | ")}, name
     record = json.loads((ROOT / "benchmarks/results/speculative-synthetic.json").read_text())
     (row,) = [r for r in record["rows"] if r["sampler"] == "Jacobi gumbel W=32" and r["batch"] == 32]
-    assert f"| `SpeculativeJacobiSampler()` | exact | yes | {row['forwards']:.1f} |" in mkdocs_hooks.table(
+    assert f"| `SpeculativeJacobiSampler()` | exact | yes | {row['forwards']:.1f} |" in hooks.table(
         "speculative"
     )
     with pytest.raises(ValueError, match="unknown table 'speculativ'"):
-        mkdocs_hooks.on_page_markdown("<!-- table: speculativ -->")
+        hooks.on_page_markdown("<!-- table: speculativ -->")
 
 
 @pytest.mark.slow

@@ -9,19 +9,19 @@ from torch import nn
 
 from tests.test_training import assert_same_run, newest
 from tests.tiny import CODEBOOK_SIZE, tiny_backbone, tiny_tokenizer
-from vargen.draft_models.eagle import EagleDrafter
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.datasets.heroes.compose import HeroAtlas
+from vargen.draft_models.eagle import EagleDrafter
 from vargen.pipelines.image import ImagePipeline
 from vargen.samplers.window.draft_model import DraftModelSampler
 from vargen.samplers.window.lantern import LanternSampler
 from vargen.samplers.window.next_token import NextTokenSampler
-from vargen.training.tasks.eagle import DrafterTask, drafter_losses, hidden_states
 from vargen.training.export import export_drafter
 from vargen.training.recipe import parse_recipe
 from vargen.training.run import METRICS_FILE, train
 from vargen.training.tasks.base import make_task
+from vargen.training.tasks.eagle import DrafterTask, drafter_losses, hidden_states
 
 
 def hero_backbone():

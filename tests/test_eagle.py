@@ -14,11 +14,11 @@ from tests.enumeration import chi_square_p, sequence_law
 from tests.tiny import CODEBOOK_SIZE, GRID, tiny_backbone, tiny_tokenizer
 from vargen.draft_models.eagle import EagleDrafter
 from vargen.kernels.warp import warp_logits
-from vargen.samplers.window.lantern import LanternSampler
-from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.samplers.drafters.tree import Tree
 from vargen.samplers.drafters.tree_drafts import draft_fixed, draft_likeliest
 from vargen.samplers.window.decoder import WindowSampler
+from vargen.samplers.window.lantern import LanternSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 XL_SHAPES = {
     "embed_tokens.weight": (16384, 1280),

@@ -20,17 +20,17 @@ from vargen.backbones.par.model import PARTransformer
 from vargen.cli import eval as command
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.datasets.heroes.compose import HeroAtlas, parse_prompt
-from vargen.metrics import compare, evaluate_fid, feature_network, read_images, write_card, write_npz
-from vargen.metrics.networks.attributes import AttributeClassifier
 from vargen.evaluation.conditions import Conditions, class_conditions, hero_conditions, prompt_file
 from vargen.evaluation.drawing.generate import generate, ordered_images
-from vargen.metrics.heroes import draw_heroes
 from vargen.evaluation.likelihood import evaluate_likelihood, token_nats
 from vargen.evaluation.reconstruction import evaluate_reconstruction, psnr
 from vargen.evaluation.report import read_report
+from vargen.metrics import compare, evaluate_fid, feature_network, read_images, write_card, write_npz
+from vargen.metrics.heroes import draw_heroes
+from vargen.metrics.networks.attributes import AttributeClassifier
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.samplers.schedule.parallel_group import ParallelGroupSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.tokenizers.vq.model import VQTokenizer
 
 

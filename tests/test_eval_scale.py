@@ -21,17 +21,16 @@ import torch
 from torch import nn
 
 from vargen import files
-from vargen.evaluation.drawing import claims
-from vargen.evaluation.drawing import run_folder
-from vargen.metrics import feature_network
-from vargen.evaluation.drawing.claims import Claims
 from vargen.evaluation.conditions import class_conditions
-from vargen.evaluation.evaluate import compare, evaluate_fid
-from vargen.metrics.frechet import frechet_error, frechet_infinity, statistics_distance
+from vargen.evaluation.drawing import claims, run_folder
+from vargen.evaluation.drawing.claims import Claims
 from vargen.evaluation.drawing.generate import generate, ordered_images
+from vargen.evaluation.evaluate import compare, evaluate_fid
+from vargen.metrics import feature_network
+from vargen.metrics.frechet import frechet_error, frechet_infinity, statistics_distance
 from vargen.metrics.heroes import HeroImages, draw_heroes
-from vargen.metrics.networks.inception import InceptionBody
 from vargen.metrics.inception_score import split_scores
+from vargen.metrics.networks.inception import InceptionBody
 from vargen.metrics.statistics import GaussianStatistics
 from vargen.outputs import DecodeStats
 

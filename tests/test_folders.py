@@ -20,20 +20,20 @@ from tests.test_errors import one_line
 from tests.tiny import tiny_hero_pipeline
 from vargen.adapters.families.emu3_5 import emu35_config
 from vargen.backbones.llamagen.model import LlamaGenTransformer
-from vargen.validation.checks import shown
-from vargen.validation.classes import component_class
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.conditioners.t5 import T5CaptionConditioner
-from vargen.validation.folders import MAX_BYTES, is_plain_name, read_settings
-from vargen.validation.folders import one_line as in_one_line
 from vargen.pipelines.components import read_index
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.video import VideoPipeline
-from vargen.validation.reading import MAX_DEPTH
 from vargen.samplers.base import Sampler
 from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.tasks.kl import load_autoencoder
+from vargen.validation.checks import shown
+from vargen.validation.classes import component_class
+from vargen.validation.folders import MAX_BYTES, is_plain_name, read_settings
+from vargen.validation.folders import one_line as in_one_line
+from vargen.validation.reading import MAX_DEPTH
 
 PAYLOAD = "vargen_test_payload"  # a module that leaves a trace when it is imported
 NO_COMPONENTS = ("load_kl16", "DecodeSchedule")  # of the rooms of components

@@ -18,7 +18,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from vargen.datasets.heroes import build_atlas as crawl
-from vargen.datasets.philox import philox_words
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.datasets.heroes.compose import (
     MIN_VISIBLE_PIXELS,
@@ -33,6 +32,7 @@ from vargen.datasets.heroes.compose import (
     sample_hero,
     sample_heroes,
 )
+from vargen.datasets.philox import philox_words
 
 ATLAS = HeroAtlas.load()
 

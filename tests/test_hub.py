@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vargen.checkpoints import resolve as hub
-from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
 from vargen.checkpoints.families import Family, get_family, guess_family, register_family
+from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
 

@@ -14,19 +14,21 @@ import pytest
 import vargen
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ("checks", "outputs", "printable", "protocols", "random")  # modules of vargen that everyone may import
-FILES = ("files", "folders", "classes", "reading", "pictures", "checkpoints", "checkpoint_bounds", "checkpoint_files", "families", "manifests", "hub")
+CORE = ("outputs", "protocols", "random", "orders", "validation")  # modules of vargen that everyone may import
+FILES = ("files", "checkpoints")
 LIGHT = ("vargen", "vargen.validation.checks", "vargen.registry", "vargen.cli.main")
 
 # room -> rooms and modules of vargen that it may import beside itself and the core
 ALLOWED: dict[str, tuple[str, ...]] = {
     "kernels": (),
     "tokenizers": ("kernels", *FILES),
-    "samplers": ("kernels", "folders"),
+    "samplers": ("kernels",),
     "backbones": ("kernels", *FILES),
-    "conditioners": ("data", *FILES),
-    "data": FILES,
-    "metrics": ("images", "data", "tokenizers", "pipelines", "registry", *FILES),
+    "conditioners": ("datasets", *FILES),
+    "datasets": FILES,
+    "draft_models": ("kernels", "backbones", *FILES),
+    "metrics": ("images", "datasets", *FILES),
+    "evaluation": ("images", "datasets", "metrics", "tokenizers", "pipelines", "registry", *FILES),
 }
 # room -> libraries that it may not import, although vargen depends on them
 FORBIDDEN_LIBRARIES: dict[str, tuple[str, ...]] = {
@@ -34,7 +36,7 @@ FORBIDDEN_LIBRARIES: dict[str, tuple[str, ...]] = {
     "tokenizers": ("transformers", "typer", "rich"),
     "samplers": ("transformers", "triton", "typer", "rich"),
     "backbones": ("typer", "rich"),
-    "data": ("diffusers", "transformers", "triton"),
+    "datasets": ("diffusers", "transformers", "triton"),
 }
 
 
@@ -144,13 +146,13 @@ def test_every_class_that_a_folder_may_name_is_public() -> None:
 
     from vargen.samplers.base import known_samplers
 
-    for room in ("tokenizers", "backbones", "conditioners"):
-        for path in folder_of(room).glob("*.py"):
+    for room in ("tokenizers", "backbones", "draft_models", "conditioners"):
+        for path in folder_of(room).rglob("*.py"):
             if path.stem != "__init__":
-                import_module(f"vargen.{room}.{path.stem}")
+                inside = path.relative_to(folder_of(room)).with_suffix("").parts
+                import_module(".".join(("vargen", room, *inside)))
     models = {cls for cls in subclasses(ModelMixin) if cls.__module__.startswith("vargen.")}
-    bases = ("WindowSampler", "ScheduleSampler", "ContinuousSampler")
-    samplers = {cls for cls in known_samplers() if cls.__name__ not in bases}
+    samplers = set(known_samplers())
     missing = {cls.__name__ for cls in models | samplers if not cls.__name__.startswith("_")} - set(vargen._names)
     assert missing == set()
 

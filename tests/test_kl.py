@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.golden_files import load_file
 from vargen.checkpoints.reader import CheckpointError
-from vargen.checkpoints.manifests import convert_checkpoint, verify_checkpoint
+from vargen.checkpoints.verify import convert_checkpoint, verify_checkpoint
 from vargen.tokenizers.kl.autoencoder import KL16_SCALE, infer_kl_config, kl_latents, load_kl16, to_latent_diffusion
 
 GOLDEN = Path(__file__).parent / "golden" / "mar"

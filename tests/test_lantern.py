@@ -19,14 +19,14 @@ from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
 from tests.tree_toys import TreeSpatial, TreeTabular
 from vargen.samplers.acceptance import codebook_neighbors as neighbors
 from vargen.samplers.acceptance import recursive as walk
-from vargen.samplers.acceptance.lantern import Relaxation, aggregate, aggregate_all
-from vargen.samplers.base import Sampler
-from vargen.samplers.window.lantern import LanternSampler
-from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
 from vargen.samplers.acceptance.codebook_neighbors import nearest_codes, neighbor_table
-from vargen.samplers.window.next_token import NextTokenSampler
-from vargen.samplers.drafters.tree import Tree, TreeDraft
+from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
+from vargen.samplers.acceptance.lantern import Relaxation, aggregate, aggregate_all
 from vargen.samplers.acceptance.recursive import laws_of, walk_tree
+from vargen.samplers.base import Sampler
+from vargen.samplers.drafters.tree import Tree, TreeDraft
+from vargen.samplers.window.lantern import LanternSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 FALSE_ALARM = 1e-4
 ROUNDING = 1e-9

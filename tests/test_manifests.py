@@ -10,11 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
-from vargen.checkpoints.reader import CheckpointError
-from vargen.checkpoints.manifests import convert_checkpoint, verify_checkpoint
 from vargen.checkpoints.manifests.llamagen import LLAMAGEN_SIZES, llamagen_shapes
-from vargen.tokenizers.vq.model import VQTokenizer
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.verify import convert_checkpoint, verify_checkpoint
 from vargen.tokenizers.vq.checkpoints import llamagen_to_taming
+from vargen.tokenizers.vq.model import VQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "llamagen"
 

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
-from vargen.backbones.mar.model import MARTransformer
 from vargen.backbones.mar.layers import draw_mask_ratio
+from vargen.backbones.mar.model import MARTransformer
 from vargen.checkpoints.reader import CheckpointError
-from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.checkpoints.verify import verify_checkpoint
 from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler, MaskedContinuousState
 from vargen.tokenizers.kl.autoencoder import KL16_SCALE, load_kl16
 

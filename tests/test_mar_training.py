@@ -10,11 +10,11 @@ import torch
 
 from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.mar.model import MARTransformer
-from vargen.training.tasks.kl import load_autoencoder
-from vargen.training.tasks.mar import load_continuous
 from vargen.training.run import train
 from vargen.training.sources import read_run
 from vargen.training.tasks.base import make_task
+from vargen.training.tasks.kl import load_autoencoder
+from vargen.training.tasks.mar import load_continuous
 
 SHORT = [
     "data.batch_size=4", "data.num_eval_images=4", "schedule.num_steps=2", "schedule.warmup_steps=1",

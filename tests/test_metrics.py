@@ -16,6 +16,8 @@ import torchmetrics.image.inception
 import torchmetrics.image.kid
 from torch import nn
 
+from vargen.evaluation.features import extract, extract_cached
+from vargen.images import TensorImages
 from vargen.metrics import (
     FrechetDistance,
     GaussianStatistics,
@@ -28,8 +30,6 @@ from vargen.metrics import (
     quantise,
 )
 from vargen.metrics.networks import registry as networks_module
-from vargen.evaluation.features import extract, extract_cached
-from vargen.evaluation.images import TensorImages
 from vargen.metrics.networks.inception import InceptionBody
 from vargen.metrics.precision_recall import precision_recall
 

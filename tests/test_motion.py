@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.datasets.motion import compose as motion
 from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import compose
+from vargen.datasets.motion import compose as motion
 from vargen.datasets.motion.compose import (
     MOTIONS,
     PARTS,

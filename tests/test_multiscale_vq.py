@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tests.golden_files import load_file
 from vargen.checkpoints.reader import CheckpointError
-from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.checkpoints.verify import verify_checkpoint
 from vargen.tokenizers.multiscale_vq.checkpoints import to_native, to_official
-from vargen.tokenizers.multiscale_vq.quantizer import phi_index
 from vargen.tokenizers.multiscale_vq.model import SCALES_512, MultiScaleVQTokenizer
+from vargen.tokenizers.multiscale_vq.quantizer import phi_index
 
 GOLDEN = Path(__file__).parent / "golden" / "var"
 SCALES = (1, 2, 3, 4)

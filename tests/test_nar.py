@@ -11,14 +11,14 @@ from tests.enumeration import chi_square_p
 from tests.golden_files import load_file, unpacked
 from tests.tiny import CODEBOOK_SIZE, tiny_pipeline, tiny_tokenizer
 from vargen.backbones.nar.model import NARTransformer
+from vargen.checkpoints.manifests.schedule import NAR_PARAMETERS, NAR_VIDEO_PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.verify import verify_checkpoint
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
-from vargen.checkpoints.manifests import verify_checkpoint
-from vargen.checkpoints.manifests.schedule import NAR_PARAMETERS, NAR_VIDEO_PARAMETERS
 from vargen.samplers.schedule.neighboring import NeighboringSampler
-from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
+from vargen.samplers.window.next_token import NextTokenSampler
 
 GOLDEN = Path(__file__).parent / "golden" / "nar"
 SETS = ("c2i", "t2i", "video")

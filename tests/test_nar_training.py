@@ -14,9 +14,9 @@ from vargen.datasets.heroes.compose import HeroAtlas
 from vargen.samplers.schedule.neighboring import NeighboringSampler
 from vargen.training.checkpoints import checkpoint_folders
 from vargen.training.export import export_pipeline
-from vargen.training.tasks.nar import start_from
 from vargen.training.recipe import load_recipe, parse_recipe
 from vargen.training.run import METRICS_FILE, train
+from vargen.training.tasks.nar import start_from
 
 SMALL = {"dim": 32, "num_heads": 2, "codebook_size": 64, "condition_rope": "identity", "num_classes": 10}
 

@@ -14,9 +14,9 @@ from vargen.backbones.var.model import VARTransformer
 from vargen.kernels.warp import warp_logits
 from vargen.pipelines.image import ImagePipeline
 from vargen.random import Stream
+from vargen.samplers.scale.editing import keep_codes
 from vargen.samplers.scale.next_scale import NextScaleSampler
 from vargen.samplers.window.next_token import NextTokenSampler
-from vargen.samplers.scale.editing import keep_codes
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "var"

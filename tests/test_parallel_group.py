@@ -10,13 +10,13 @@ import torch.nn.functional as F
 from tests.golden_files import load_file, unpacked
 from vargen.backbones.llamagen.any_order import AnyOrderTransformer
 from vargen.backbones.par.model import PARTransformer
-from vargen.checkpoints.reader import CheckpointError
-from vargen.kernels.warp import warp_logits
-from vargen.checkpoints.manifests import verify_checkpoint
 from vargen.checkpoints.manifests.schedule import PAR_PARAMETERS, RANDAR_PARAMETERS
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.verify import verify_checkpoint
+from vargen.kernels.warp import warp_logits
+from vargen.samplers.schedule.orders import GROWTHS, ORDERS
 from vargen.samplers.schedule.parallel_group import ParallelGroupSampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
-from vargen.samplers.schedule.orders import GROWTHS, ORDERS
 
 GOLDEN = Path(__file__).parent / "golden" / "par"
 SEEN = []  # guided logits, step by step

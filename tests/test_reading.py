@@ -19,15 +19,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.outside import at_most, read_or_refused, refusal
-from vargen.validation import pictures
 from vargen.evaluation import reconstruction
-from vargen.metrics.arrays import open_npz
 from vargen.evaluation.benchmark import read_bench
+from vargen.evaluation.drawing.run_folder import RunFolder, RunImages
 from vargen.evaluation.features import _read as read_features
 from vargen.evaluation.images import read_images
 from vargen.evaluation.report import read_report
-from vargen.evaluation.drawing.run_folder import RunFolder, RunImages
+from vargen.metrics.arrays import open_npz
 from vargen.metrics.statistics import GaussianStatistics
+from vargen.validation import pictures
 from vargen.validation.printable import printable, shown
 from vargen.validation.reading import check_plain, parse_json, parse_toml, read_json, read_text, read_value
 

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 
 import vargen
 from tests.toys import TabularBackbone
-from vargen.validation.checks import check_seeds
 from vargen.samplers.base import Sampler, known_samplers
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.validation.checks import check_seeds
 
 WINDOW_SAMPLERS = [NextTokenSampler, SpeculativeJacobiSampler]
 

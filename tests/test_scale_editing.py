@@ -14,8 +14,8 @@ from torch import Tensor
 from tests.tiny import CODEBOOK_SIZE, NUM_CLASSES, SCALES, tiny_pipeline, tiny_scale_pipeline
 from vargen.backbones.var.model import VARTransformer
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.scale.next_scale import NextScaleSampler
 from vargen.samplers.scale.editing import keep_codes
+from vargen.samplers.scale.next_scale import NextScaleSampler
 
 NULL = NUM_CLASSES
 

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vargen.protocols import Item, neighbors
-from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.schedule.orders import GROWTHS, ORDERS, group_sizes, local_order, make_order, region_order
+from vargen.samplers.schedule.schedule import DecodeSchedule
 
 SIDES = st.integers(1, 6)
 # the lists of nar_nbp.md, from the released code

@@ -4,8 +4,8 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from vargen.kernels.verify import reference as verify_twin
 from vargen.kernels.draw import draw
+from vargen.kernels.verify import reference as verify_twin
 from vargen.kernels.verify.shift import shift_window
 from vargen.kernels.verify.verify import Draft, Label, Verdict, verify_window
 from vargen.random import Stream, random_bits

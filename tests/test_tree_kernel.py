@@ -5,9 +5,9 @@ import torch
 
 from tests.tree_toys import TreeTabular
 from vargen.samplers.acceptance.lantern import RESIDUALS, Relaxation
-from vargen.samplers.window.lantern import LanternSampler
-from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.acceptance.recursive import walk_logits
+from vargen.samplers.drafters.tree import Tree, TreeDraft
+from vargen.samplers.window.lantern import LanternSampler
 
 SHAPES = {
     "chain": "0 00 000",

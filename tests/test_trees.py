@@ -11,8 +11,8 @@ from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
 from vargen.samplers.acceptance import lantern as aggregate
 from vargen.samplers.acceptance import recursive as walk
 from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
-from vargen.samplers.drafters.tree import NAMED_TREES, Tree, TreeDraft
 from vargen.samplers.acceptance.recursive import laws_of, walk_tree
+from vargen.samplers.drafters.tree import NAMED_TREES, Tree, TreeDraft
 
 EXACT = 1e-12
 PUBLISHED = [*NAMED_TREES, "chain"]

@@ -13,9 +13,9 @@ from torch import Tensor
 from tests.golden_files import load_file
 from vargen.backbones.var.model import VARTransformer
 from vargen.backbones.var.sizes import SCALES_512
-from vargen.checkpoints.reader import CheckpointError
-from vargen.checkpoints.manifests import verify_checkpoint
 from vargen.checkpoints.manifests.var import VAR_PARAMETERS
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.verify import verify_checkpoint
 from vargen.pipelines.image import ImagePipeline
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import load_weights

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.layers.gaussian_diffusion import make_diffusion, training_diffusion
+from vargen.backbones.mar.causal import CausalMARTransformer
 
 
 def a_head(kind: str) -> DiffusionHead:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from scipy.stats import chi2
 
-from vargen.kernels.verify import reference as verify_twin
 from vargen.kernels.draw import draw
+from vargen.kernels.verify import reference as verify_twin
 from vargen.kernels.verify.verify import Draft, Label, VerifyNoise, verify_window
 from vargen.kernels.warp import warp_logits
 from vargen.random import Stream

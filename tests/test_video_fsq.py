@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from tests.golden_files import load_file
 from vargen.backbones.nbp.model import NBPTransformer
 from vargen.backbones.nbp.sizes import SIZES
-from vargen.checkpoints.reader import CheckpointError
-from vargen.checkpoints.manifests import verify_checkpoint
 from vargen.checkpoints.manifests.nbp import NBP_PARAMETERS, TOKENIZER_PARAMETERS
-from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
+from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.verify import verify_checkpoint
 from vargen.tokenizers.video_fsq.layers import CausalConv3d, DepthToSpace, ResidualUnit, SpaceToDepth, StreamState
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.video_fsq.quantizer import FSQ
 
 GOLDEN = Path(__file__).parent / "golden" / "nbp" / "tokenizer_blocks"

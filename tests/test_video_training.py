@@ -11,16 +11,16 @@ import torch
 from safetensors.torch import load_file
 
 from vargen.datasets.motion.dataset import MotionDataset
-from vargen.metrics.networks.motion import MOTION_CLASSIFIER_FOLDER
 from vargen.evaluation.motion import evaluate_motion, write_motion_card
+from vargen.metrics.networks.motion import MOTION_CLASSIFIER_FOLDER
 from vargen.pipelines.video import VideoPipeline
-from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.video_fsq.layers import StreamState
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.training.export import export_pipeline
-from vargen.training.tasks.nbp import _PatchCodes
 from vargen.training.recipe import load_recipe
 from vargen.training.run import train
 from vargen.training.sources import load_tokenizer
+from vargen.training.tasks.nbp import _PatchCodes
 from vargen.training.tasks.video import find_patches, to_strips
 
 SMALL = ["options.frames=5", "data.batch_size=2", "data.num_eval_images=2", "options.grid_size=1", "log.log_every=1"]

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
 from vargen.checkpoints.reader import CheckpointError
-from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.tokenizers.vq.checkpoints import llamagen_to_taming, taming_to_llamagen
+from vargen.tokenizers.vq.model import VQTokenizer
 
 GOLDEN = Path(__file__).parent / "golden" / "llamagen"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
 from vargen.backbones.xar.model import XARTransformer
-from vargen.checkpoints.manifests import verify_checkpoint
+from vargen.checkpoints.verify import verify_checkpoint
 from vargen.samplers.schedule.next_cell import NextCellSampler
 
 GOLDEN = Path(__file__).parent / "golden" / "xar"

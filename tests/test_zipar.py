@@ -10,8 +10,8 @@ import torch
 from tests.adapter_cases import case
 from tests.tiny import tiny_backbone
 from vargen.protocols import Layout
-from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.samplers.schedule.zipar import Grid, ZipARSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 SETTINGS = {"guidance_scale": 2.0, "temperature": 0.8, "top_k": 20}
 

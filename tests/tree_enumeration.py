@@ -14,8 +14,8 @@ from itertools import permutations, product
 import numpy as np
 import torch
 
-from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.acceptance.recursive import walk_tree
+from vargen.samplers.drafters.tree import Tree, TreeDraft
 
 REJECT, ACCEPT = 1.0 - 2.0**-53, 0.0
 

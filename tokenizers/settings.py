@@ -11,6 +11,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
+from vargen.tokenizers.multiscale_vq.quantizer import UPSAMPLE
 from vargen.validation.checks import (
     MAX_POSITIONS,
     MAX_ROWS,
@@ -27,7 +28,6 @@ from vargen.validation.checks import (
     optional,
     pair_of,
 )
-from vargen.tokenizers.multiscale_vq.quantizer import UPSAMPLE
 
 WIDTH = partial(check_integer, low=1, high=MAX_WIDTH)
 MAYBE_WIDTH = partial(check_integer, low=0, high=MAX_WIDTH)

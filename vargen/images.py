@@ -10,7 +10,8 @@ Letters: B images, C channels, H W pixels.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from typing import Literal, get_args
 
 import numpy as np
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vargen.validation.pictures import image_size, open_frames, open_image
+from vargen.validation.pictures import batch_count, image_size, open_frames, open_image
 
 __all__ = [
     "Rounding",
@@ -35,6 +36,7 @@ __all__ = [
 ]
 
 Rounding = Literal["nearest", "llamagen", "truncate"]
+ROUNDINGS = get_args(Rounding)
 
 
 def to_uint8(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
@@ -120,3 +122,52 @@ def preprocess(images: Image.Image | Sequence[Image.Image], size: int | None = N
 def resize(images: Tensor, size: int | tuple[int, int]) -> Tensor:
     """Resize float images ``[B, C, H, W]`` before rounding, as LlamaGen does for evaluation (bicubic, no antialias)."""
     return F.interpolate(images, size=size, mode="bicubic", align_corners=False)
+
+
+def quantise(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
+    """Round float images in [0, 1] to 8 bits, by the rules of ``vargen.images.to_uint8`` (which reads [-1, 1]).
+
+    Args:
+        images: any shape; uint8 is returned as it is.
+        rounding: "nearest" (PIL images of diffusers), "llamagen" (the same with ties upwards, also torchvision's
+            ``save_image``) or "truncate" (ADM, VAR's demo, torchmetrics; half a grey level darker on average, which
+            moves a small FID).
+
+    Returns:
+        uint8 of the same shape.
+    """
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
+    if images.dtype == torch.uint8:
+        return images
+    if not images.is_floating_point():
+        raise ValueError(f"images must be uint8 or float in [0, 1], got {images.dtype}")
+    check_unit_range(images)
+    levels = images.float() * 255
+    levels = levels.round() if rounding == "nearest" else levels + 0.5 if rounding == "llamagen" else levels
+    return levels.to(torch.uint8)
+
+
+def check_unit_range(images: Tensor) -> None:
+    """Raise ``ValueError`` unless float images lie in [0, 1]; NaN does not."""
+    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
+        found = f"[{images.min():.3g}, {images.max():.3g}]"
+        raise ValueError(f"float images must lie in [0, 1], got {found}; map [-1, 1] by (x + 1) / 2")
+
+
+class TensorImages:
+    """Images in memory: uint8 ``[N, 3, H, W]``."""
+
+    def __init__(self, images: Tensor, name: str = "tensor") -> None:
+        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
+            raise ValueError(f"images must be uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
+        self.images, self.name = images, name
+        self.num_images, self.shape = len(images), (images.shape[2], images.shape[3])
+
+    def batches(self, size: int) -> Iterator[Tensor]:
+        """Yield uint8 ``[b, 3, H, W]``."""
+        yield from self.images.split(batch_count(size, *self.shape))
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the pixels."""
+        return hashlib.sha256(self.images.contiguous().cpu().numpy().tobytes()).hexdigest()

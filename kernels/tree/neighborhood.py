@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from vargen.kernels import device as rows
-from vargen.kernels.language import jit, tl
 from vargen.kernels.acceptance import residual, within
+from vargen.kernels.language import jit, tl
 
 RESIDUALS = ("paper", "optimal", "upstream", "upstream-lumina")  # in the order of the kernels' numbers
 

@@ -11,8 +11,8 @@ U uniforms, K width of the neighbour table.
 from __future__ import annotations
 
 from vargen.kernels import device as rows
-from vargen.kernels.language import jit, tl
 from vargen.kernels.acceptance import accept, residual, within
+from vargen.kernels.language import jit, tl
 
 
 @jit

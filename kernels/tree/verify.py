@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.kernels.acceptance import NOTHING_LEFT
 from vargen.kernels.draw import check_logits, new_errors, raise_errors
 from vargen.kernels.language import triton
-from vargen.kernels.verify.arguments import _law_arguments, dense_rows
 from vargen.kernels.tree.neighborhood import RESIDUALS
-from vargen.kernels.acceptance import NOTHING_LEFT
 from vargen.kernels.tree.triton_kernels import walk_kernel
+from vargen.kernels.verify.arguments import _law_arguments, dense_rows
 from vargen.kernels.verify.reference import Setting
 
 

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from vargen.kernels import device as rows
-from vargen.kernels.language import jit, tl
 from vargen.kernels.acceptance import near
+from vargen.kernels.language import jit, tl
 from vargen.kernels.verify.types import GroupSpec
 
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from vargen.kernels.draw import raise_bad_rows
-from vargen.kernels.verify.group import group_members
-from vargen.kernels.tree.neighborhood import Relaxation, neighbor_mass, relaxed_residual
 from vargen.kernels.acceptance import accept, residual
-from vargen.kernels.warp import NEG_INF, combine, threshold
+from vargen.kernels.draw import raise_bad_rows
+from vargen.kernels.tree.neighborhood import Relaxation, neighbor_mass, relaxed_residual
+from vargen.kernels.verify.group import group_members
 from vargen.kernels.verify.types import Draft, GroupSpec, Label, Verdict, VerifyNoise
+from vargen.kernels.warp import NEG_INF, combine, threshold
 from vargen.random import Stream, gumbel, uniform
 
 

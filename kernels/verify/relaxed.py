@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.kernels.verify import relaxed_kernels as kernels
 from vargen.kernels.draw import check_logits, new_errors, raise_errors
 from vargen.kernels.language import triton, use_triton
-from vargen.kernels.verify.arguments import WindowLaunch
 from vargen.kernels.tree.neighborhood import RESIDUALS, Relaxation
-from vargen.kernels.verify.verify import CARRIES, check_window
+from vargen.kernels.verify import relaxed_kernels as kernels
+from vargen.kernels.verify.arguments import WindowLaunch
 from vargen.kernels.verify.reference import Setting, verify_twin
 from vargen.kernels.verify.types import Carry, Draft, Verdict, VerifyNoise
+from vargen.kernels.verify.verify import CARRIES, check_window
 
 __all__ = ["RESIDUALS", "Relaxation", "verify_relaxed"]
 

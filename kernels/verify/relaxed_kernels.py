@@ -9,9 +9,9 @@ p target, q draft. Letters: G guidance branches, B images, W window, V codes, K 
 from __future__ import annotations
 
 from vargen.kernels import device as rows
+from vargen.kernels.acceptance import accept, residual
 from vargen.kernels.language import jit, tl
 from vargen.kernels.tree.neighborhood import every_neighbor_mass_of, neighbor_mass_of
-from vargen.kernels.acceptance import accept, residual
 
 
 @jit

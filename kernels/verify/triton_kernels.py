@@ -10,9 +10,9 @@ p target, q draft. Letters: G guidance branches, B images, W window, V codes.
 from __future__ import annotations
 
 from vargen.kernels import device as rows
-from vargen.kernels.verify.group import group_masses
-from vargen.kernels.language import jit, tl
 from vargen.kernels.acceptance import accept, residual
+from vargen.kernels.language import jit, tl
+from vargen.kernels.verify.group import group_masses
 
 # carries, as numbers the kernels know
 GUMBEL, MAXIMAL, INDEPENDENT, NONE = range(4)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.kernels.verify import triton_kernels as kernels
 from vargen.kernels.draw import check_logits, new_errors, raise_errors
 from vargen.kernels.language import triton, use_triton
+from vargen.kernels.verify import triton_kernels as kernels
 from vargen.kernels.verify.arguments import WindowLaunch
 from vargen.kernels.verify.reference import Setting, verify_twin
 from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Label, Verdict, VerifyNoise

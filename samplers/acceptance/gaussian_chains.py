@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from vargen.random import Stream, uniform
-from vargen.samplers.heads.diffusion import path_noise
 from vargen.samplers.acceptance.gaussian import accept, couple_step, draw_residual, log_ratio, survive
+from vargen.samplers.heads.diffusion import path_noise
 
 
 @dataclass

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from vargen.samplers.acceptance.lantern import Relaxation, aggregate
-from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.acceptance.recursive import Walk
+from vargen.samplers.drafters.tree import Tree, TreeDraft
 
 ENTROPY_FLOOR = 1e-5  # of the probability inside the logarithm, as released
 BATCH_CODES = 1 << 22  # probabilities looked at together

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vargen.kernels.warp import warp_logits
 from vargen.kernels.verify.types import Verdict
+from vargen.kernels.warp import warp_logits
 from vargen.random import Stream, gumbel, uniform
 from vargen.samplers.acceptance.lantern import Relaxation
+from vargen.samplers.acceptance.recursive import Walk
 from vargen.samplers.drafters.base import check_drafter
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.drafters.tree_drafts import BackboneDrafts, DraftModel, draft_fixed, draft_likeliest
-from vargen.samplers.acceptance.recursive import Walk
 
 
 @dataclass(frozen=True)

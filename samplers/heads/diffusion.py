@@ -15,9 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer
 from vargen.random import Stream, normal
 from vargen.samplers.base import Sampler
+from vargen.validation.checks import check_choice, check_integer
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
 

@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
@@ -24,6 +23,7 @@ from vargen.random import Stream, gumbel, seed_tensor
 from vargen.samplers.base import Sampler
 from vargen.samplers.scale.editing import check_forced_codes
 from vargen.samplers.scale.state import NextScaleState, Noise
+from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
 
 RAMPS = ("linear", "constant")
 SMOOTH_TEMPERATURE = (0.27, 0.95, 0.005)  # start, share that is lost by the last scale, floor: the official constants

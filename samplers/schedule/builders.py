@@ -16,7 +16,6 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_flag, check_integer
 from vargen.protocols import Item, Step, block_order, neighbors
 from vargen.samplers.schedule.blocks import merged
 from vargen.samplers.schedule.checks import (
@@ -28,6 +27,7 @@ from vargen.samplers.schedule.checks import (
     check_sizes,
 )
 from vargen.samplers.schedule.orders import diagonal_order, grid_distance, region_order
+from vargen.validation.checks import check_choice, check_flag, check_integer
 
 QUERY_STYLES = ("randar", "arpg", "lpd")
 

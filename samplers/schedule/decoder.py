@@ -16,7 +16,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer, check_seeds
 from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.warp import combine
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
@@ -24,6 +23,7 @@ from vargen.protocols import Step
 from vargen.random import seed_tensor
 from vargen.samplers.base import Sampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
+from vargen.validation.checks import check_choice, check_integer, check_seeds
 
 RAMPS = ("constant", "linear")
 

@@ -19,14 +19,14 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer, check_number
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import combine
 from vargen.outputs import Guarantee
 from vargen.protocols import Step
 from vargen.random import Stream, gumbel
-from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.schedule.decoder import ScheduleSampler, ScheduleState
+from vargen.samplers.schedule.schedule import DecodeSchedule
+from vargen.validation.checks import check_choice, check_integer, check_number
 
 SHARES = ("cosine", "linear", "even")
 CONFIDENCES = ("probability", "margin", "entropy")

@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer, check_seeds
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor, uniform
 from vargen.samplers.heads.diffusion import ContinuousSampler, Noise, philox_noise, work_dtype
+from vargen.validation.checks import check_choice, check_integer, check_seeds
 
 STEP_SCHEDULES = ("linear", "two_stage")
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.schedule.decoder import ScheduleSampler
+from vargen.samplers.schedule.schedule import DecodeSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vargen.outputs import SamplerOutput
 from vargen.protocols import block_order
-from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.schedule.decoder import ScheduleSampler, ScheduleState
+from vargen.samplers.schedule.schedule import DecodeSchedule
 
 
 @dataclass(frozen=True, kw_only=True)

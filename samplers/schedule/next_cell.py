@@ -16,10 +16,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_integer, check_seeds
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, normal, seed_tensor
 from vargen.samplers.heads.diffusion import ContinuousSampler
+from vargen.validation.checks import check_integer, check_seeds
 
 LAST_TIME = 0.04  # where the stochastic steps end; one step without noise leads from there to 0
 

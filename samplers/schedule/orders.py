@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import MAX_SEED, check_choice, check_integer
 from vargen.samplers.schedule.checks import MAX_CODES, check_grid, check_sizes
+from vargen.validation.checks import MAX_SEED, check_choice, check_integer
 
 ORDERS = ("random", "raster", "diagonal", "regions", "local")
 GROWTHS = ("cosine", "arccos", "even")

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
-from vargen.validation.checks import check_choice, check_integer
-from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.schedule.decoder import ScheduleSampler, ScheduleState
 from vargen.samplers.schedule.orders import GROWTHS, ORDERS, group_sizes, make_order
+from vargen.samplers.schedule.schedule import DecodeSchedule
+from vargen.validation.checks import check_choice, check_integer
 
 
 @dataclass(frozen=True, kw_only=True)

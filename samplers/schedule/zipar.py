@@ -21,13 +21,13 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_integer, check_seeds
-from vargen.kernels.draw import draw
 from vargen.kernels.acceptance import accept, residual
+from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel, seed_tensor, uniform
 from vargen.samplers.base import Sampler
+from vargen.validation.checks import check_integer, check_seeds
 
 
 class Entry(NamedTuple):

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_integer, check_seeds
 from vargen.random import Stream, normal, seed_tensor, uniform
 from vargen.samplers.heads.diffusion import path_noise, work_dtype
+from vargen.validation.checks import check_integer, check_seeds
 
 OFFICIAL_WARNING = (
     'mode="official" repeats the released CSpD code and does not preserve the distribution: the target never sees the drafts, '

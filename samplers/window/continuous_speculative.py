@@ -20,12 +20,12 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor
+from vargen.samplers.acceptance.gaussian_chains import ContinuousState, Drafts, judge_paths, judge_steps
 from vargen.samplers.heads.diffusion import ContinuousSampler, path_noise, work_dtype
 from vargen.samplers.window.continuous_official import OFFICIAL_WARNING, OfficialState, official_start, official_step
-from vargen.samplers.acceptance.gaussian_chains import ContinuousState, Drafts, judge_paths, judge_steps
+from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
 
 MODES = ("exact", "stepwise", "official")
 

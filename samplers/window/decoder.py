@@ -21,10 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_seeds
 from vargen.kernels.draw import draw, new_errors, raise_errors
-from vargen.kernels.verify.verify import verify_window
 from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Verdict, VerifyNoise
+from vargen.kernels.verify.verify import verify_window
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.random import GumbelCache, seed_tensor
 from vargen.samplers.base import Sampler
@@ -32,6 +31,7 @@ from vargen.samplers.drafters.base import Drafter
 from vargen.samplers.window.cuda_graph import Replay, obstacle
 from vargen.samplers.window.layout import Stream, forced_slots
 from vargen.samplers.window.state import WindowState
+from vargen.validation.checks import check_seeds
 
 __all__ = ["WindowSampler", "WindowState"]
 

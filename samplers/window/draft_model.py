@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer
 from vargen.kernels.draw import draw
-from vargen.kernels.warp import warp_logits
 from vargen.kernels.verify.types import Carry, Draft, Label, Verdict
+from vargen.kernels.warp import warp_logits
 from vargen.random import Stream as Noise
 from vargen.samplers.drafters.base import Drafter, check_drafter, force
 from vargen.samplers.window.decoder import WindowSampler, WindowState
+from vargen.validation.checks import check_choice, check_integer
 
 CARRIES = ("gumbel", "independent")
 

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_integer, check_number
 from vargen.kernels.draw import draw
-from vargen.kernels.warp import combine
 from vargen.kernels.verify.types import Carry, Draft, Verdict
+from vargen.kernels.warp import combine
 from vargen.samplers.drafters.base import Drafter, JacobiDrafter, check_drafter, force, shared_guesses
 from vargen.samplers.window.decoder import WindowSampler, WindowState
+from vargen.validation.checks import check_integer, check_number
 
 
 @dataclass(frozen=True, kw_only=True)

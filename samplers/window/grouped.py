@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 
 import torch
 
-from vargen.validation.checks import check_choice, check_integer, check_number
 from vargen.kernels.verify.types import Carry, GroupSpec
 from vargen.outputs import Guarantee
 from vargen.samplers.drafters.base import INITS, Drafter, Init, JacobiDrafter
 from vargen.samplers.window.decoder import WindowSampler, WindowState
+from vargen.validation.checks import check_choice, check_integer, check_number
 
 CARRIES = ("independent", "maximal")
 

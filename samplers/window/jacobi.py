@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vargen.validation.checks import check_choice, check_integer
 from vargen.kernels.verify.types import Carry
 from vargen.samplers.drafters.base import INITS, Drafter, Init, JacobiDrafter, shared_guesses
 from vargen.samplers.window.decoder import WindowSampler, WindowState
+from vargen.validation.checks import check_choice, check_integer
 
 CARRIES = ("gumbel", "maximal", "independent")
 

@@ -17,18 +17,18 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import check_choice, check_integer, check_number
 from vargen.kernels.draw import draw, raise_bad_rows
 from vargen.kernels.warp import combine
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.random import Stream, uniform
-from vargen.samplers.acceptance.lantern import Relaxation
-from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
 from vargen.samplers.acceptance.codebook_neighbors import neighbor_table
+from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
+from vargen.samplers.acceptance.lantern import Relaxation
+from vargen.samplers.acceptance.recursive import Walk, walk_logits
 from vargen.samplers.drafters.tree import NAMED_TREES, Tree, TreeDraft
 from vargen.samplers.drafters.tree_run import TreeRun, TreeVerdict, check_draft_model, open_draft_model
-from vargen.samplers.acceptance.recursive import Walk, walk_logits
 from vargen.samplers.window.decoder import WindowSampler, WindowState
+from vargen.validation.checks import check_choice, check_integer, check_number
 
 RELAXATIONS = ("none", "lantern", "lantern++")
 RESIDUALS = ("paper", "optimal", "upstream")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from vargen.checkpoints.bounds import count_layers, read_shape
 from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
-from vargen.validation.checks import Check, anything, check_list, check_names, check_number
 from vargen.tokenizers.settings import LEVELS, UNITS, WIDTH
+from vargen.validation.checks import Check, anything, check_list, check_names, check_number
 
 FAMILY = "kl-autoencoder"
 KL16_SCALE = 0.2325  # latents times this have unit variance on ImageNet; as MAR and xAR use it

@@ -18,14 +18,14 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.validation.checks import checked, pair_of
-from vargen.validation.folders import Stored
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
-from vargen.tokenizers.vq.kmeans import kmeans, refine
 from vargen.tokenizers.multiscale_vq.checks import check_scale_codes
 from vargen.tokenizers.multiscale_vq.quantizer import ScaleQuantizer, Scales, read_scales
 from vargen.tokenizers.settings import MULTISCALE_VQ
+from vargen.tokenizers.vq.kmeans import kmeans, refine
+from vargen.validation.checks import checked, pair_of
+from vargen.validation.folders import Stored
 
 SCALES_256 = (1, 2, 3, 4, 5, 6, 8, 10, 13, 16)  # of the published models for 256 x 256 pixels
 SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)

@@ -18,8 +18,8 @@ import torch.distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vargen.validation.checks import check_scales, pair_of
 from vargen.kernels.nearest import nearest_code
+from vargen.validation.checks import check_scales, pair_of
 
 Scales = tuple[tuple[int, int], ...]
 UPSAMPLE = ("bicubic", "bilinear", "nearest")

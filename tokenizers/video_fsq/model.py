@@ -19,8 +19,6 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.validation.checks import checked
-from vargen.validation.folders import Stored
 from vargen.tokenizers.checks import check_range, half_precision_explained
 from vargen.tokenizers.settings import VIDEO_FSQ
 from vargen.tokenizers.video_fsq.layers import (
@@ -34,6 +32,8 @@ from vargen.tokenizers.video_fsq.layers import (
     make_norm,
 )
 from vargen.tokenizers.video_fsq.quantizer import FSQ, Variant
+from vargen.validation.checks import checked
+from vargen.validation.folders import Stored
 
 
 @dataclass

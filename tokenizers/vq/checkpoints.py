@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from torch import Tensor
 
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
-from vargen.checkpoints.reader import CheckpointError, build_strict, check_family, load_original
 from vargen.checkpoints.families import guess_family
+from vargen.checkpoints.reader import CheckpointError, build_strict, check_family, load_original
 
 if TYPE_CHECKING:
     from vargen.tokenizers.vq.model import VQTokenizer

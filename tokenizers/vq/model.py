@@ -18,12 +18,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.validation.checks import checked
-from vargen.validation.folders import Stored
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
-from vargen.tokenizers.vq.quantizers import VectorQuantizer
 from vargen.tokenizers.settings import VQ
+from vargen.tokenizers.vq.quantizers import VectorQuantizer
+from vargen.validation.checks import checked
+from vargen.validation.folders import Stored
 
 SIZES: dict[str, dict[str, Any]] = {  # published by LlamaGen; every other setting is the default
     "VQ-16": {"channel_multipliers": [1, 1, 2, 2, 4]},

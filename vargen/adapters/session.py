@@ -10,8 +10,8 @@ from torch import Tensor
 
 from vargen.adapters.cache import RaggedCache
 from vargen.adapters.prompts import PackedPrompts
-from vargen.backbones.layers.cache.kv_cache import Plan
 from vargen.backbones.decoding.window import WindowSession
+from vargen.backbones.layers.cache.kv_cache import Plan
 from vargen.protocols import Layout
 
 

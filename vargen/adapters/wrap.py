@@ -58,7 +58,7 @@ def wrap(model: nn.Module, processor: Any = None, *, family: str | None = None, 
         raise ValueError(f"no adapter for {type(model).__name__} (model_type {name!r}); adapters: {known}")
     check_version()
     module, class_name = ADAPTERS[name]
-    adapter: type[TransformersBackbone] = getattr(import_module(f"vargen.adapters.{module}"), class_name)
+    adapter: type[TransformersBackbone] = getattr(import_module(f"vargen.adapters.families.{module}"), class_name)
     return adapter(model, processor, **options)
 
 

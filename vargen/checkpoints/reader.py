@@ -23,8 +23,8 @@ from vargen.checkpoints.bounds import (
     CheckpointError,
     check_tensors,
 )
-from vargen.checkpoints.files import read_checkpoint_file
 from vargen.checkpoints.families import get_family, guess_family
+from vargen.checkpoints.files import read_checkpoint_file
 
 __all__ = ["CheckpointError", "build_strict", "check_family", "check_fit", "load_original", "load_strict"]
 

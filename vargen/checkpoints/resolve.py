@@ -6,10 +6,11 @@ import difflib
 import re
 from pathlib import Path
 
-from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
 from vargen.checkpoints.families import Family, get_family, guess_family, known_families, register_family
+from vargen.checkpoints.manifests.base import Manifest, VerifyReport
+from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoints.verify import convert_checkpoint, register_manifest, verify_checkpoint
 from vargen.files import atomic_dir, atomic_write
-from vargen.checkpoints.manifests import Manifest, VerifyReport, convert_checkpoint, register_manifest, verify_checkpoint
 
 __all__ = [
     "CheckpointError",
@@ -32,7 +33,7 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-MODELS_FOLDER = Path(__file__).parent / "assets" / "models"
+MODELS_FOLDER = Path(__file__).parents[1] / "assets" / "models"
 
 
 def shipped_models() -> list[str]:

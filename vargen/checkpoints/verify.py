@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor
 
 from vargen.checkpoints.bounds import WEIGHT_DTYPES
-from vargen.checkpoints.reader import CheckpointError, load_original
 from vargen.checkpoints.families import get_family, guess_family
-from vargen.files import atomic_dir
 from vargen.checkpoints.manifests.base import Builder, Manifest, VerifyReport
+from vargen.checkpoints.reader import CheckpointError, load_original
+from vargen.files import atomic_dir
 
 _BLOCK = 2**22  # numbers looked at together
 

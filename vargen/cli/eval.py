@@ -70,8 +70,8 @@ def fid(
       vargen eval fid -m ./llamagen-b --classes 1000 -n 50000 --reference stats.npz --network inception --out eval-c2i
     """
     from vargen.evaluation import conditions as given
-    from vargen.evaluation.evaluate import evaluate_fid
     from vargen.evaluation.drawing.generate import MAX_TIMEOUT
+    from vargen.evaluation.evaluate import evaluate_fid
 
     _check_counts(num, classes)
     _common.check_number("--timeout", timeout, 0.001, MAX_TIMEOUT)

@@ -16,8 +16,8 @@ from diffusers.configuration_utils import register_to_config
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from vargen.validation.checks import Settings, check_choice, check_flag, checked, shown
 from vargen.conditioners.base import Conditioner, one_of
+from vargen.validation.checks import Settings, check_choice, check_flag, checked, shown
 
 # name -> module with a function ``parse_prompt``
 VOCABULARIES = {"heroes": "vargen.datasets.heroes.compose", "motion": "vargen.datasets.motion.prompts"}

@@ -13,9 +13,9 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
-from vargen.validation.checks import MAX_ROWS, Settings, check_list, check_text, checked, shown
 from vargen.conditioners.base import Conditioner, check_prompt, one_of
 from vargen.datasets.nearest_words import NearestPhrases
+from vargen.validation.checks import MAX_ROWS, Settings, check_list, check_text, checked, shown
 
 MAX_CHARACTERS = 200  # of a class name that is looked up; those of ImageNet have at most 30
 

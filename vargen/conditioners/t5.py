@@ -19,10 +19,10 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.validation.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
-from vargen.validation.classes import component_class
 from vargen.conditioners.base import Conditioner, check_prompt, one_of
 from vargen.conditioners.captions import clean_caption
+from vargen.validation.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
+from vargen.validation.classes import component_class
 from vargen.validation.folders import check_component, check_settings, one_line
 
 MAX_CHARACTERS = 2000  # of a caption, of which 120 tokens are read; cleaning takes time with the square

@@ -22,12 +22,12 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend, attention
-from vargen.backbones.settings.discrete import EAGLE
-from vargen.draft_models.eagle_drafts import EagleDrafts
-from vargen.backbones.layers.transformer import RMSNorm
 from vargen.backbones.layers.rope import constant_rows, grid_table, rotate, spread
+from vargen.backbones.layers.transformer import RMSNorm
+from vargen.backbones.settings.discrete import EAGLE
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
 from vargen.checkpoints.reader import CheckpointError, build_strict, load_original
+from vargen.draft_models.eagle_drafts import EagleDrafts
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 

@@ -20,15 +20,15 @@ import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 
-from vargen.files import atomic_write, make_folder
 from vargen.evaluation.conditions import Conditions, hero_conditions
 from vargen.evaluation.evaluate import evaluate_fid, sampler_record
 from vargen.evaluation.features import Progress
-from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.evaluation.report import environment, read_report
+from vargen.files import atomic_write, make_folder
+from vargen.metrics.networks.registry import FeatureNetwork
+from vargen.registry import fitting_samplers, swap_sampler
 from vargen.validation.printable import printable, shown
 from vargen.validation.reading import read_json, read_value
-from vargen.registry import fitting_samplers, swap_sampler
 
 REPORT = "bench.json"
 MAX_BATCH, MAX_REPEATS = 4096, 1000

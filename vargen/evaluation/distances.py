@@ -8,11 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from vargen.metrics.arrays import open_npz
 from vargen.evaluation.features import FeatureBank, Progress, extract_cached
+from vargen.evaluation.images import ImageSet, read_images
+from vargen.metrics.arrays import open_npz
 from vargen.metrics.frechet import FrechetDistance, frechet_error, frechet_infinity, statistics_distance
 from vargen.metrics.heroes import HeroImages
-from vargen.evaluation.images import ImageSet, read_images
 from vargen.metrics.inception_score import InceptionScore
 from vargen.metrics.kernel import KernelDistance
 from vargen.metrics.networks.registry import NAMES, FeatureNetwork, feature_network

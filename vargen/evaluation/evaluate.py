@@ -15,17 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.images import Rounding
-from vargen.metrics.attribute_accuracy import AttributeAccuracy
 from vargen.evaluation.conditions import Conditions, check_num, hero_conditions
 from vargen.evaluation.distances import distances, load_reference, logit_score, score_of, stored_score
-from vargen.evaluation.features import Progress, extract, stored_bank
 from vargen.evaluation.drawing.generate import CHUNK, TIMEOUT, Measure, generate, ordered_images, pack, process_rank
+from vargen.evaluation.drawing.run_folder import RunImages
+from vargen.evaluation.features import Progress, extract, stored_bank
 from vargen.evaluation.images import ImageSet, read_images
+from vargen.evaluation.report import Report, environment
+from vargen.images import Rounding
+from vargen.metrics.attribute_accuracy import AttributeAccuracy
 from vargen.metrics.inception_score import InceptionScore
 from vargen.metrics.networks.registry import FeatureNetwork, feature_network
-from vargen.evaluation.report import Report, environment
-from vargen.evaluation.drawing.run_folder import RunImages
 
 
 def evaluate_fid(
@@ -63,7 +63,7 @@ def evaluate_fid(
         network: name or ``FeatureNetwork``.
         seed: image i uses ``seed + i``.
         chunk: images decoded together.
-        rounding: how pixels become 8 bits, see ``vargen.evaluation.images.quantise``.
+        rounding: how pixels become 8 bits, see ``vargen.images.quantise``.
         settings: keywords of the pipeline call.
         model: name for the report.
         infinity: also extrapolate the distance to infinitely many images.

@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vargen.evaluation.images import ImageSet
 from vargen.files import atomic_write
 from vargen.metrics.arrays import open_npz
-from vargen.evaluation.images import ImageSet
 from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.statistics import GaussianStatistics
 

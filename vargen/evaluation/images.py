@@ -1,4 +1,4 @@
-"""Sets of images on disk and in memory: folders, ADM-style npz archives, uint8 rounding.
+"""Sets of images on disk and in memory: folders, ADM-style npz archives.
 
 Archives hold ``arr_0``, uint8 ``[N, H, W, 3]``, as the evaluator of guided-diffusion reads them; they are streamed, so
 50,000 images need no memory.
@@ -10,21 +10,20 @@ import hashlib
 import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from vargen.evaluation.drawing.run_folder import RunImages, holds_run
 from vargen.files import atomic_write
-from vargen.images import Rounding
+from vargen.images import TensorImages
 from vargen.metrics.arrays import fill, open_npz
 from vargen.metrics.files import file_digest
-from vargen.evaluation.drawing.run_folder import RunImages, holds_run
 from vargen.validation.pictures import MAX_PIXELS, batch_count, image_size, open_image
 from vargen.validation.printable import printable, shown
 
-ROUNDINGS = get_args(Rounding)
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
@@ -42,55 +41,6 @@ class ImageSet(Protocol):
     def digest(self) -> str:
         """Return hex digits that change with the pixels."""
         ...
-
-
-def quantise(images: Tensor, rounding: Rounding = "nearest") -> Tensor:
-    """Round float images in [0, 1] to 8 bits, by the rules of ``vargen.images.to_uint8`` (which reads [-1, 1]).
-
-    Args:
-        images: any shape; uint8 is returned as it is.
-        rounding: "nearest" (PIL images of diffusers), "llamagen" (the same with ties upwards, also torchvision's
-            ``save_image``) or "truncate" (ADM, VAR's demo, torchmetrics; half a grey level darker on average, which
-            moves a small FID).
-
-    Returns:
-        uint8 of the same shape.
-    """
-    if rounding not in ROUNDINGS:
-        raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
-    if images.dtype == torch.uint8:
-        return images
-    if not images.is_floating_point():
-        raise ValueError(f"images must be uint8 or float in [0, 1], got {images.dtype}")
-    check_unit_range(images)
-    levels = images.float() * 255
-    levels = levels.round() if rounding == "nearest" else levels + 0.5 if rounding == "llamagen" else levels
-    return levels.to(torch.uint8)
-
-
-def check_unit_range(images: Tensor) -> None:
-    """Raise ``ValueError`` unless float images lie in [0, 1]; NaN does not."""
-    if images.numel() and not (images.min() >= 0 and images.max() <= 1):
-        found = f"[{images.min():.3g}, {images.max():.3g}]"
-        raise ValueError(f"float images must lie in [0, 1], got {found}; map [-1, 1] by (x + 1) / 2")
-
-
-class TensorImages:
-    """Images in memory: uint8 ``[N, 3, H, W]``."""
-
-    def __init__(self, images: Tensor, name: str = "tensor") -> None:
-        if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3:
-            raise ValueError(f"images must be uint8 [N, 3, H, W], got {images.dtype} {tuple(images.shape)}")
-        self.images, self.name = images, name
-        self.num_images, self.shape = len(images), (images.shape[2], images.shape[3])
-
-    def batches(self, size: int) -> Iterator[Tensor]:
-        """Yield uint8 ``[b, 3, H, W]``."""
-        yield from self.images.split(batch_count(size, *self.shape))
-
-    def digest(self) -> str:
-        """Return the SHA-256 of the pixels."""
-        return hashlib.sha256(self.images.contiguous().cpu().numpy().tobytes()).hexdigest()
 
 
 class FolderImages:

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from vargen.evaluation.conditions import check_num
 from vargen.evaluation.features import Progress
-from vargen.metrics.heroes import Heroes, draw_heroes
 from vargen.evaluation.report import Report, environment
+from vargen.metrics.heroes import Heroes, draw_heroes
 from vargen.metrics.results import LikelihoodResult
 
 

@@ -10,14 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.images import Rounding, to_uint8
 from vargen.evaluation.conditions import check_num
 from vargen.evaluation.features import Progress, extract, extract_cached
+from vargen.evaluation.images import ImageSet, read_images
+from vargen.evaluation.report import Report, environment
+from vargen.images import Rounding, TensorImages, to_uint8
 from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
-from vargen.evaluation.images import ImageSet, TensorImages, read_images
 from vargen.metrics.networks.registry import FeatureNetwork, feature_network
-from vargen.evaluation.report import Report, environment
 from vargen.metrics.results import FrechetResult, ReconstructionResult, protocol
 
 

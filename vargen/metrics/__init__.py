@@ -26,7 +26,7 @@ _names = {
     "ManifoldPrecisionRecall": "metrics.precision_recall",
     "read_images": "evaluation.images",
     "write_npz": "evaluation.images",
-    "quantise": "evaluation.images",
+    "quantise": "images",
     "evaluate_fid": "evaluation.evaluate",
     "compare": "evaluation.evaluate",
     "evaluate_reconstruction": "evaluation.reconstruction",

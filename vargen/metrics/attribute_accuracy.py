@@ -19,8 +19,8 @@ from torchmetrics.utilities.data import dim_zero_cat
 
 from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import compose
-from vargen.metrics.networks.attributes import AttributeClassifier
 from vargen.metrics.heroes import draw_heroes
+from vargen.metrics.networks.attributes import AttributeClassifier
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 from torchmetrics.utilities.distributed import gather_all_tensors
 
-from vargen.evaluation.images import ROUNDINGS, Rounding, quantise
+from vargen.images import ROUNDINGS, Rounding, quantise
 
 
 class QuantisedMetric(Metric):
@@ -21,7 +21,7 @@ class QuantisedMetric(Metric):
     rounding_used: str  # the rounding, or "given as uint8"
 
     def set_rounding(self, rounding: Rounding) -> None:
-        """Choose how floats become uint8: see ``vargen.evaluation.images.quantise``."""
+        """Choose how floats become uint8: see ``vargen.images.quantise``."""
         if rounding not in ROUNDINGS:
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.rounding, self.rounding_used = rounding, "given as uint8"

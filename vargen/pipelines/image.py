@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from vargen.validation.folders import one_line, read_settings
 from vargen.checkpoints.resolve import resolve_model
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, SamplerOutput
@@ -38,6 +37,7 @@ from vargen.pipelines.outputs import ImagePipelineOutput
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
 from vargen.random import image_seeds
+from vargen.validation.folders import one_line, read_settings
 
 register_library()
 

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.validation.checks import check_flag, shown
 from vargen.conditioners.base import check_prompt
 from vargen.outputs import DecodeStats, Guarantee
 from vargen.random import check_seeds
+from vargen.validation.checks import check_flag, shown
 
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
 MAX_IMAGES = 2**16  # of one call: more than FID's 50,000, and few enough that conditions and seeds are no burden

@@ -12,7 +12,6 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from vargen.validation.checks import shown
 from vargen.images import to_pil
 from vargen.outputs import SamplerOutput
 from vargen.pipelines import inputs
@@ -20,6 +19,7 @@ from vargen.pipelines.image import UNDRAWN, ImagePipeline
 from vargen.pipelines.video_frames import VideoPipelineOutput, VideoWatch, check_fps, given_codes, read_frames
 from vargen.random import image_seeds
 from vargen.tokenizers.video_fsq.layers import StreamState
+from vargen.validation.checks import shown
 
 
 class VideoPipeline(ImagePipeline):

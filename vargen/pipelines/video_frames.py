@@ -19,13 +19,13 @@ from diffusers.utils import BaseOutput, export_to_gif, export_to_video
 from PIL import Image
 from torch import Tensor
 
-from vargen.validation.checks import shown
 from vargen.display.notebook import as_images, clips_html, stats_line
 from vargen.files import atomic_write
 from vargen.images import from_pil
 from vargen.outputs import DecodeStats
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.tokenizers.video_fsq.layers import StreamState
+from vargen.validation.checks import shown
 
 FILE_TYPES = (".gif", ".mp4")
 

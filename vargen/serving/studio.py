@@ -10,14 +10,14 @@ from typing import Any
 
 from PIL import Image
 
-from vargen.validation.checks import check_integer, check_text
 from vargen.conditioners.base import check_prompt
 from vargen.display.notebook import output_maps, output_sheet, stats_line
+from vargen.display.preview import LivePreview
 from vargen.pipelines import inputs
 from vargen.pipelines.image import ImagePipeline
-from vargen.display.preview import LivePreview
 from vargen.random import check_seeds
 from vargen.registry import fitting_samplers, swap_sampler
+from vargen.validation.checks import check_integer, check_text
 
 REFRESH = 0.1  # seconds between two looks at the preview, and at whose turn it is
 MAX_IMAGES = 16

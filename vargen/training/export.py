@@ -11,26 +11,26 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from vargen.draft_models.eagle import EagleDrafter
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
+from vargen.draft_models.eagle import EagleDrafter
 from vargen.files import atomic_dir, atomic_write
 from vargen.pipelines.components import SHARED_KEY, index_entry, read_index
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.video import VideoPipeline
-from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
+from vargen.samplers.scale.next_scale import NextScaleSampler
 from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
 from vargen.samplers.schedule.neighboring import NeighboringSampler
 from vargen.samplers.schedule.next_block import NextBlockSampler
-from vargen.samplers.scale.next_scale import NextScaleSampler
+from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_state
-from vargen.training.tasks.kl import load_autoencoder
 from vargen.training.sources import load_tokenizer, read_run, stored_recipe
 from vargen.training.tasks.base import make_task
+from vargen.training.tasks.kl import load_autoencoder
 
 TRAINING_FILE = "training.json"
 COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer and sampler of its pipeline

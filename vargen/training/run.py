@@ -24,7 +24,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from vargen.files import atomic_write, make_folder, writing
-from vargen.validation.printable import printable
 from vargen.training.checkpoints import (
     checkpoint_folders,
     keep_metrics_until,
@@ -40,6 +39,7 @@ from vargen.training.optim import MuonAdamW, parameter_groups
 from vargen.training.recipe import Recipe, load_recipe, same_weights
 from vargen.training.sources import RECIPE_FILE, stored_recipe
 from vargen.training.tasks.base import Task, make_task
+from vargen.validation.printable import printable
 
 METRICS_FILE = "metrics.jsonl"
 _STEP_SEED = 1_000_003  # prime: (seed, step, rank) -> seed of the step's dropout without collisions that matter

@@ -6,11 +6,11 @@ import difflib
 from pathlib import Path
 from typing import Any
 
-from vargen.validation.printable import printable
-from vargen.validation.reading import read_json
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_weights
 from vargen.training.recipe import Recipe, parse_recipe
+from vargen.validation.printable import printable
+from vargen.validation.reading import read_json
 
 RECIPE_FILE = "recipe.json"
 

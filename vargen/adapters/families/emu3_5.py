@@ -21,8 +21,8 @@ from vargen.adapters.layouts import fill, lines
 from vargen.adapters.pixels import TamingPixels
 from vargen.checkpoints.bounds import read_shape
 from vargen.checkpoints.reader import load_original
-from vargen.validation.folders import REFUSED_SETTINGS, read_settings
 from vargen.protocols import Layout
+from vargen.validation.folders import REFUSED_SETTINGS, read_settings
 
 TEMPLATE = "<|extra_203|>You are a helpful assistant for t2i task. USER: {text} ASSISTANT: <|extra_100|>"
 UNCONDITIONAL = "<|extra_203|>You are a helpful assistant. USER:  ASSISTANT: <|extra_100|>"

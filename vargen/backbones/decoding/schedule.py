@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.backbones.decoding.window import PreparedCondition
 from vargen.backbones.layers.cache.kv_cache import UNWRITTEN, KVCache, Plan
 from vargen.backbones.layers.transformer import ItemTransformer
-from vargen.backbones.decoding.window import PreparedCondition
 from vargen.protocols import Item, Step
 
 

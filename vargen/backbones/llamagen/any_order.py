@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.backbones.llamagen.model import LlamaGenTransformer
-from vargen.backbones.layers.rope import rotate
 from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
+from vargen.backbones.layers.rope import rotate
+from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import check_family, load_original, load_strict

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
+from vargen.backbones.llamagen.model import LlamaGenTransformer
 
 
 class MaskedTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]

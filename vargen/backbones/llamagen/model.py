@@ -15,12 +15,12 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.backbones.layers.conditions import AttributeEmbedding, CaptionEmbedding, ClassEmbedding, ConditionEmbedding
-from vargen.backbones.settings.discrete import LLAMAGEN
-from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
-from vargen.backbones.layers.rope import constant_rows, grid_table
-from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config, size_config, swiglu_dim
 from vargen.backbones.decoding.window import WindowBackbone
+from vargen.backbones.layers.conditions import AttributeEmbedding, CaptionEmbedding, ClassEmbedding, ConditionEmbedding
+from vargen.backbones.layers.rope import constant_rows, grid_table
+from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
+from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config, size_config, swiglu_dim
+from vargen.backbones.settings.discrete import LLAMAGEN
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import check_family, load_original, load_strict
 from vargen.validation.checks import checked

@@ -16,17 +16,17 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
 from vargen.backbones.decoding.continuous import ContinuousBackbone
-from vargen.backbones.settings.continuous import CAUSAL_MAR
-from vargen.backbones.layers.diffusion_head import DiffusionHead
-from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
-from vargen.backbones.layers.rope import constant_rows, grid_table
-from vargen.backbones.llamagen.sizes import swiglu_dim
 from vargen.backbones.decoding.window import WindowBackbone
+from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
+from vargen.backbones.layers.diffusion_head import DiffusionHead
+from vargen.backbones.layers.rope import constant_rows, grid_table
+from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
+from vargen.backbones.llamagen.sizes import swiglu_dim
+from vargen.backbones.settings.continuous import CAUSAL_MAR
+from vargen.protocols import StepOut
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
-from vargen.protocols import StepOut
 
 
 class CausalMARTransformer(ContinuousBackbone, WindowBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]

@@ -20,10 +20,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vargen.backbones.decoding.continuous import ContinuousBackbone, LabelBuffer
+from vargen.backbones.decoding.window import PreparedCondition
 from vargen.backbones.layers.cache.kv_cache import attention
 from vargen.backbones.layers.conditions import AttributeEmbedding
-from vargen.backbones.decoding.continuous import ContinuousBackbone, LabelBuffer
-from vargen.backbones.settings.continuous import MAR
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.mar.layers import (
     ViTBlock,
@@ -31,7 +31,7 @@ from vargen.backbones.mar.layers import (
     infer_mar_config,
     mar_size_config,
 )
-from vargen.backbones.decoding.window import PreparedCondition
+from vargen.backbones.settings.continuous import MAR
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
 from vargen.validation.checks import checked

@@ -20,16 +20,16 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.backbones.settings.discrete import NAR
-from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
-from vargen.backbones.nar.sizes import infer_nar_config, nar_size_config
-from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
 from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
+from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
+from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
 from vargen.backbones.llamagen.sizes import RECOMPUTED, swiglu_dim
+from vargen.backbones.nar.sizes import infer_nar_config, nar_size_config
+from vargen.backbones.settings.discrete import NAR
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import check_family, load_original, load_strict
-from vargen.validation.checks import checked
 from vargen.protocols import neighbors
+from vargen.validation.checks import checked
 
 FAMILIES = ("nar", "nar-video")
 IMAGE_HEADS = (("norm", "output"), ("medusa_norm", "medusa_output"))  # official names: norm and matrix of each head

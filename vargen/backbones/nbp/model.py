@@ -20,19 +20,19 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.backbones.decoding.schedule import ScheduledBackbone
+from vargen.backbones.decoding.window import PreparedCondition, WindowBackbone
 from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
-from vargen.backbones.settings.discrete import NBP
+from vargen.backbones.layers.rope import constant_rows, grid_table
 from vargen.backbones.nar.model import CodeTable
 from vargen.backbones.nbp.layers import Beginning, NBPBlock, NoCondition, TextIds, training_layout
 from vargen.backbones.nbp.sizes import infer_nbp_config, nbp_size_config, official_weights
-from vargen.backbones.layers.rope import constant_rows, grid_table
-from vargen.backbones.decoding.schedule import ScheduledBackbone
-from vargen.backbones.decoding.window import PreparedCondition, WindowBackbone
+from vargen.backbones.settings.discrete import NBP
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.protocols import block_order
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
-from vargen.protocols import block_order
 
 NBPConditionType = Literal["text", "none", "class", "attributes"]
 

@@ -16,10 +16,10 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.backbones.settings.discrete import PAR
-from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
 from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
+from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
 from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
+from vargen.backbones.settings.discrete import PAR
 from vargen.checkpoints.bounds import check_given, read_shape
 from vargen.checkpoints.reader import check_family, load_original, load_strict
 from vargen.validation.checks import checked

@@ -8,6 +8,7 @@ from typing import Any
 
 from vargen.backbones.layers.diffusion_head import NUM_FREQUENCIES, PREDICTION_TYPES
 from vargen.backbones.layers.gaussian_diffusion import NUM_TIMESTEPS, spaced_timesteps
+from vargen.backbones.llamagen.sizes import swiglu_dim
 from vargen.backbones.settings.common import (
     AREA,
     BLOCKS,
@@ -30,7 +31,6 @@ from vargen.backbones.settings.common import (
     condition_rows,
     gated_blocks,
 )
-from vargen.backbones.llamagen.sizes import swiglu_dim
 from vargen.validation.checks import (
     MAX_POSITIONS,
     MAX_WIDTH,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from vargen.backbones.llamagen.sizes import swiglu_dim
 from vargen.backbones.settings.common import (
     AREA,
     BLOCKS,
@@ -32,7 +33,6 @@ from vargen.backbones.settings.common import (
     condition_rows,
     gated_blocks,
 )
-from vargen.backbones.llamagen.sizes import swiglu_dim
 from vargen.validation.checks import (
     MAX_POSITIONS,
     Check,

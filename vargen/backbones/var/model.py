@@ -21,10 +21,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition
 from vargen.backbones.layers.cache.kv_cache import Attend, attention
 from vargen.backbones.layers.conditions import AttributeEmbedding
 from vargen.backbones.settings.discrete import VAR
-from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition
 from vargen.backbones.var.layers import HeadNorm, LabelEmbedding, VARBlock, modulation
 from vargen.backbones.var.sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
 from vargen.checkpoints.bounds import check_given

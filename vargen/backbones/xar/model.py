@@ -19,10 +19,10 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend, KVCache, attention
-from vargen.backbones.settings.continuous import XAR
 from vargen.backbones.layers.diffusion_head import TimeEmbedding
-from vargen.backbones.layers.transformer import RMSNorm
 from vargen.backbones.layers.rope import grid_table, rotate, spread
+from vargen.backbones.layers.transformer import RMSNorm
+from vargen.backbones.settings.continuous import XAR
 from vargen.backbones.var.layers import LabelEmbedding
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
 from vargen.checkpoints.reader import check_family, load_original, load_strict

@@ -81,8 +81,8 @@ def llamagen_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
 
 def vq_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     """LlamaGen tokenizers."""
-    from vargen.tokenizers.vq.model import SIZES
     from vargen.tokenizers.vq.checkpoints import IGNORED, infer_config
+    from vargen.tokenizers.vq.model import SIZES
 
     config = infer_config(state_dict)
     named = (n for n, c in SIZES.items() if c["channel_multipliers"] == config["channel_multipliers"])

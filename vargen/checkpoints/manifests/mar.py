@@ -30,8 +30,8 @@ def kl_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
 
 def mar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     """Keys and shapes of a MAR transformer of the file's width and depth."""
-    from vargen.backbones.mar.model import MARTransformer
     from vargen.backbones.mar.layers import SIZES, infer_mar_config, mar_size_config
+    from vargen.backbones.mar.model import MARTransformer
 
     heads = {f"{part}_num_heads": 1 for part in ("encoder", "decoder")}  # change no shape
     config = infer_mar_config(state_dict, heads)

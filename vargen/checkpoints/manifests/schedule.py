@@ -66,8 +66,8 @@ def nar_video_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
 
 def par_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     """Keys and shapes of a PAR transformer of the file's depth, width and group size."""
-    from vargen.backbones.par.model import PARTransformer
     from vargen.backbones.llamagen.sizes import SIZES, infer_config
+    from vargen.backbones.par.model import PARTransformer
 
     group = read_shape(state_dict, "spe_tok_embeddings.special_embeddings.weight", 2)[0] + 1
     given = {"grid_size": (8 * group, 8 * group), "group_size": group, **_any_heads(state_dict)}

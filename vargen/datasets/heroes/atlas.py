@@ -19,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from vargen.validation.pictures import open_image
 from vargen.validation.reading import read_json
 
-ATLAS_FOLDER = Path(__file__).parents[1] / "assets" / "heroes"
+ATLAS_FOLDER = Path(__file__).parents[2] / "assets" / "heroes"
 UNSPECIFIED = 0  # attribute id that says nothing about a slot
 
 

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vargen.datasets.philox import philox_words
 from vargen.datasets.heroes.atlas import UNSPECIFIED, HeroAtlas, Part
 from vargen.datasets.heroes.prompts import caption, parse_prompt
+from vargen.datasets.philox import philox_words
 
 if TYPE_CHECKING:
     from vargen.datasets.heroes.dataset import HeroesDataset

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
-from vargen.datasets.philox import philox_words
 from vargen.datasets.heroes.compose import Pairs, sample_heroes
+from vargen.datasets.philox import philox_words
 
 _STREAM_SEEDS = 0x53454544  # "SEED"
 _STREAM_DROPOUT = 0x44524F50  # "DROP"

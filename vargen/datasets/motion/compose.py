@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from vargen.datasets.philox import philox_words
 from vargen.datasets.heroes.atlas import UNSPECIFIED, HeroAtlas
 from vargen.datasets.heroes.compose import _seed_array, compose
 from vargen.datasets.motion.prompts import MOTIONS, PARTS, caption, motion_id, parse_prompt
+from vargen.datasets.philox import philox_words
 
 if TYPE_CHECKING:
     from vargen.datasets.motion.dataset import MotionDataset

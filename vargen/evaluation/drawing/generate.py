@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.files import WriteError, atomic_write
-from vargen.images import Rounding
-from vargen.evaluation.drawing.claims import Claims
 from vargen.evaluation.conditions import Conditions
-from vargen.evaluation.features import Progress
-from vargen.evaluation.images import quantise, write_npz
+from vargen.evaluation.drawing.claims import Claims
 from vargen.evaluation.drawing.run_folder import RunFolder, RunImages
+from vargen.evaluation.features import Progress
+from vargen.evaluation.images import write_npz
+from vargen.files import WriteError, atomic_write
+from vargen.images import Rounding, quantise
 from vargen.validation.printable import printable, shown
 
 CHUNK = 64  # images decoded together, always; part of the protocol

@@ -22,7 +22,7 @@ from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import HeroesDataset, sample_heroes
 from vargen.metrics.files import read_classifier, state_digest, write_classifier
 
-CLASSIFIER_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "heroes32-classifier"
+CLASSIFIER_FOLDER = Path(__file__).parents[2] / "assets" / "models" / "heroes32-classifier"
 _WIDTHS = (48, 96, 128)  # channels at 16x16, 8x8 and 4x4 pixels: 0.48M parameters with the heads
 _SQUEEZED = 48  # channels of the 4x4 map that the heads read
 

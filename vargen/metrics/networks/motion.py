@@ -26,7 +26,7 @@ from vargen.datasets.motion.compose import FRAMES, MOTIONS, sample_clips
 from vargen.datasets.motion.dataset import MotionDataset
 from vargen.metrics.files import read_classifier, state_digest, write_classifier
 
-MOTION_CLASSIFIER_FOLDER = Path(__file__).parents[1] / "assets" / "models" / "heroes-video-classifier"
+MOTION_CLASSIFIER_FOLDER = Path(__file__).parents[2] / "assets" / "models" / "heroes-video-classifier"
 _WIDTH = 48
 _CENTRED = {"walking left": 8, "walking right": 8, "rising from the ground": 16}  # frame with the hero in its place
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vargen.images import check_unit_range
 from vargen.metrics.files import file_digest, load_state, state_digest
-from vargen.evaluation.images import check_unit_range
 from vargen.validation.printable import printable
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"

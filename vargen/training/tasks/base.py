@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from vargen.datasets.heroes.compose import HeroesDataset
-from vargen.validation.printable import shown
 from vargen.training.recipe import Recipe, build
+from vargen.validation.printable import shown
 
 TASKS = {  # name -> (module, class); imported when asked for
     "vq": ("vargen.training.tasks.vq", "VQTask"),

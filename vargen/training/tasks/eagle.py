@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vargen.draft_models.eagle import EagleDrafter
 from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.draft_models.eagle import EagleDrafter
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
 from vargen.training.sources import RECIPE_FILE, _component, load_tokenizer

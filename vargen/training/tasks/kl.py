@@ -18,10 +18,10 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
 from vargen.datasets.heroes.compose import HeroesDataset
-from vargen.validation.folders import check_component, one_line, read_settings
 from vargen.training.sources import RECIPE_FILE, _component, read_run
 from vargen.training.tasks.base import Task, model_from, to_grid
 from vargen.training.tasks.vq import _psnr, _to_uint8
+from vargen.validation.folders import check_component, one_line, read_settings
 
 SCALE_IMAGES = 1024  # heroes over which the spread of latents is measured
 

@@ -17,13 +17,13 @@ from torch import Tensor, nn
 from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.mar.model import MARTransformer
 from vargen.datasets.heroes.compose import HeroAtlas
-from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
+from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.tokenizers.kl.autoencoder import kl_latents
-from vargen.training.tasks.kl import load_autoencoder
 from vargen.training.recipe import Recipe
 from vargen.training.sources import RECIPE_FILE, _component
 from vargen.training.tasks.base import Task, make_task, model_from, to_grid
+from vargen.training.tasks.kl import load_autoencoder
 
 _EVAL_SEED = 12345  # masks, times and noise of the evaluation
 

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.layers.gaussian_diffusion import gaussian_kl
+from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.samplers.acceptance.gaussian import log_ratio
 from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
-from vargen.training.tasks.mar import CausalMARTask, MAROptions, load_continuous
 from vargen.training.recipe import Recipe
+from vargen.training.tasks.mar import CausalMARTask, MAROptions, load_continuous
 
 
 @dataclass(frozen=True, kw_only=True)

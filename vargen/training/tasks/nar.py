@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.nar.model import NARTransformer
 from vargen.datasets.heroes.compose import HeroAtlas
-from vargen.training.tasks.llamagen import LlamaGenOptions, LlamaGenTask
 from vargen.training.sources import _component
 from vargen.training.tasks.base import model_from, to_grid
+from vargen.training.tasks.llamagen import LlamaGenOptions, LlamaGenTask
 
 
 @dataclass(frozen=True, kw_only=True)

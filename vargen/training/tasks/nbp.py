@@ -16,9 +16,9 @@ from vargen.backbones.nbp.model import NBPTransformer
 from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.motion.compose import FRAMES, num_attributes
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
-from vargen.training.tasks.llamagen import LlamaGenTask
 from vargen.training.recipe import Recipe
 from vargen.training.tasks.base import model_from
+from vargen.training.tasks.llamagen import LlamaGenTask
 from vargen.training.tasks.video import MotionTask, to_strips
 
 

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from vargen.datasets.motion.compose import FRAMES
 from vargen.datasets.motion.dataset import MotionDataset
-from vargen.tokenizers.vq.kmeans import _assign, _update
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
+from vargen.tokenizers.vq.kmeans import _assign, _update
 from vargen.training.tasks.base import Task, model_from, to_grid
 from vargen.training.tasks.vq import _psnr, _to_uint8
 
