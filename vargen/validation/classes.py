@@ -14,15 +14,15 @@ from typing import Any
 import vargen
 from vargen.validation.checks import shown
 
-ROOMS = ("tokenizers", "backbones", "samplers", "conditioners")
-# component of a pipeline -> room of the classes that fit it; components of other names (of your own pipelines) take any
+ROOMS = ("tokenizers", "backbones", "draft_models", "samplers", "conditioners")
+# component of a pipeline -> rooms of the classes that fit it; components of other names (of your own pipelines) take any
 SLOTS = {
-    "tokenizer": "tokenizers",
-    "backbone": "backbones",
-    "drafter": "backbones",
-    "eagle": "backbones",
-    "sampler": "samplers",
-    "conditioner": "conditioners",
+    "tokenizer": ("tokenizers",),
+    "backbone": ("backbones",),
+    "drafter": ("backbones", "draft_models"),
+    "eagle": ("backbones", "draft_models"),
+    "sampler": ("samplers",),
+    "conditioner": ("conditioners",),
 }
 # classes of other libraries that components are, or that conditioners hold -> room
 OUTSIDE: dict[str, dict[str, str]] = {
@@ -64,8 +64,8 @@ def component_class(library: Any, class_name: Any, slot: str = "component") -> t
             raise ValueError(f"{slot} is a {class_name} of {library}, of which a folder may only name {known}")
     else:
         return _own_class(library, class_name, slot)
-    if SLOTS.get(slot, room) != room:
-        raise ValueError(f"{slot} is a {class_name}, which is none of the {SLOTS[slot]}; save the pipeline again")
+    if room not in (rooms := SLOTS.get(slot, (room,))):
+        raise ValueError(f"{slot} is a {class_name}, which is none of the {' or '.join(rooms)}; save the pipeline again")
     return _check_kind(getattr(import_module(library), class_name, None), class_name, slot)
 
 
