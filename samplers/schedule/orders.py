@@ -147,7 +147,7 @@ def local_order(grid_size: tuple[int, ...], sizes: tuple[int, ...], seed: int = 
         "group sizes", sizes, check_integer("codes of the local order", math.prod(grid_size), low=1, high=MAX_LOCAL)
     )
     rng = np.random.default_rng(check_integer("seed", seed, low=0, high=MAX_SEED - 1))
-    repulsion = check_integer("repulsion", repulsion, low=0)
+    repulsion = check_integer("repulsion", repulsion, low=0, high=MAX_CODES)
     grid = _Grid(grid_size[0], grid_size[1])
     num_codes = math.prod(grid_size)
     near = np.zeros(grid_size)  # sum of 1 / distance to the drawn neighbors

@@ -24,6 +24,7 @@ MAX_WIDTH = 2**16  # numbers of one position
 MAX_BLOCKS = 2**10  # layers of one stack
 MAX_ROWS = 2**24  # rows of a table: codes, classes, attributes, words
 MAX_POSITIONS = 2**18  # of a sequence, condition included
+MAX_LISTED = 18  # names of settings in a message
 MAX_NUMBERS = 2**35  # weights and tables of a model, five times the largest published one
 
 Check = Callable[[str, Any], Any]
@@ -41,17 +42,16 @@ class Settings(NamedTuple):
 
 def nearest(word: Any, known: Iterable[Any]) -> str:
     """The known word that looks most like ``word``."""
-    return difflib.get_close_matches(str(word)[:80], [str(k) for k in known], n=1, cutoff=0.0)[0]
+    text = word[:80] if isinstance(word, str) else shown(word)
+    return difflib.get_close_matches(text, [str(k) for k in known], n=1, cutoff=0.0)[0]
 
 
 def check_names(given: Iterable[Any], known: Sequence[str], owner: str) -> None:
     """Raise ``ValueError`` for the first name that is not a setting, naming the nearest one."""
     for name in given:
         if name not in known:
-            raise ValueError(
-                f"{owner} has no setting {shown(name)}; did you mean {nearest(name, known)!r}? "
-                f"Settings: {', '.join(known)}"
-            )
+            names = f" Settings: {', '.join(known)}" if len(known) <= MAX_LISTED else ""
+            raise ValueError(f"{owner} has no setting {shown(name)}; did you mean {nearest(name, known)!r}?{names}")
 
 
 def check_number(

@@ -101,11 +101,11 @@ def _llamagen_weights(
 
 
 def _grouped(c: Any) -> None:
-    side = math.isqrt(c.group_size)
-    if side * side != c.group_size or side < 2 or any(s % side for s in c.grid_size):
+    side, sides = math.isqrt(c.group_size), c.grid_size
+    if side * side != c.group_size or side < 2 or any(s % side for s in sides) or c.group_size == math.prod(sides):
         raise ValueError(
-            f"group_size must be the square (above 1) of a number that divides the sides of {c.grid_size}, "
-            f"got {c.group_size}"
+            f"group_size must be the square (above 1) of a number that divides the sides of {sides} and leave more than "
+            f"one group, got {c.group_size} (grid_size={sides})"
         )
 
 
