@@ -119,7 +119,7 @@ class VargenLoop:
         self.sampler = NextTokenSampler(guidance_scale=GUIDANCE if guided else 1.0)
         labels = torch.full((batch,), LABEL)
         self.state = self.sampler.start(model, labels, seeds=list(range(batch)))
-        self.state.slots.clamp_(min=0)  # the codes behind which a segment begins
+        self.state.tokens.clamp_(min=0)  # the codes behind which a segment begins
 
     def move_to(self, depth: int) -> None:
         """Pretend that ``depth`` codes are drawn; what the cache holds does not change the time."""

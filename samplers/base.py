@@ -11,31 +11,50 @@ Letters: B images, N code positions, V codes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 import vargen
-from vargen.outputs import Guarantee, SamplerOutput
-from vargen.validation.checks import check_choice, check_integer, check_names, check_number, shown
+from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
+from vargen.random import seed_tensor
+from vargen.samplers.state import DecodeState
+from vargen.validation.checks import (
+    check_choice,
+    check_integer,
+    check_names,
+    check_number,
+    check_seeds,
+    nearest,
+    shown,
+)
 from vargen.validation.folders import Stored
 
 
-class State(Protocol):
-    """What ``stream`` yields and what a callback receives."""
-
-    codes: Tensor  # [B, N] int64, -1 where nothing is decided yet
-    num_committed: Tensor  # [B] int64, permanent codes of each image
-    num_forwards: int  # forward passes of the backbone so far, prefill included
-    done: bool  # every image is complete
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Inputs:
+    """What a call may give beside condition, seeds, tokenizer and drafter; samplers that take more extend it."""
 
 
-Callback = Callable[[int, Any], None]
+@dataclass(frozen=True)
+class Run:
+    """One call of a sampler, checked."""
+
+    backbone: Any
+    condition: Any  # as ``prepare_condition`` returned it
+    given: Any  # as the caller gave it, for a second model
+    seeds: list[int]
+    keys: Tensor  # [B] int64 the seeds on the backbone's device
+    tokenizer: Any
+    drafter: Any
+
+
+Callback = Callable[[int, Any], None]  # step, state (a DecodeState)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +75,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
     config_name: ClassVar[str] = "sampler_config.json"
     guarantee: ClassVar[Guarantee] = "exact"
     required_features: ClassVar[frozenset[str]] = frozenset()  # of the backbone's session, see vargen.protocols
+    inputs_type: ClassVar[type[Inputs]] = Inputs
 
     guidance_scale: float = 1.0
     temperature: float = 1.0
@@ -130,7 +150,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
         tokenizer: Any = None,
         drafter: Any = None,
         callback: Callback | None = None,
-        **options: Any,
+        **inputs: Any,
     ) -> SamplerOutput:
         """Draw the codes of B images.
 
@@ -141,12 +161,13 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
             tokenizer: only for samplers that read the codebook.
             drafter: a small backbone, only for samplers that draft with one.
             callback: called as ``callback(step, state)`` after every forward pass, prefill included.
+            inputs: fields of ``inputs_type``, such as ``forced_codes``.
 
         Returns:
             ``codes [B, N]`` int64 in the backbone's order, the seeds, and statistics of the run.
         """
         *_, last = self.stream(
-            backbone, condition, seeds=seeds, tokenizer=tokenizer, drafter=drafter, callback=callback, **options
+            backbone, condition, seeds=seeds, tokenizer=tokenizer, drafter=drafter, callback=callback, **inputs
         )
         return self.finish(last)
 
@@ -163,8 +184,35 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
                 return
             state = self.step(state)
 
-    def start(self, *args: Any, **options: Any) -> Any:
-        """Check the arguments (those of ``sample``), run the prefill and return the first state."""
+    def start(
+        self,
+        backbone: Any,
+        condition: Any,
+        *,
+        seeds: Sequence[int] | Tensor | int,
+        tokenizer: Any = None,
+        drafter: Any = None,
+        **inputs: Any,
+    ) -> Any:
+        """Check the arguments (those of ``sample``), run the prefill and return the first state.
+
+        Raises:
+            ValueError: an argument that does not fit, or an unknown input (the nearest known one is shown).
+        """
+        self.check_backbone(backbone)
+        check_inputs(inputs, self.inputs_type, type(self).__name__)
+        prepared = self.prepare_condition(backbone, condition, drafter)
+        listed = check_seeds(seeds, prepared.batch)
+        keys = seed_tensor(listed, backbone.device)
+        run = Run(backbone, prepared, condition, listed, keys, tokenizer, drafter)
+        return self.begin(run, self.inputs_type(**inputs))
+
+    def prepare_condition(self, backbone: Any, condition: Any, drafter: Any) -> Any:
+        """Return the condition as the model of the first step reads it; it says how many images there are (``batch``)."""
+        return backbone.prepare(condition, guidance_scale=self.guidance_scale)
+
+    def begin(self, run: Run, inputs: Any) -> DecodeState:
+        """Run the prefill and return the first state; ``inputs`` is of ``inputs_type``."""
         raise NotImplementedError
 
     def step(self, state: Any) -> Any:
@@ -172,8 +220,21 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
         raise NotImplementedError
 
     def finish(self, state: Any) -> SamplerOutput:
-        """Turn the last state into the result."""
-        raise NotImplementedError
+        """Collect tokens and statistics of a ``DecodeState``."""
+        trace, tokens = state.commit_trace.clone(), state.codes.clone()
+        stats = DecodeStats(
+            num_forwards=state.num_forwards,
+            num_drafter_forwards=state.num_drafter_forwards,
+            num_head_rows=state.num_head_rows,
+            forwards_per_image=trace.amax(-1) + 1,
+            commit_trace=trace,
+            guarantee=self.guarantee,
+            notes=list(state.notes),
+            extra=dict(state.counts),
+        )
+        continuous = tokens.is_floating_point()
+        codes, latents = (None, tokens) if continuous else (tokens, None)
+        return SamplerOutput(codes=codes, seeds=state.seeds, stats=stats, latents=latents)
 
     def check_backbone(self, backbone: Any) -> None:
         """Raise ``ValueError`` unless the backbone offers what this sampler needs; fitting samplers are named."""
@@ -187,6 +248,15 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
             )
         if self.top_k > (num_codes := int(backbone.codebook_size)):
             raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(self.top_k)} (0 is off)")
+
+
+def check_inputs(given: Iterable[str], kind: type[Inputs], owner: str) -> None:
+    """Raise ``ValueError`` for the first input of a call that is no field of ``kind``, naming the nearest one."""
+    known = [field.name for field in dataclasses.fields(kind)]
+    for name in given:
+        if name not in known:
+            near = f"; did you mean {nearest(name, known)!r}? Inputs: {', '.join(known)}" if known else ""
+            raise ValueError(f"{owner} takes no input {shown(name)}{near}")
 
 
 def _plain(value: Any) -> Any:

@@ -193,7 +193,7 @@ class _Tree:
         state, weights = result
         place = {int(row): i for i, row in enumerate(state.rows)}
         for image, weight in enumerate(weights):
-            slots = state.slots[image, : self.length]
+            slots = state.tokens[image, : self.length]
             if bool((slots >= 0).all()):
                 final[tuple(slots.tolist())] += weight
                 continue
@@ -257,13 +257,13 @@ class _Tree:
                 state = self.sampler.step(state)
         for i, (_, _, _, prefix, (_, _, _, codes, count)) in enumerate(outcomes):
             expected = [*prefix, *codes[:count]]
-            assert state.slots[i, : len(expected)].tolist() == expected, "the decoder decides otherwise than the rule"
-            assert int((state.slots[i, : self.length] >= 0).sum()) == len(expected), "wrong number of codes committed"
+            assert state.tokens[i, : len(expected)].tolist() == expected, "the decoder decides otherwise than the rule"
+            assert int((state.tokens[i, : self.length] >= 0).sum()) == len(expected), "wrong number of codes committed"
         return state, [weight * o[0] for weight, _, _, _, o in outcomes]
 
     def _record(self, state, image, active):
         """Everything the decoder knows about one image, padded to the full window."""
-        draft, record = state.draft, {"length": int(state.length[active]), "slots": state.slots[image].clone()}
+        draft, record = state.draft, {"length": int(state.length[active]), "slots": state.tokens[image].clone()}
         record["cache"] = state.session.cache[active].clone()
         assert int(state.session.length[active]) == record["length"] - 1
         for name, empty in (("tokens", -1), ("kind", 0), ("prob", 0), ("row", 0)):
@@ -294,7 +294,7 @@ class _Tree:
         labels = torch.full((len(records),), self.label)
         state = self.sampler.start(self.backbone, labels, seeds=list(range(len(records))))
         stack = {name: torch.stack([r[name] for r in records]) for name in records[0] if name not in ("length", "key")}
-        state.session.cache, state.slots = stack["cache"], stack["slots"]
+        state.session.cache, state.tokens = stack["cache"], stack["slots"]
         state.length = torch.tensor([r["length"] for r in records])
         state.session.length = state.length - 1
         state.rows, state.num_forwards, state.done = torch.arange(len(records)), 1, False

@@ -236,7 +236,7 @@ def test_both_caches_hold_what_a_plain_pass_over_the_codes_gives(settings):
         run, branches = state.drafter.model, state.session.branches
         for place, image in enumerate(state.rows.tolist()):
             length = int(state.length[place])
-            codes = state.slots[image, :length][None]
+            codes = state.tokens[image, :length][None]
             labels = torch.tensor([image, backbone.config.num_classes][:branches])
             _, hidden = backbone(codes.expand(branches, -1), labels, hidden=True)
             pairs = int(run.lengths[place])

@@ -97,7 +97,7 @@ def fake_state(sampler, mode):
         for name, item in list(items_of(value)):
             if isinstance(item, torch.Tensor):
                 value.__setitem__(name, fake(item)) if isinstance(value, list) else put(value, name, fake(item))
-            elif type(item).__name__ in ("WindowSession", "KVCache", "list", "Draft", "Stream", "JacobiDrafter"):
+            elif type(item).__name__ in ("WindowSession", "KVCache", "list", "Draft", "SlotLayout", "JacobiDrafter"):
                 convert(item)
 
     put = object.__setattr__  # drafts are frozen
@@ -121,7 +121,7 @@ def test_an_iteration_reads_nothing_back(sampler, stand_in):
     with mode:
         state.replay.iterate(sampler, state)
         state.replay.iterate(sampler, state)
-        assert state.slots.device.type == "cuda"
+        assert state.tokens.device.type == "cuda"
     after = {name: id(tensor) for name, tensor in tensors_of(state).items()}
     assert {name: after[name] for name in before} == before
 

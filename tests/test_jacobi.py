@@ -80,7 +80,7 @@ def test_the_synthetic_model_is_as_flat_as_it_says():
     entropies, backbone = [], SpatialBackbone()
     for state in NextTokenSampler(top_k=128).stream(backbone, zeros(16), seeds=range(16)):
         if not state.done:
-            z = backbone.law(zeros(16), 0, state.slots, state.length[:, None])[:, 0]
+            z = backbone.law(zeros(16), 0, state.tokens, state.length[:, None])[:, 0]
             z = z.masked_fill(z < z.topk(128).values[:, -1:], -torch.inf)
             entropies.append(torch.special.entr(z.softmax(-1)).sum(-1).mean())
     assert 4.2 < torch.stack(entropies).mean() < 4.4

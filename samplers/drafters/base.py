@@ -72,18 +72,18 @@ class JacobiDrafter:
 
     def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
         """Shift the outcome of the iteration by what was committed and fill the tail."""
-        following = (slots + verdict.num_committed[:, None]).clamp(max=state.stream.num_slots - 1)  # a w
+        following = (slots + verdict.num_committed[:, None]).clamp(max=state.layout.num_slots - 1)  # a w
         draft = shift_window(
             verdict,
             logits,
             positions=slots,
             num_rows=num_rows,
-            num_positions=state.stream.num_slots,
+            num_positions=state.layout.num_slots,
             seeds=state.keys,
             iteration=state.iteration,
             tail=self.init,
-            grid_width=state.stream.stride,
-            codes=state.slots[state.rows, : state.stream.num_slots] if self.init == "repeat_above" else None,
+            grid_width=state.layout.stride,
+            codes=state.tokens[state.rows, : state.layout.num_slots] if self.init == "repeat_above" else None,
             forced=None if state.forced is None else state.forced.gather(1, following),
         )
         if self.guesses is not None:
@@ -102,7 +102,7 @@ def shared_guesses(state: Any) -> Tensor:
     block = block if state.noise is None else min(block, state.noise.capacity)
     flat = torch.zeros(num_codes, device=state.keys.device)
     guesses = []
-    for positions in state.stream.code_index.split(block):
+    for positions in state.layout.code_index.split(block):
         here = positions.expand(num_images, -1)
         rows = None if state.noise is None else state.noise.rows(here)
         guesses.append(draw(flat.expand(1, *here.shape, -1), seeds=state.keys, positions=here, noise=rows))

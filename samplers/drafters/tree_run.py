@@ -168,7 +168,7 @@ class TreeRun:
             depth=depth,
             branching=size,
             num_nodes=min(s.num_nodes, 1 + size + (depth - 1) * size * size),
-            limit=state.stream.num_slots - state.length,
+            limit=state.layout.num_slots - state.length,
             leaf_order=s.temperature == 0,
         )
         if state.forced is None:
@@ -183,7 +183,7 @@ class TreeRun:
     def _noise(self, state: Any, level: int, count: int) -> Tensor:
         """Noise of the slot of a level; a slot is looked at in one iteration only, so it needs no number of that."""
         slot = state.next_slots()[:, level, None]
-        position = state.stream.code_index[slot]  # A 1
+        position = state.layout.code_index[slot]  # A 1
         if self.sampler.chosen_proposal == "with_replacement":
             return uniform(state.keys, position, count, Stream.DRAFT)[:, 0]
         if state.noise is not None:

@@ -14,7 +14,6 @@ W window, w rows of this iteration, G guidance branches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -24,20 +23,34 @@ from torch import Tensor
 from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Verdict, VerifyNoise
 from vargen.kernels.verify.verify import verify_window
-from vargen.outputs import DecodeStats, SamplerOutput
-from vargen.random import GumbelCache, seed_tensor
-from vargen.samplers.base import Sampler
+from vargen.outputs import SamplerOutput
+from vargen.random import GumbelCache
+from vargen.samplers.base import Inputs, Run, Sampler
 from vargen.samplers.drafters.base import Drafter
 from vargen.samplers.window.cuda_graph import Replay, obstacle
-from vargen.samplers.window.layout import Stream, forced_slots
+from vargen.samplers.window.layout import SlotLayout, forced_slots
 from vargen.samplers.window.state import WindowState
-from vargen.validation.checks import check_seeds
 
-__all__ = ["WindowSampler", "WindowState"]
+__all__ = ["WindowInputs", "WindowSampler", "WindowState"]
 
 POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
 NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
 NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class WindowInputs(Inputs):
+    """What a call may give.
+
+    Args:
+        forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free. A fixed prefix continues an image; the
+            distribution of every free code is the backbone's, given all codes before it.
+        cuda_graph: replay iterations as a CUDA graph: None = wherever that is possible, False = never, True = refuse to
+            run without. Complete images then stay in the batch until all are complete.
+    """
+
+    forced_codes: Tensor | None = None
+    cuda_graph: bool | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +58,7 @@ class WindowSampler(Sampler):
     """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule."""
 
     required_features: ClassVar[frozenset[str]] = frozenset({"window", "ragged"})
+    inputs_type: ClassVar[type[Inputs]] = WindowInputs
     replayable: ClassVar[bool] = False  # an iteration has fixed shapes and reads nothing back
 
     @property
@@ -84,49 +98,29 @@ class WindowSampler(Sampler):
             "top_p": self.top_p,
         }
 
-    def start(
-        self,
-        backbone: Any,
-        condition: Any,
-        *,
-        seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
-        drafter: Any = None,
-        forced_codes: Tensor | None = None,
-        cuda_graph: bool | None = None,
-    ) -> WindowState:
-        """Check the arguments, run the condition and commit the first code.
-
-        Args:
-            backbone, condition, seeds, drafter: as in ``sample``.
-            tokenizer: not read by window samplers.
-            forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free. A fixed prefix continues an
-                image; the law of every free code is the backbone's, given all codes before it.
-            cuda_graph: replay iterations as a CUDA graph: None = wherever that is possible, False = never, True =
-                refuse to run without. Complete images then stay in the batch until all are complete.
-        """
-        self.check_backbone(backbone)
-        reason = "switched off" if cuda_graph is False else obstacle(self, backbone)
-        if cuda_graph and reason is not None:
+    @torch.no_grad()
+    def begin(self, run: Run, inputs: WindowInputs) -> WindowState:
+        """Run the condition and commit the first code."""
+        backbone = run.backbone
+        reason = "switched off" if inputs.cuda_graph is False else obstacle(self, backbone)
+        if inputs.cuda_graph and reason is not None:
             raise ValueError(f"cuda_graph=True is not possible: {reason}; leave it out or take cuda_graph=None")
-        prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
-        listed = check_seeds(seeds, prepared.batch)
-        table, structural = Stream.of(backbone)
-        forced = forced_slots(forced_codes, structural, table, len(listed), int(backbone.codebook_size))
-        options = {"hidden": True} if self.reads_hidden(drafter) else {}
+        table, structural = SlotLayout.of(backbone)
+        forced = forced_slots(inputs.forced_codes, structural, table, len(run.seeds), int(backbone.codebook_size))
+        options = {"hidden": True} if self.reads_hidden(run.drafter) else {}
         options |= {"static": True} if reason is None else {}
-        session, out = backbone.open(prepared, max_window=self.num_rows, **options)
-        state = self._first_state(backbone, session, table.to(out.logits.device), listed, out.logits)
+        session, out = backbone.open(run.condition, max_window=self.num_rows, **options)
+        state = self._first_state(run, session, table.to(out.logits.device), out.logits.shape[-1])
         state.forced = None if forced is None else forced.to(out.logits.device)
         state.hidden = out.hidden
         state.noise = None if reason is None else state.noise  # a replay makes its own
         if self.num_rows > 1:
             state.group = self.make_group(backbone)
-            state.drafter = self.make_drafter(state, drafter, condition)
+            state.drafter = self.make_drafter(state, run.drafter, run.given)
         self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
         if reason is None and not state.done:
             state.replay = Replay(state, labels=self.rule != "gumbel" and self.temperature > 0)
-        elif cuda_graph is None and out.logits.is_cuda and reason is not None:
+        elif inputs.cuda_graph is None and out.logits.is_cuda and reason is not None:
             state.notes.append(f"iterations are not replayed as a CUDA graph: {reason}")
         return state
 
@@ -138,7 +132,7 @@ class WindowSampler(Sampler):
             state.replay.step(self, state)
             self._look(state)
         elif self.num_rows == 1:
-            codes = state.slots[:, state.num_forwards - 1, None]  # b 1
+            codes = state.tokens[:, state.num_forwards - 1, None]  # b 1
             self._decide(state, state.backbone.step(state.session, codes).logits)
         else:
             self._decide(state, self._score(state))
@@ -152,45 +146,35 @@ class WindowSampler(Sampler):
 
     def finish(self, state: WindowState) -> SamplerOutput:
         """Collect codes and statistics."""
-        trace = state.commit_trace.clone()
-        stats = DecodeStats(
-            num_forwards=state.num_forwards,
-            num_drafter_forwards=0 if state.drafter is None else state.drafter.num_forwards,
-            forwards_per_image=trace.amax(-1) + 1,
-            commit_trace=trace,
-            guarantee=self.guarantee,
-            notes=list(state.notes),
-            extra={} if state.replay is None else {"graph_replays": state.replay.count},
-        )
-        return SamplerOutput(codes=state.codes.clone(), seeds=state.seeds, stats=stats)
+        state.num_drafter_forwards = 0 if state.drafter is None else state.drafter.num_forwards
+        if state.replay is not None:
+            state.counts["graph_replays"] = state.replay.count
+        return super().finish(state)
 
-    def _first_state(
-        self, backbone: Any, session: Any, stream: Stream, seeds: list[int], logits: Tensor
-    ) -> WindowState:
-        device, num_codes = logits.device, logits.shape[-1]
-        keys = seed_tensor(seeds, device)
-        empty = torch.full((len(seeds), stream.num_slots + 1), -1, dtype=torch.int64, device=device)
+    def _first_state(self, run: Run, session: Any, layout: SlotLayout, num_codes: int) -> WindowState:
+        device, num_images = run.keys.device, len(run.seeds)
+        empty = torch.full((num_images, layout.num_slots + 1), -1, dtype=torch.int64, device=device)
+        width = min(self.reach, layout.num_slots)
         noise = None
         if device.type == "cpu" and self.temperature > 0:
             room = NOISE_BLOCK if self.num_rows == 1 else NOISE_CACHE
-            held = min(stream.num_slots, max(self.reach, room // (len(seeds) * num_codes)))
-            noise = GumbelCache(keys, held, num_codes)
+            held = min(layout.num_slots, max(self.reach, room // (num_images * num_codes)))
+            noise = GumbelCache(run.keys, held, num_codes)
         return WindowState(
-            backbone=backbone,
+            backbone=run.backbone,
             session=session,
-            stream=stream,
-            drafter=None,
-            noise=noise,
-            seeds=seeds,
-            keys=keys,
-            rows=torch.arange(len(seeds), device=device),
-            forced=None,
-            slots=empty,
+            seeds=run.seeds,
+            keys=run.keys,
+            rows=torch.arange(num_images, device=device),
+            tokens=empty,
             trace=empty.clone(),
-            length=torch.zeros(len(seeds), dtype=torch.int64, device=device),
-            errors=new_errors(len(seeds), device) if device.type == "cuda" else None,
-            width=min(self.reach, stream.num_slots),
-            draft=Draft.none(len(seeds), min(self.reach, stream.num_slots), device),
+            layout=layout,
+            noise=noise,
+            forced=None,
+            length=torch.zeros(num_images, dtype=torch.int64, device=device),
+            errors=new_errors(num_images, device) if device.type == "cuda" else None,
+            width=width,
+            draft=Draft.none(num_images, width, device),
         )
 
     def _decide(self, state: WindowState, logits: Tensor) -> None:
@@ -224,11 +208,11 @@ class WindowSampler(Sampler):
         """Run the rule and commit; return the verdict, the slots of its rows ``[A, w]`` and how many counted ``[A]``."""
         prefill = state.num_forwards == 0
         slots = state.length[:, None] + torch.arange(state.width, device=logits.device)  # a w
-        num_rows = (state.stream.num_slots - state.length).clamp(max=1 if prefill else state.width)  # a
+        num_rows = (state.layout.num_slots - state.length).clamp(max=1 if prefill else state.width)  # a
         verdict = self._verify(state, logits, slots, num_rows)
         committed = slots < (state.length + verdict.num_committed)[:, None]
-        place = torch.where(committed, slots, state.stream.num_slots)
-        state.slots[state.rows[:, None], place] = verdict.tokens
+        place = torch.where(committed, slots, state.layout.num_slots)
+        state.tokens[state.rows[:, None], place] = verdict.tokens
         state.trace[state.rows[:, None], place] = state.iteration[:, None]
         state.length = state.length + verdict.num_committed
         if not prefill:  # which feeds no code
@@ -243,8 +227,8 @@ class WindowSampler(Sampler):
 
     def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Verdict:
         """Run the acceptance rule on the rows of this iteration."""
-        slots = slots.clamp(max=state.stream.num_slots - 1)  # rows past the end do not count
-        positions = state.stream.code_index[slots]  # a w
+        slots = slots.clamp(max=state.layout.num_slots - 1)  # rows past the end do not count
+        positions = state.layout.code_index[slots]  # a w
         noise = None
         if state.noise is not None and self.rule == "gumbel":
             noise = VerifyNoise(fresh=state.noise.rows(positions))
@@ -270,14 +254,14 @@ class WindowSampler(Sampler):
         session the batch keeps its shape as well.
         """
         if self.num_rows == 1:
-            state.done = state.num_forwards == state.stream.num_slots
+            state.done = state.num_forwards == state.layout.num_slots
             if state.done and state.errors is not None:
                 raise_errors(state.errors)
             return None
         free, static = looking_is_free(state.length.device), getattr(state.session, "static", False)
         if not free and state.num_forwards < state.next_poll:
             return None
-        left = state.stream.num_slots - state.length
+        left = state.layout.num_slots - state.length
         most = int(left.max())
         state.done = most == 0
         if free and not static:
@@ -304,10 +288,10 @@ class WindowSampler(Sampler):
         if state.noise is not None:
             block = state.noise.capacity
             if now % block == 0:  # many positions at once: small calls would cost as much as a small model
-                ahead = state.stream.code_index[now : now + block]
+                ahead = state.layout.code_index[now : now + block]
                 state.ahead = state.noise.rows(ahead.expand(len(state.keys), -1))
             noise = state.ahead[:, now % block, None]
-        position = state.stream.code_index[now].expand(len(state.keys), 1)
+        position = state.layout.code_index[now].expand(len(state.keys), 1)
         fixed = None if state.forced is None else state.forced[:, now]  # b
         if fixed is not None:  # the law of a fixed slot is never read
             logits = torch.where((fixed >= 0)[:, None, None], 0.0, logits)
@@ -316,7 +300,7 @@ class WindowSampler(Sampler):
         ]
         if fixed is not None:
             tokens = torch.where(fixed >= 0, fixed, tokens)
-        state.slots[:, now] = tokens
+        state.tokens[:, now] = tokens
         state.trace[:, now] = now
         state.length += 1
         if now > 0:
@@ -330,11 +314,11 @@ class WindowSampler(Sampler):
         fixed = None if state.forced is None else state.forced.gather(1, slots)
         if fixed is not None:
             logits = torch.where((fixed >= 0)[..., None], 0.0, logits)
-        positions = state.stream.code_index[slots]
+        positions = state.layout.code_index[slots]
         tokens = draw(logits, seeds=state.keys, positions=positions, errors=state.errors, **self.warp)
         if fixed is not None:
             tokens = torch.where(fixed >= 0, fixed, tokens)
-        state.slots.scatter_(1, slots, tokens)
+        state.tokens.scatter_(1, slots, tokens)
         state.trace.scatter_(1, slots, state.iteration[:, None])
         state.length = state.length + 1
         state.backbone.commit(state.session, 1)

@@ -97,7 +97,7 @@ class ChainDrafter:
         self._forward(token)  # for the cache: the target may keep the last draft as well
         # no draft for the last slot, whatever the window of the batch: its code is drawn in any case
         offset = torch.arange(state.width, device=slots.device)
-        drafted = (offset < state.width - 1) & (state.length[:, None] + offset < state.stream.num_slots - 1)
+        drafted = (offset < state.width - 1) & (state.length[:, None] + offset < state.layout.num_slots - 1)
         draft.kind.masked_fill_(drafted, int(Label.ROW))
         draft = force(forced, draft)
         return draft.with_logits(torch.cat(laws, dim=2)) if laws else draft
@@ -111,7 +111,7 @@ class ChainDrafter:
 
     def _draw(self, state: WindowState, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
         """A draft of one slot and its probability: ``[A, 1]`` each."""
-        warp, positions = self.sampler.warp, state.stream.code_index[slots]
+        warp, positions = self.sampler.warp, state.layout.code_index[slots]
         shared = self.sampler.carry == "gumbel"
         token = draw(
             logits,

@@ -102,7 +102,7 @@ class CorrectingDrafter:
         weight = torch.where(seen, self.sampler.strength, 1.0)
 
         tokens, ahead = draft.tokens[:, : state.width], state.next_slots()
-        positions = state.stream.code_index[ahead]
+        positions = state.layout.code_index[ahead]
         forced = torch.full_like(ahead, -1) if state.forced is None else state.forced.gather(1, ahead)
         noise = None if state.noise is None else state.noise.rows(positions)
         warp = {**self.sampler.warp, "guidance_scale": 1.0}  # guidance is in the combined laws already

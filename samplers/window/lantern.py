@@ -9,7 +9,6 @@ Letters: A images, G guidance branches, S slots, V codes, n nodes of a tree, w s
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
@@ -25,9 +24,10 @@ from vargen.samplers.acceptance.codebook_neighbors import neighbor_table
 from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
 from vargen.samplers.acceptance.lantern import Relaxation
 from vargen.samplers.acceptance.recursive import Walk, walk_logits
+from vargen.samplers.base import Inputs, Run
 from vargen.samplers.drafters.tree import NAMED_TREES, Tree, TreeDraft
 from vargen.samplers.drafters.tree_run import TreeRun, TreeVerdict, check_draft_model, open_draft_model
-from vargen.samplers.window.decoder import WindowSampler, WindowState
+from vargen.samplers.window.decoder import WindowInputs, WindowSampler, WindowState
 from vargen.validation.checks import check_choice, check_integer, check_number
 
 RELAXATIONS = ("none", "lantern", "lantern++")
@@ -35,6 +35,17 @@ RESIDUALS = ("paper", "optimal", "upstream")
 PROPOSALS = ("auto", "without_replacement", "with_replacement", "top")
 ACCEPTANCES = ("recursive", "k-seq", "typical")
 MOST_OPTIMAL_K = 16  # the optimal residual looks at the neighbours of every code
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LanternInputs(WindowInputs):
+    """What a call may give.
+
+    Args:
+        neighbors: ``[V, K]`` integers, nearest first, in place of the tokenizer's; K >= k (k + 1 for "upstream").
+    """
+
+    neighbors: Tensor | None = None
 
 
 class _Guarantee:
@@ -87,6 +98,7 @@ class LanternSampler(WindowSampler):
     """
 
     required_features: ClassVar[frozenset[str]] = frozenset({"window", "ragged"})
+    inputs_type: ClassVar[type[Inputs]] = LanternInputs
     guarantee: ClassVar[Guarantee] = _Guarantee()  # type: ignore[assignment]
 
     relaxation: Literal["none", "lantern", "lantern++"] = "lantern++"
@@ -164,39 +176,19 @@ class LanternSampler(WindowSampler):
             return "top"
         return "without_replacement" if self.proposal == "auto" else self.proposal
 
-    def start(
-        self,
-        backbone: Any,
-        condition: Any,
-        *,
-        seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
-        drafter: Any = None,
-        forced_codes: Tensor | None = None,
-        cuda_graph: bool | None = None,
-        neighbors: Tensor | None = None,
-    ) -> WindowState:
-        """Check the arguments, run the condition, commit the first code and draft the first tree.
-
-        Args:
-            backbone, condition, seeds, forced_codes, cuda_graph: as in ``WindowSampler.start``.
-            tokenizer: its ``codebook [V, d]`` gives the neighbours.
-            drafter: an ``EagleDrafter``, or a small backbone.
-            neighbors: ``[V, K]`` integers, nearest first, in place of the tokenizer's; K >= k (k + 1 for "upstream").
-        """
-        self.check_backbone(backbone)
+    @torch.no_grad()
+    def begin(self, run: Run, inputs: LanternInputs) -> WindowState:
+        """Commit the first code and draft the first tree."""
+        backbone = run.backbone
         if self.num_rows > self.reach and "tree_mask" not in backbone.features:
             raise ValueError(
                 f"tree {self.tree!r} needs a backbone with tree_mask, which {type(backbone).__name__} does not offer; "
                 "take tree='chain'"
             )
-        check_draft_model(self, backbone, drafter)
-        relaxation = self._relaxation(backbone, tokenizer, neighbors)
-        options: dict[str, Any] = {"tokenizer": tokenizer, "drafter": drafter, "forced_codes": forced_codes}
-        options |= {} if cuda_graph is None else {"cuda_graph": cuda_graph}
-        state = super().start(backbone, condition, seeds=seeds, **options)
-        run: Any = state.drafter
-        run.relaxation = relaxation
+        check_draft_model(self, backbone, run.drafter)
+        relaxation = self._relaxation(backbone, run.tokenizer, inputs.neighbors)
+        state = super().begin(run, inputs)
+        state.drafter.relaxation = relaxation
         return state
 
     def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Any:
@@ -256,8 +248,8 @@ class LanternSampler(WindowSampler):
     def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Any:
         if state.num_forwards == 0:
             return super()._verify(state, logits, slots, num_rows)  # nothing is drafted for slot 0
-        inside = slots.clamp(max=state.stream.num_slots - 1)
-        positions = state.stream.code_index[inside]  # A w
+        inside = slots.clamp(max=state.layout.num_slots - 1)
+        positions = state.layout.code_index[inside]  # A w
         forced = None if state.forced is None else state.forced.gather(1, inside)
         draft: Any = state.draft
         walk = self._walk(state, logits, draft, positions, num_rows, forced)

@@ -6,7 +6,7 @@ W window, w rows of this iteration, G guidance branches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,56 +14,42 @@ from torch import Tensor
 
 from vargen.kernels.verify.types import Draft, GroupSpec
 from vargen.random import GumbelCache
+from vargen.samplers.state import DecodeState
 from vargen.samplers.window.cuda_graph import Replay
-from vargen.samplers.window.layout import Stream
+from vargen.samplers.window.layout import SlotLayout
 
 
-@dataclass
-class WindowState:
-    """Everything that changes while a batch is decoded, and what ``stream`` yields.
+@dataclass(kw_only=True)
+class WindowState(DecodeState):
+    """Everything that changes while a batch is decoded by windows.
 
-    A run goes on from any state with ``sampler.step(state)``, which advances the state in place.
+    ``tokens`` and ``trace`` are ``[B, S + 1]``, a column a slot; the last column takes what is thrown away.
     """
 
-    backbone: Any
-    session: Any
-    stream: Stream
-    drafter: Any  # a Drafter; None for next-token sampling
+    layout: SlotLayout
+    drafter: Any = None  # a Drafter; None for next-token sampling
     noise: GumbelCache | None  # on the CPU: rows of position-keyed noise, made once for all iterations
-    seeds: list[int]  # of all B images
-    keys: Tensor  # [A] int64 seeds of the images still decoded
-    rows: Tensor  # [A] int64 their places in the call
     forced: Tensor | None  # [A, S] int64 code fixed beforehand, -1 where free
-    slots: Tensor  # [B, S + 1] int64 what is permanent, -1 elsewhere; the last column takes what is thrown away
-    trace: Tensor  # [B, S + 1] int64 forward that made a slot permanent, -1 elsewhere
     length: Tensor  # [A] int64 permanent slots
     width: int  # w of the next iteration
     draft: Draft  # proposals for it
     hidden: Tensor | None = None  # [G, A, w, D] hidden states of the last forward, where the drafter reads them
-    num_forwards: int = 0
     next_poll: int = 0
     group: GroupSpec | None = None  # of a relaxed acceptance
     ahead: Any = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
     errors: Tensor | None = None  # on a CUDA device: record of bad rows, asked when the host looks anyway
     counter: Tensor | None = None  # [A] int64 num_forwards on the device, where iterations are replayed
     replay: Replay | None = None  # the iteration as a CUDA graph
-    notes: list[str] = field(default_factory=list)
-    done: bool = False
 
     @property
     def codes(self) -> Tensor:
         """[B, N] int64 codes so far, -1 where none is permanent yet."""
-        return self.stream.only_codes(self.slots)
+        return self.layout.only_codes(self.tokens)
 
     @property
     def commit_trace(self) -> Tensor:
         """[B, N] int64 forward (0 = prefill) that made each code permanent, -1 where none did yet."""
-        return self.stream.only_codes(self.trace)
-
-    @property
-    def num_committed(self) -> Tensor:
-        """[B] int64 permanent codes of each image."""
-        return (self.commit_trace >= 0).sum(-1)
+        return self.layout.only_codes(self.trace)
 
     @property
     def iteration(self) -> Tensor:
@@ -77,9 +63,9 @@ class WindowState:
 
     def last_codes(self) -> Tensor:
         """[A, 1] int64 what the last permanent slot holds; the first entry of the next window."""
-        return self.slots[self.rows, self.length - 1][:, None]
+        return self.tokens[self.rows, self.length - 1][:, None]
 
     def next_slots(self) -> Tensor:
         """[A, w] int64 slots of the next window; those past the end repeat the last one."""
         offset = torch.arange(self.width, device=self.length.device)
-        return (self.length[:, None] + offset).clamp(max=self.stream.num_slots - 1)
+        return (self.length[:, None] + offset).clamp(max=self.layout.num_slots - 1)
