@@ -8,7 +8,7 @@ PROMPT := deep elf with a red cloak, wizard hat and great sword
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint docs gpu bench clean
+.PHONY: help demo test test-fast test-cluster lint docs gpu bench clean
 
 help:  ## show the targets
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
@@ -33,7 +33,10 @@ test: lint  ## lint, types, and every test that a CPU can run (under 20 minutes 
 	$(PYTEST)
 
 test-fast: $(VENV)/.installed-dev  ## the tests without the slow ones (under two minutes)
-	$(PYTEST) -m "not slow"
+	$(PYTEST) -m "not slow and not cluster"
+
+test-cluster: $(VENV)/.installed-dev  ## what is too long for every run: all recorded codes, mutants
+	$(PYTEST) -m cluster
 
 lint: $(VENV)/.installed-dev  ## ruff and mypy
 	$(BIN)/ruff check .

@@ -252,6 +252,19 @@ def test_skipping_the_noise_of_sure_codes_changes_nothing(settings):
     assert torch.equal(sampler.pick(logits, keys, positions, 1.5, None), expected)
 
 
+@pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9])
+def test_a_code_is_sure_only_if_it_holds_the_whole_mass_of_top_p(top_p):
+    """Dies here: the threshold squared."""
+    largest = torch.linspace(0.02, 0.98, 49)
+    logits = torch.cat([largest[:, None], ((1 - largest) / 63)[:, None].expand(-1, 63)], dim=1).log()  # 49 64
+    keys, positions = torch.arange(20), torch.arange(49).expand(20, -1)
+    expected = draw(logits.expand(1, 20, -1, -1), seeds=keys, positions=positions, top_p=top_p)
+    assert bool((expected[:, (largest > top_p**2) & (largest < top_p - 0.02)] > 0).any())  # rows that are not sure
+    assert bool((expected[:, largest > top_p + 0.02] == 0).all())
+    found = NeighboringSampler(top_p=top_p).pick(logits.expand(1, 20, -1, -1), keys, positions, 1.0, None)
+    assert torch.equal(found, expected)
+
+
 def test_fixed_codes_stay_and_the_rest_follows_them():
     model, sampler, labels = tiny(), NeighboringSampler(), torch.tensor([1, 2])
     free = sampler.sample(model, labels, seeds=[5, 6]).codes

@@ -12,6 +12,12 @@ from vargen.samplers.window.draft_model import DraftModelSampler
 from vargen.samplers.window.drafted_jacobi import DraftedJacobiSampler
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers import window as window_module
+from vargen.samplers.draft_model import DraftModelSampler
+from vargen.samplers.drafted_jacobi import DraftedJacobiSampler
+from vargen.samplers.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.lantern import LanternSampler
+from vargen.samplers.next_token import NextTokenSampler
 
 CARRIES = ["gumbel", "maximal", "independent"]
 
@@ -143,6 +149,31 @@ def test_forced_codes_may_differ_between_images_and_a_known_prefix_costs_few_for
         assert bool((out.stats.commit_trace[:, 17] <= 3).all())
         if carry == "gumbel":
             assert torch.equal(out.codes, whole)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        *(SpeculativeJacobiSampler(window=6, carry=carry) for carry in CARRIES),
+        DraftModelSampler(num_drafts=3, carry="independent"),
+        DraftedJacobiSampler(window=6),
+        LanternSampler(relaxation="none", depth=4),
+    ],
+    ids=str,
+)
+def test_forced_codes_stay_with_their_image_when_others_leave(sampler):
+    """Dies here: forced codes that are not selected with the images that are left."""
+    backbone, seeds = SpatialBackbone(32, (4, 6)), range(8)
+    drafter = perturbed(backbone, 0.3)
+    generator = torch.Generator().manual_seed(0)
+    forced = torch.randint(32, (8, 24), generator=generator)
+    forced = torch.where(torch.rand(8, 24, generator=generator) < torch.linspace(0.9, 0.2, 8)[:, None], forced, -1)
+    together = sampler.sample(backbone, zeros(8), seeds=seeds, forced_codes=forced, drafter=drafter)
+    assert torch.equal(together.codes[forced >= 0], forced[forced >= 0])
+    assert together.stats.forwards_per_image[0] < together.stats.forwards_per_image.max()  # rows move up
+    for i in (0, 3, 7):
+        alone = sampler.sample(backbone, zeros(1), seeds=[i], forced_codes=forced[i], drafter=drafter)
+        assert torch.equal(alone.codes[0], together.codes[i])
 
 
 @pytest.mark.parametrize("carry", CARRIES)

@@ -26,6 +26,7 @@ from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.validation.checks import check_choice, check_integer, check_seeds
 
 RAMPS = ("constant", "linear")
+CLOSE = 1e-4  # log-probabilities so near to the threshold of top-p may fall on either side of it by rounding
 
 
 @dataclass
@@ -216,7 +217,7 @@ def _draw_unsure(logits: Tensor, keys: Tensor, positions: Tensor, warp: dict[str
     if not bool(mass.isfinite().all()):
         return draw(logits, seeds=keys, positions=positions, **warp)  # which names the bad row
     best, codes = z.max(-1)
-    images, columns = (best - mass < math.log(warp["top_p"])).nonzero(as_tuple=True)
+    images, columns = (best - mass < math.log(warp["top_p"]) + CLOSE).nonzero(as_tuple=True)
     if len(images):
         rows = logits[:, images, columns][:, :, None]  # G n 1 V
         where = positions[images, columns][:, None]
