@@ -11,13 +11,8 @@ from vargen.samplers.window import decoder as window_module
 from vargen.samplers.window.draft_model import DraftModelSampler
 from vargen.samplers.window.drafted_jacobi import DraftedJacobiSampler
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.lantern import LanternSampler
 from vargen.samplers.window.next_token import NextTokenSampler
-from vargen.samplers import window as window_module
-from vargen.samplers.draft_model import DraftModelSampler
-from vargen.samplers.drafted_jacobi import DraftedJacobiSampler
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.lantern import LanternSampler
-from vargen.samplers.next_token import NextTokenSampler
 
 CARRIES = ["gumbel", "maximal", "independent"]
 
