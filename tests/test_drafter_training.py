@@ -159,7 +159,10 @@ def test_exported_drafters_are_what_samplers_take(pipeline, run):
     ask = {"prompt": "human", "seed": 0, "output_type": "codes"}
     drafted = pipe(**ask)
     assert drafted.stats.num_drafter_forwards > drafted.stats.num_forwards  # two a pass
-    pipe.drafter, pipe.eagle = pipe.eagle, None  # it is found there too
+    assert pipe.drafters == ["eagle"]
+    pipe.load_drafter("eagle")
+    pipe.eagle = None  # it is found in the slot too
+    assert pipe.drafters == []
     assert torch.equal(pipe(**ask).codes, drafted.codes)
     pipe.sampler = DraftModelSampler()
     with pytest.raises(ValueError, match=r"drafter EagleDrafter lacks .*; give a causal backbone"):
@@ -178,7 +181,7 @@ def test_what_cannot_be_exported_is_named(pipeline, run, tmp_path):
     ImagePipeline(backbone=tiny_backbone(), **parts).save_pretrained(other)
     with pytest.raises(ValueError, match=r"was made for a backbone of .* this one has"):
         export_drafter(run, other)
-    assert not (other / "eagle").exists()
+    assert not (other / "drafters" / "eagle").exists()
 
 
 @pytest.mark.parametrize(

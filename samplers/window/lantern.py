@@ -99,6 +99,7 @@ class LanternSampler(WindowSampler):
 
     required_features: ClassVar[frozenset[str]] = frozenset({"window", "ragged"})
     inputs_type: ClassVar[type[Inputs]] = LanternInputs
+    preferred_drafter: ClassVar[str] = "eagle"  # among those that a pipeline has stored by name
     guarantee: ClassVar[Guarantee] = _Guarantee()  # type: ignore[assignment]
 
     relaxation: Literal["none", "lantern", "lantern++"] = "lantern++"

@@ -208,17 +208,6 @@ def index_entry(component: Any) -> tuple[str | None, str | None]:
     return pipeline_loading_utils._fetch_class_library_tuple(component)
 
 
-def choose_drafter(sampler: Any, drafter: Any, eagle: Any) -> Any:
-    """Return the drafter that a sampler gets.
-
-    That is ``eagle`` for samplers that read hidden states, unless ``drafter`` stands on hidden states itself.
-    """
-    reads = getattr(sampler, "reads_hidden", None)
-    if eagle is None or reads is None or not reads(eagle) or reads(drafter):
-        return drafter
-    return eagle
-
-
 def dtype_argument(arguments: dict[str, Any]) -> dict[str, Any]:
     """Rename `dtype` or `torch_dtype` to what the installed diffusers calls it."""
     if "dtype" in arguments and "torch_dtype" in arguments:

@@ -24,7 +24,6 @@ from vargen.pipelines.components import (
     check_complete,
     check_index,
     check_options,
-    choose_drafter,
     dtype_argument,
     index_entry,
     load_shared,
@@ -32,6 +31,7 @@ from vargen.pipelines.components import (
     register_library,
 )
 from vargen.pipelines.continuous import check_autoencoder, decode_tokens, is_continuous, undrawn_tokens
+from vargen.pipelines.drafters import EARLIER, StoredDrafters, warn_of_other_target
 from vargen.pipelines.editing import forced_codes, read_edit
 from vargen.pipelines.outputs import ImagePipelineOutput
 from vargen.pipelines.progress import DecodeInterrupted, Watch
@@ -55,9 +55,10 @@ class ImagePipeline(DiffusionPipeline):
         backbone: scores codes; its codebook must have the tokenizer's size.
         sampler: draws codes from the backbone; a small frozen object that holds settings.
         conditioner: turns prompts or class names into what the backbone reads; without one, class labels are ids.
-        drafter: a small backbone, for samplers that draft with one.
-        eagle: a drafter on the backbone's hidden states; samplers that read those (``LanternSampler``) take it in place of
-            ``drafter``, set it to None to have them draft with the small backbone.
+        drafter: for samplers that draft with a model: a small backbone over the same codes, or a drafter on the backbone's
+            hidden states. Others may be stored by name: ``pipe.drafters`` lists them, ``pipe.load_drafter(name)`` puts one
+            into the slot, ``pipe(..., drafter=name)`` takes it for one call.
+        eagle: stored as the drafter of that name.
 
     Raises:
         ValueError: tokenizer and backbone have different codebook sizes.
@@ -68,8 +69,8 @@ class ImagePipeline(DiffusionPipeline):
         >>> pipe("deep elf with a red cloak", num_images_per_prompt=4, seed=7).images[0]  # doctest: +SKIP
     """
 
-    model_cpu_offload_seq = "conditioner->drafter->eagle->backbone->tokenizer"
-    _optional_components = ["conditioner", "drafter", "eagle"]  # noqa: RUF012 - diffusers reads a list
+    model_cpu_offload_seq = "conditioner->drafter->backbone->tokenizer"
+    _optional_components = ["conditioner", "drafter"]  # noqa: RUF012 - diffusers reads a list
     _callback_tensor_inputs = ("codes", "num_committed")
     _stored_class = "ImagePipeline"  # what an index may call such a folder, whatever a subclass is called
 
@@ -83,10 +84,11 @@ class ImagePipeline(DiffusionPipeline):
         eagle: Any = None,
     ) -> None:
         super().__init__()
-        drafters = {"drafter": drafter, "eagle": eagle}
         self.register_modules(
-            tokenizer=tokenizer, backbone=backbone, sampler=sampler, conditioner=conditioner, **drafters
+            tokenizer=tokenizer, backbone=backbone, sampler=sampler, conditioner=conditioner, drafter=drafter
         )
+        self._stored_drafters = StoredDrafters()
+        self._stored_drafters.put("eagle", eagle)
         self._interrupt = False
         self._check_components()
 
@@ -119,8 +121,54 @@ class ImagePipeline(DiffusionPipeline):
             check_class(folder, index, cls._stored_class)
             check_complete(folder, index, cls, kwargs)
             cls._check_settings(index)
+            stored = StoredDrafters.of_folder(folder)
             kwargs |= load_shared(folder, index, kwargs)
-            return super().from_pretrained(str(folder), **dtype_argument(kwargs))
+            pipe = super().from_pretrained(str(folder), **dtype_argument(kwargs))
+            for name, drafter in {name: kwargs[name] for name in EARLIER if name in kwargs}.items():
+                stored.put(name, drafter)
+            pipe._stored_drafters = stored
+            return pipe
+
+    def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Write the pipeline to a folder, drafters that are stored by name included; arguments as in diffusers."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        self._stored_drafters.save(Path(save_directory))
+
+    @property
+    def drafters(self) -> list[str]:
+        """Names of the drafters that are stored beside the one in the slot."""
+        return self._stored_drafters.names
+
+    def load_drafter(self, name: str) -> None:
+        """Put the drafter stored under ``name`` into the slot ``drafter``.
+
+        Raises:
+            ValueError: no drafter of that name; those that are stored are shown.
+        """
+        self.drafter = self._stored_drafters.load(name, self.backbone)
+        self._check_components()
+
+    @property
+    def eagle(self) -> Any:
+        """The drafter stored as "eagle", or None; ``load_drafter`` and ``drafter=`` take any by name."""
+        return self._stored_drafters.load("eagle", self.backbone) if "eagle" in self._stored_drafters else None
+
+    @eagle.setter
+    def eagle(self, drafter: Any) -> None:
+        self._stored_drafters.put("eagle", drafter)
+        self._check_components()
+
+    def _drafter_for(self, sampler: Any, wanted: Any) -> Any:
+        """The drafter of one call: the one asked for, else one that the sampler prefers, else that of the slot."""
+        if wanted is None:
+            preferred = getattr(sampler, "preferred_drafter", None)
+            found = self.drafter if preferred not in self._stored_drafters else preferred
+        else:
+            found = wanted
+        found = self._stored_drafters.load(found, self.backbone) if isinstance(found, str) else found
+        if found is not None:
+            warn_of_other_target(found, self.backbone)
+        return found
 
     @classmethod
     def _check_settings(cls, index: dict[str, Any]) -> None:
@@ -132,6 +180,7 @@ class ImagePipeline(DiffusionPipeline):
         index = read_settings(Path(json_file))
         if Path(json_file).name == INDEX_FILE:
             check_index(Path(json_file), index)
+            index = {name: entry for name, entry in index.items() if name not in EARLIER}  # found by StoredDrafters
         return index
 
     @classmethod
@@ -173,6 +222,7 @@ class ImagePipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         batch_size: int | None = None,
+        drafter: Any = None,
         **sampler_overrides: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Generate ``num_images_per_prompt`` images for every prompt or class label, prompt-major.
@@ -198,6 +248,7 @@ class ImagePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: what ``tensors`` holds: ``"codes"`` ([b, N] of the images in work, -1
                 where not drawn), ``"num_committed"`` ([b]).
             batch_size: images decoded at a time; less memory, the same images.
+            drafter: for this call, in place of the one in the slot: the name of a stored one (``pipe.drafters``), or a model.
             sampler_overrides: other settings of the sampler for this call, such as ``window=16``.
 
         Returns:
@@ -223,6 +274,7 @@ class ImagePipeline(DiffusionPipeline):
         changes = {name: value for name, value in shared.items() if value is not None} | sampler_overrides
         sampler = self.sampler.replace(**changes) if changes else self.sampler
         sampler.check_backbone(self.backbone)
+        drafting = self._drafter_for(sampler, drafter)
         edit = read_edit(self.tokenizer, image, mask_image)
         given = prompt if prompt is not None else class_labels if class_labels is not None else edit and edit[0]
         inputs.check_rows(given, num_images_per_prompt, seed, generator)
@@ -242,7 +294,7 @@ class ImagePipeline(DiffusionPipeline):
             # 3. Draw codes, 4. decode them
             watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
             at_once = min(batch_size or len(seeds), len(seeds))
-            drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch)
+            drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch, drafting)
             images = None if output_type == "codes" else self._to_images(drawn, output_type, at_once)
         tokens = drawn.latents if is_continuous(self.backbone) else drawn.codes
         codes = split_codes(cast(Tensor, tokens), self.backbone)
@@ -286,14 +338,17 @@ class ImagePipeline(DiffusionPipeline):
             images = images.masked_fill(missing[:, None], UNDRAWN)
         return images
 
-    def _draw(self, sampler: Any, given: Any, seeds: list[int], batch_size: int, watch: Watch) -> SamplerOutput:
+    def _draw(
+        self, sampler: Any, given: Any, seeds: list[int], batch_size: int, watch: Watch, drafter: Any = None
+    ) -> SamplerOutput:
         parts: list[SamplerOutput] = []
         self._interrupt = False
         watch.open(len(seeds))
         try:
             for start in range(0, len(seeds), batch_size):
                 rows = slice(start, start + batch_size)
-                parts.append(self._draw_rows(sampler, inputs.take_condition(given, rows), seeds[rows], watch))
+                part = self._draw_rows(sampler, inputs.take_condition(given, rows), seeds[rows], watch, drafter)
+                parts.append(part)
         finally:
             watch.close()
         whole = [flatten_codes(part.codes, self.backbone.num_codes) for part in parts if part.codes is not None]
@@ -302,7 +357,7 @@ class ImagePipeline(DiffusionPipeline):
         latents = torch.cat(drawn) if len(drawn) == len(parts) else None
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]), latents)
 
-    def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Watch) -> SamplerOutput:
+    def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Watch, drafter: Any) -> SamplerOutput:
         if self._interrupt:
             return self._undrawn(seeds)
         condition, kept = given
@@ -312,7 +367,7 @@ class ImagePipeline(DiffusionPipeline):
                 condition,
                 seeds=seeds,
                 tokenizer=self.tokenizer,
-                drafter=choose_drafter(sampler, self.drafter, self.eagle),
+                drafter=drafter,
                 callback=watch,
                 **({} if kept is None else {"forced_codes": kept}),
             )
@@ -355,9 +410,9 @@ class ImagePipeline(DiffusionPipeline):
         return [component for component in self.components.values() if isinstance(component, nn.Module)]
 
     def _check_components(self) -> None:
-        over_codes = ("tokenizer", "backbone", "drafter", "eagle")
+        over_codes = ("tokenizer", "backbone", "drafter")
         sizes = {name: getattr(getattr(self, name), "codebook_size", None) for name in over_codes}
-        for name in ("tokenizer", "drafter", "eagle"):
+        for name in ("tokenizer", "drafter"):
             if None not in (sizes[name], sizes["backbone"]) and sizes[name] != sizes["backbone"]:
                 raise ValueError(
                     f"{name} and backbone must have the same codebook size, got {sizes[name]} and {sizes['backbone']}; "

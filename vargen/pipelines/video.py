@@ -15,6 +15,7 @@ from torch import Tensor
 from vargen.images import to_pil
 from vargen.outputs import SamplerOutput
 from vargen.pipelines import inputs
+from vargen.pipelines.drafters import StoredDrafters
 from vargen.pipelines.image import UNDRAWN, ImagePipeline
 from vargen.pipelines.video_frames import VideoPipelineOutput, VideoWatch, check_fps, given_codes, read_frames
 from vargen.random import image_seeds
@@ -48,11 +49,12 @@ class VideoPipeline(ImagePipeline):
     _callback_tensor_inputs: tuple[str, ...] = ("codes", "num_committed", "frames")  # type: ignore[assignment]
     _stored_class = "VideoPipeline"
     drafter = None
-    eagle = None
+    eagle = None  # type: ignore[assignment]
 
     def __init__(self, tokenizer: Any, backbone: Any, sampler: Any, conditioner: Any = None, fps: int = 8) -> None:
         super(ImagePipeline, self).__init__()
         self.register_modules(tokenizer=tokenizer, backbone=backbone, sampler=sampler, conditioner=conditioner)
+        self._stored_drafters = StoredDrafters()
         check_fps(fps)
         self.register_to_config(fps=fps)
         self._interrupt = False
@@ -194,8 +196,8 @@ class VideoPipeline(ImagePipeline):
             raise ValueError(f"num_frames must be one of {', '.join(map(str, allowed))}, got {shown(num_frames)}")
         return allowed.index(num_frames) + 1
 
-    def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Any) -> SamplerOutput:
-        part = super()._draw_rows(sampler, given, seeds, watch)
+    def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Any, drafter: Any) -> SamplerOutput:
+        part = super()._draw_rows(sampler, given, seeds, watch, drafter)
         if watch.stopped:  # enough frames: nothing was cut off that the caller asked for
             part.stats.notes.clear()
         return part

@@ -15,7 +15,8 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.draft_models.eagle import EagleDrafter
 from vargen.files import atomic_dir, atomic_write
-from vargen.pipelines.components import SHARED_KEY, index_entry, read_index
+from vargen.pipelines.components import SHARED_KEY, read_index
+from vargen.pipelines.drafters import DRAFTERS_FOLDER, record_target, weights_digest
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.video import VideoPipeline
 from vargen.samplers.scale.next_scale import NextScaleSampler
@@ -103,7 +104,7 @@ def export_pipeline(
 
 
 def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an "eagle" run as the component ``eagle`` of a pipeline folder, weights as float16 safetensors.
+    """Write an "eagle" run as ``drafters/eagle`` of a pipeline folder, weights as float16 safetensors.
 
     Args:
         run: folder of the run; the averaged weights of its newest checkpoint are taken.
@@ -111,30 +112,31 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
         overwrite: allow replacing the folder's drafter.
 
     Returns:
-        The component's folder.
+        The drafter's folder.
 
     Raises:
-        ValueError: not such a run, no checkpoint yet, not a pipeline folder, it has an ``eagle`` already, or its backbone is
+        ValueError: not such a run, no checkpoint yet, not a pipeline folder, it has such a drafter already, or its backbone is
             another one.
     """
     folder = Path(folder)
-    index = read_index(folder)
+    read_index(folder)
     drafter = load_drafter(run)
-    drafter.check_backbone(LlamaGenTransformer.from_pretrained(folder / "backbone"))
-    with atomic_dir(folder / "eagle", overwrite=overwrite) as beside:
+    backbone = LlamaGenTransformer.from_pretrained(folder / "backbone")
+    drafter.check_backbone(backbone)
+    place = folder / DRAFTERS_FOLDER / "eagle"
+    place.parent.mkdir(exist_ok=True)
+    with atomic_dir(place, overwrite=overwrite) as beside:
         drafter.save_pretrained(beside)
         for file in beside.glob("*.safetensors"):
             halve_weights(file)
         forget_origin(beside / "config.json")
-    index["eagle"] = list(index_entry(drafter))
+        record_target(beside, weights_digest(backbone))
     record = folder / TRAINING_FILE
     facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
     facts["eagle"] = _facts(run)
-    texts = {folder / "model_index.json": json.dumps(dict(sorted(index.items())), indent=2)}
-    for file, text in {**texts, record: json.dumps(facts, indent=1)}.items():
-        with atomic_write(file, overwrite=True) as beside:
-            beside.write_text(text + "\n", encoding="utf-8")
-    return folder / "eagle"
+    with atomic_write(record, overwrite=True) as beside:
+        beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    return place
 
 
 def share_component(folder: str | Path, name: str, other: str) -> None:
