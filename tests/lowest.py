@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,17 +18,18 @@ ROOT = Path(__file__).resolve().parents[1]
 REQUIREMENT = re.compile(r"(?P<name>[A-Za-z0-9._-]+)(?:\[[^\]]*\])?\s*(?:>=|==)\s*(?P<version>[0-9][0-9A-Za-z.]*)")
 
 
-def lowest_versions(project: dict[str, Any]) -> dict[str, str]:
-    """Name to lowest version, of dependencies and of all extras.
+def lowest_versions(settings: dict[str, Any]) -> dict[str, str]:
+    """Name to lowest version, of what the project needs to be built, of its dependencies and of all extras.
 
     Args:
-        project: the table ``[project]`` of a pyproject.toml.
+        settings: a pyproject.toml.
 
     Raises:
         ValueError: a dependency without exactly one lower bound.
     """
+    project = settings["project"]
     extras = project.get("optional-dependencies", {})
-    listed = [*project["dependencies"], *(line for lines in extras.values() for line in lines)]
+    listed = [*settings["build-system"]["requires"], *project["dependencies"], *chain(*extras.values())]
     found: dict[str, str] = {}
     for line in listed:
         if line.startswith(f"{project['name']}["):  # an extra that takes in other extras
@@ -41,5 +43,5 @@ def lowest_versions(project: dict[str, Any]) -> dict[str, str]:
 
 if __name__ == "__main__":
     with (ROOT / "pyproject.toml").open("rb") as file:
-        table = tomllib.load(file)["project"]
-    sys.stdout.writelines(f"{name}=={version}\n" for name, version in sorted(lowest_versions(table).items()))
+        lowest = lowest_versions(tomllib.load(file))
+    sys.stdout.writelines(f"{name}=={version}\n" for name, version in sorted(lowest.items()))

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.lowest import lowest_versions
+
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ("tokenizers", "samplers", "kernels")
 
@@ -126,9 +128,22 @@ for package, folder, target, names in build.data_files:
 """
 
 
+def test_lowest_versions_are_those_of_the_bounds() -> None:
+    lowest = lowest_versions(tomllib.loads((ROOT / "pyproject.toml").read_text()))
+    assert {"torch", "diffusers", "transformers", "timm", "pytest", "gradio", "setuptools"} <= set(lowest)
+    assert tuple(map(int, lowest["diffusers"].split("."))) >= (0, 38)  # older ones run files beside a configuration
+    table = {"name": "x", "dependencies": ["a>=1.2", "b[c] >= 3"], "optional-dependencies": {"d": ["x[e]", "f==4.0"]}}
+    settings = {"build-system": {"requires": []}, "project": table}
+    assert lowest_versions(settings) == {"a": "1.2", "b": "3", "f": "4.0"}
+    for wrong in ("a", "a<2", "a>=1,<2"):
+        table["dependencies"] = [wrong]
+        with pytest.raises(ValueError, match="must have one lower bound"):
+            lowest_versions(settings)
+
+
 def test_wheel_would_hold_every_module_and_data_file(tmp_path: Path) -> None:
     """Ask setuptools what it would put into a wheel; nothing that is tracked may be missing."""
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")  # older ones cannot read the licence
     command = [sys.executable, "-W", "ignore", "-c", BUILD_LIST, str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

@@ -195,7 +195,8 @@ def _draw(
         for slot, decider, rule in atlas.layers:
             part = np.where(rule[ids[:, decider]], ids[:, slot], UNSPECIFIED)
             np.copyto(owner, part[:, None].astype(np.int16), where=atlas.masks[part])
-        colours = flat[owner * np.int32(size * size) + column]
+        # widened first: a product with a small scalar would stay 16 bits wide in NumPy 1
+        colours = flat[owner.astype(np.int32) * (size * size) + column]
         images[start : start + _CHUNK] = colours[..., None].view(np.uint8)[..., :3]
         counts = (owner[:, None, :] == ids[:, :, None].astype(np.int16)).sum(-1, dtype=np.int32)
         visible[start : start + _CHUNK] = (counts >= MIN_VISIBLE_PIXELS) & (ids != UNSPECIFIED)
