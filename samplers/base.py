@@ -25,6 +25,10 @@ from vargen.outputs import Guarantee, SamplerOutput
 from vargen.validation.checks import check_choice, check_integer, check_names, check_number, shown
 from vargen.validation.folders import Stored
 
+MAX_DRAFTS = (
+    256  # what one iteration may draft, in passes of a drafter one after the other; published methods stay below 30
+)
+
 
 class State(Protocol):
     """What ``stream`` yields and what a callback receives."""
