@@ -37,9 +37,9 @@ from vargen.conditioners.t5 import T5CaptionConditioner
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.inputs import MAX_IMAGES
 from vargen.registry import sampler_class
-from vargen.samplers.jacobi import SpeculativeJacobiSampler
-from vargen.samplers.next_token import NextTokenSampler
-from vargen.studio import Studio
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.serving.studio import Studio
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = int(os.environ.get("VARGEN_EXAMPLES", "30"))  # of every test; another number draws new ones each time

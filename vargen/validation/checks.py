@@ -41,7 +41,8 @@ class Settings(NamedTuple):
 
 def nearest(word: Any, known: Iterable[Any]) -> str:
     """The known word that looks most like ``word``."""
-    return difflib.get_close_matches(str(word)[:80], [str(k) for k in known], n=1, cutoff=0.0)[0]
+    text = word[:80] if isinstance(word, str) else shown(word)
+    return difflib.get_close_matches(text, [str(k) for k in known], n=1, cutoff=0.0)[0]
 
 
 def check_names(given: Iterable[Any], known: Sequence[str], owner: str) -> None:
