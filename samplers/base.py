@@ -35,6 +35,10 @@ from vargen.validation.checks import (
 )
 from vargen.validation.folders import Stored
 
+MAX_DRAFTS = (
+    256  # what one iteration may draft, in passes of a drafter one after the other; published methods stay below 30
+)
+
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Inputs:

@@ -4,12 +4,14 @@ What is tried: prompts of any characters (controls, lone surrogates, other scrip
 order and number, of mark-up, up to ten thousand characters; and for every argument of the calls values of other types, NaN,
 integers of hundreds and thousands of digits, negative ones, arrays and tensors of any shape, lists of other lengths. The
 sampler is stopped at its door, where the call has checked everything and allocated what depends on its arguments.
+VARGEN_EXAMPLES=5000 tries more than the tests' time allows.
 """
 
 from __future__ import annotations
 
 import linecache
 import math
+import os
 import resource
 import sys
 import traceback
@@ -28,14 +30,22 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from tests.test_video import tiny_video_pipeline
-from tests.tiny import tiny_hero_pipeline, tiny_pipeline, tiny_scale_pipeline
+from tests.tiny import tiny_backbone, tiny_hero_pipeline, tiny_pipeline, tiny_scale_pipeline
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.conditioners.class_labels import ClassConditioner
 from vargen.conditioners.t5 import T5CaptionConditioner
+from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.inputs import MAX_IMAGES
+from vargen.registry import sampler_class
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.serving.studio import Studio
 
 ROOT = Path(__file__).parents[1]
-SETTINGS = settings(deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+EXAMPLES = int(os.environ.get("VARGEN_EXAMPLES", "30"))  # of every test; another number draws new ones each time
+SETTINGS = settings(
+    max_examples=EXAMPLES, derandomize=EXAMPLES == 30, deadline=None, suppress_health_check=list(HealthCheck)
+)
 MEGABYTE = 2**20
 LIMIT = 200 * MEGABYTE  # what one test may add to the memory of the process
 
@@ -117,52 +127,6 @@ texts = st.one_of(
 )
 
 
-def caption_conditioner() -> T5CaptionConditioner:
-    class Encoder(torch.nn.Module):
-        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
-            return (input_ids[..., None].float(),)
-
-    class Batch(dict):
-        __getattr__ = dict.__getitem__
-
-        def to(self, device: Any) -> Any:
-            return self
-
-    def tokenize(captions: list[str], max_length: int, **_: Any) -> Any:
-        lengths = torch.tensor([[min(len(caption.encode()), max_length)] for caption in captions])
-        mask = (torch.arange(max_length) < lengths).long()
-        return Batch(input_ids=mask, attention_mask=mask)
-
-    return T5CaptionConditioner(text_encoder=Encoder(), tokenizer=tokenize)
-
-
-@pytest.fixture(scope="module")
-def conditioners() -> dict[str, Any]:
-    made = {"heroes": AttributeConditioner("heroes"), "motion": AttributeConditioner("motion")}
-    return made | {"classes": ClassConditioner(), "captions": caption_conditioner()}
-
-
-@pytest.mark.parametrize("name", ["heroes", "motion", "classes", "captions"])
-def test_any_prompt_is_read_or_refused(conditioners: dict[str, Any], name: str) -> None:
-    conditioner = conditioners[name]
-    if name == "captions":
-        pytest.importorskip("ftfy")
-        pytest.importorskip("bs4")
-
-    @settings(SETTINGS, max_examples=100 if name == "captions" else 300)
-    @given(text=texts)
-    def read(text: str) -> None:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of the cleaner, about captions that look like file names
-            rows = taken_or_refused(lambda: conditioner.encode(prompts=[text]))
-            if rows is not None:
-                assert len(rows[0] if isinstance(rows, tuple) else rows) == 1
-
-    read()
-
-
-# calls of pipelines
-
 huge = st.sampled_from([10**400, -(10**400), 10**5000, 2**63, 2**64 - 1, 2**64, -(2**63), 10**9, 10**18])
 numbers = st.one_of(
     st.integers(-3, 20),
@@ -217,10 +181,73 @@ anything = st.one_of(
     st.frozensets(st.integers(), max_size=3),
     st.sampled_from([len, print, int, iter([]), slice(None), "codes", "pil", ["codes"], ["num_committed"]]),
 )
+
+
+def caption_conditioner() -> T5CaptionConditioner:
+    class Encoder(torch.nn.Module):
+        def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> tuple[torch.Tensor]:
+            return (input_ids[..., None].float(),)
+
+    class Batch(dict):
+        __getattr__ = dict.__getitem__
+
+        def to(self, device: Any) -> Any:
+            return self
+
+    def tokenize(captions: list[str], max_length: int, **_: Any) -> Any:
+        lengths = torch.tensor([[min(len(caption.encode()), max_length)] for caption in captions])
+        mask = (torch.arange(max_length) < lengths).long()
+        return Batch(input_ids=mask, attention_mask=mask)
+
+    return T5CaptionConditioner(text_encoder=Encoder(), tokenizer=tokenize)
+
+
+@pytest.fixture(scope="module")
+def conditioners() -> dict[str, Any]:
+    made = {"heroes": AttributeConditioner("heroes"), "motion": AttributeConditioner("motion")}
+    return made | {"classes": ClassConditioner(), "captions": caption_conditioner()}
+
+
+@pytest.mark.parametrize("name", ["heroes", "motion", "classes", "captions"])
+def test_any_prompt_is_read_or_refused(conditioners: dict[str, Any], name: str) -> None:
+    conditioner = conditioners[name]
+    if name == "captions":
+        pytest.importorskip("ftfy")
+        pytest.importorskip("bs4")
+
+    @SETTINGS
+    @given(text=texts)
+    def read(text: str) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the cleaner, about captions that look like file names
+            rows = taken_or_refused(lambda: conditioner.encode(prompts=[text]))
+            if rows is not None:
+                assert len(rows[0] if isinstance(rows, tuple) else rows) == 1
+
+    read()
+
+
+@pytest.mark.parametrize("name", ["heroes", "motion", "classes", "captions"])
+def test_a_conditioner_takes_or_refuses_anything(conditioners: dict[str, Any], name: str) -> None:
+    if name == "captions":
+        pytest.importorskip("ftfy")
+
+    @SETTINGS
+    @given(items=anything)
+    def read(items: Any) -> None:
+        for call in (lambda i: conditioners[name](i), lambda i: conditioners[name].encode(class_labels=i)):
+            taken_or_refused(lambda: call(items))  # noqa: B023 - called at once
+
+    read()
+
+
+# calls of pipelines
+
 CALL = """prompt class_labels guidance_scale temperature top_k top_p seed generator output_type return_dict
 callback_on_step_end callback_on_step_end_tensor_inputs batch_size"""
 SHARED = CALL.split()
 OF_IMAGES = [*SHARED, "image", "mask_image", "num_images_per_prompt"]
+OF_JACOBI = [*OF_IMAGES, "window", "carry", "init", "windw"]
 OF_VIDEOS = [*SHARED, "frames", "num_frames", "num_videos_per_prompt", "fps"]
 
 
@@ -229,7 +256,7 @@ def pipelines() -> dict[str, tuple[Any, list[str], dict[str, Any]]]:
     """The pipelines, their arguments, and those of a call that is right."""
     hole = {"image": torch.rand(1, 3, 8, 8), "mask_image": torch.ones(8, 8)}
     return {
-        "classes": (tiny_pipeline(), OF_IMAGES, {"class_labels": 3}),
+        "classes": (tiny_pipeline(sampler=SpeculativeJacobiSampler()), OF_JACOBI, {"class_labels": 3}),
         "heroes": (tiny_hero_pipeline(), OF_IMAGES, {"prompt": ["deep elf with a red cloak", "orc"]}),
         "scales": (tiny_scale_pipeline(), OF_IMAGES, {"class_labels": 3, **hole}),
         "videos": (tiny_video_pipeline(), OF_VIDEOS, {"class_labels": [1, 2]}),
@@ -243,7 +270,7 @@ def test_any_argument_is_taken_or_refused(
     pipe, arguments, right = pipelines[name]
     monkeypatch.setattr(type(pipe.sampler), "sample", at_the_door)
 
-    @settings(SETTINGS, max_examples=300)
+    @SETTINGS
     @given(changes=st.dictionaries(st.sampled_from(arguments), anything, min_size=1, max_size=2))
     def call(changes: dict[str, Any]) -> None:
         state = torch.get_rng_state()
@@ -253,3 +280,43 @@ def test_any_argument_is_taken_or_refused(
             assert torch.equal(state, torch.get_rng_state())
 
     call()
+
+
+def test_a_drawing_takes_or_refuses_any_argument(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ImagePipeline, "from_pretrained", lambda name: tiny_hero_pipeline())
+    monkeypatch.setattr(NextTokenSampler, "sample", at_the_door)
+    studio, right = Studio(), {"model": "tiny", "prompt": "orc", "sampler": "next-token"}
+    names = ["prompt", "sampler", "seed", "guidance_scale", "temperature", "num_images"]
+
+    @SETTINGS
+    @given(changes=st.dictionaries(st.sampled_from(names), anything, min_size=1, max_size=2))
+    def draw(changes: dict[str, Any]) -> None:
+        taken_or_refused(lambda: list(studio.draw(**(right | changes))))
+        assert not studio._busy.locked()
+
+    draw()
+
+
+WHOLE = {
+    "jacobi": ["window"],
+    "draft-model": ["num_drafts"],
+    "drafted-jacobi": ["window", "num_sweeps"],
+    "grouped-speculative": ["window", "group_size"],
+    "lantern": ["k", "depth", "branching", "num_nodes"],
+    "zipar": ["window"],
+}
+
+
+@pytest.mark.parametrize(("name", "setting"), [(name, one) for name, settings in WHOLE.items() for one in settings])
+def test_a_huge_setting_is_cut_to_the_image_or_refused(name: str, setting: str) -> None:
+    pipe = tiny_pipeline(sampler=sampler_class(name)(), drafter=tiny_backbone())
+    call = {"class_labels": 3, "seed": 0, "output_type": "codes", setting: 10**5000}
+    drawn = taken_or_refused(lambda: pipe(**call))
+    assert drawn is None or bool((drawn.codes >= 0).all())
+
+
+def test_numbers_of_other_libraries_draw_as_their_own() -> None:
+    pipe, asked = tiny_pipeline(), {"class_labels": 3, "seed": 0, "output_type": "codes"}
+    half = pipe(**asked, temperature=0.5, top_p=0.5, top_k=3).codes
+    assert torch.equal(pipe(**asked, temperature=Fraction(1, 2), top_p=np.float16(0.5), top_k=np.int8(3)).codes, half)
+    assert type(pipe.sampler.replace(top_k=np.int8(3)).top_k) is int

@@ -26,6 +26,7 @@ from vargen.samplers.scale.state import NextScaleState, Noise
 from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
 
 RAMPS = ("linear", "constant")
+MAX_SCALES = 64  # published models have 10 to 14
 SMOOTH_TEMPERATURE = (0.27, 0.95, 0.005)  # start, share that is lost by the last scale, floor: the official constants
 
 
@@ -83,7 +84,7 @@ class NextScaleSampler(Sampler):
             check_number("final_temperature", self.final_temperature, low=0.0, hint="0 is greedy, None is temperature")
         for name, low in (("guidance_stop_scale", 0), ("stop_scale", 1), ("refine_scale", 0)):
             if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), low=low, hint="None is off")
+                check_integer(name, getattr(self, name), low=low, high=MAX_SCALES, hint="None is off")
 
     def ratio(self, k: int, num_scales: int) -> float:
         """How far scale k is: 0 at the first, 1 at the last."""

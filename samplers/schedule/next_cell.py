@@ -21,6 +21,7 @@ from vargen.random import Stream, normal, seed_tensor
 from vargen.samplers.heads.diffusion import ContinuousSampler
 from vargen.validation.checks import check_integer, check_seeds
 
+MAX_STEPS = 1000  # the noise of all of them is drawn at once
 LAST_TIME = 0.04  # where the stochastic steps end; one step without noise leads from there to 0
 
 CellNoise = Callable[
@@ -72,7 +73,7 @@ class NextCellSampler(ContinuousSampler):
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range."""
         super().check()
-        check_integer("num_steps", self.num_steps, low=2)
+        check_integer("num_steps", self.num_steps, low=2, high=MAX_STEPS)
         if self.num_diffusion_steps is not None:
             raise ValueError("num_diffusion_steps must be None for NextCellSampler; set num_steps")
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor
 from vargen.samplers.acceptance.gaussian_chains import ContinuousState, Drafts, judge_paths, judge_steps
+from vargen.samplers.base import MAX_DRAFTS
 from vargen.samplers.heads.diffusion import ContinuousSampler, path_noise, work_dtype
 from vargen.samplers.window.continuous_official import OFFICIAL_WARNING, OfficialState, official_start, official_step
 from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
@@ -65,7 +66,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         """Raise ``ValueError`` for a setting out of range."""
         super().check()
         check_choice("mode", self.mode, MODES)
-        check_integer("gamma", self.gamma, low=0, hint="0 drafts nothing")
+        check_integer("gamma", self.gamma, low=0, high=MAX_DRAFTS, hint="0 drafts nothing")
         check_number("prefill", self.prefill, low=0.0, high=1.0)
         check_number("inner_temperature", self.inner_temperature, low=0.0, open_low=True)
         if self.gamma > 0 and self.mode != "official" and (self.temperature == 0 or not self.final_noise):

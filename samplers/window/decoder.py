@@ -109,7 +109,7 @@ class WindowSampler(Sampler):
         forced = forced_slots(inputs.forced_codes, structural, table, len(run.seeds), int(backbone.codebook_size))
         options = {"hidden": True} if self.reads_hidden(run.drafter) else {}
         options |= {"static": True} if reason is None else {}
-        session, out = backbone.open(run.condition, max_window=self.num_rows, **options)
+        session, out = backbone.open(run.condition, max_window=self._rows_at_once(table), **options)
         state = self._first_state(run, session, table.to(out.logits.device), out.logits.shape[-1])
         state.forced = None if forced is None else forced.to(out.logits.device)
         state.hidden = out.hidden
@@ -123,6 +123,10 @@ class WindowSampler(Sampler):
         elif inputs.cuda_graph is None and out.logits.is_cuda and reason is not None:
             state.notes.append(f"iterations are not replayed as a CUDA graph: {reason}")
         return state
+
+    def _rows_at_once(self, layout: SlotLayout) -> int:
+        """Rows that a session must have room for: a window reaches no further than the image, a tree has its own size."""
+        return self.num_rows if self.num_rows > self.reach else min(self.num_rows, layout.num_slots)
 
     def step(self, state: WindowState) -> WindowState:
         """Score the drafts in one forward pass, commit, draft again."""

@@ -58,15 +58,15 @@ class DraftModelSampler(WindowSampler):
         """Open a session of the draft model."""
         check_drafter(type(self).__name__, state.backbone, drafter)
         prepared = drafter.prepare(condition, guidance_scale=self.guidance_scale)
-        return ChainDrafter(self, drafter, prepared)
+        return ChainDrafter(self, drafter, prepared, min(self.num_rows, state.stream.num_slots))
 
 
 class ChainDrafter:
     """Draws every draft from the draft model, given the drafts before it."""
 
-    def __init__(self, sampler: DraftModelSampler, model: Any, condition: Any) -> None:
+    def __init__(self, sampler: DraftModelSampler, model: Any, condition: Any, max_window: int) -> None:
         self.sampler, self.model = sampler, model
-        self.session, _ = model.open(condition, max_window=sampler.num_rows)
+        self.session, _ = model.open(condition, max_window=max_window)
         self.num_forwards = 1
         self.fed = 0  # codes fed for the last window, all of them in the cache
 

@@ -21,6 +21,7 @@ from torch import Tensor
 from vargen.kernels.draw import draw
 from vargen.kernels.verify.types import Carry, Draft, Verdict
 from vargen.kernels.warp import combine
+from vargen.samplers.base import MAX_DRAFTS
 from vargen.samplers.drafters.base import Drafter, JacobiDrafter, check_drafter, force, shared_guesses
 from vargen.samplers.window.decoder import WindowSampler, WindowState
 from vargen.validation.checks import check_integer, check_number
@@ -50,7 +51,7 @@ class DraftedJacobiSampler(WindowSampler):
         """Check the shared settings, the window, the sweeps and the strength."""
         super().check()
         check_integer("window", self.window, low=1, hint="1 is next-token sampling")
-        check_integer("num_sweeps", self.num_sweeps, low=1)
+        check_integer("num_sweeps", self.num_sweeps, low=1, high=MAX_DRAFTS)
         check_number("strength", self.strength, low=0.0, high=1.0)
 
     @property
@@ -76,7 +77,7 @@ class CorrectingDrafter:
         self.sampler, self.model = sampler, model
         self.shift = JacobiDrafter("uniform", shared_guesses(state) if sampler.temperature > 0 else None)
         prepared = model.prepare(condition, guidance_scale=sampler.guidance_scale)
-        self.session, out = model.open(prepared, max_window=sampler.window)
+        self.session, out = model.open(prepared, max_window=state.width)
         self.num_forwards = 1
         self.old = self._combine(out.logits).expand(-1, state.width, -1)  # a w v: drafter's laws of the last window
 

@@ -19,6 +19,7 @@ from vargen.samplers.window.decoder import WindowSampler, WindowState
 from vargen.validation.checks import check_choice, check_integer, check_number
 
 CARRIES = ("independent", "maximal")
+MAX_GROUP = 4096  # codes of a group, all of them looked at for every row
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +51,7 @@ class GroupedSpeculativeSampler(WindowSampler):
         """Check the shared settings and the groups."""
         super().check()
         check_integer("window", self.window, low=1, hint="1 is next-token sampling")
-        check_integer("group_size", self.group_size, low=2)
+        check_integer("group_size", self.group_size, low=2, high=MAX_GROUP)
         if self.group_size % 2:
             raise ValueError(f"group_size must be even, got {self.group_size}; try {self.group_size + 1}")
         check_number("prob_threshold", self.prob_threshold, low=0.0, high=1.0)

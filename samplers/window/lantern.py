@@ -24,7 +24,7 @@ from vargen.samplers.acceptance.codebook_neighbors import neighbor_table
 from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
 from vargen.samplers.acceptance.lantern import Relaxation
 from vargen.samplers.acceptance.recursive import Walk, walk_logits
-from vargen.samplers.base import Inputs, Run
+from vargen.samplers.base import MAX_DRAFTS, Inputs, Run
 from vargen.samplers.drafters.tree import NAMED_TREES, Tree, TreeDraft
 from vargen.samplers.drafters.tree_run import TreeRun, TreeVerdict, check_draft_model, open_draft_model
 from vargen.samplers.window.decoder import WindowInputs, WindowSampler, WindowState
@@ -34,6 +34,8 @@ RELAXATIONS = ("none", "lantern", "lantern++")
 RESIDUALS = ("paper", "optimal", "upstream")
 PROPOSALS = ("auto", "without_replacement", "with_replacement", "top")
 ACCEPTANCES = ("recursive", "k-seq", "typical")
+MAX_NODES = 4096  # of a tree: its mask has the square of them
+MAX_NEIGHBORS = 2**16  # of a code, each of them kept for every code
 MOST_OPTIMAL_K = 16  # the optimal residual looks at the neighbours of every code
 
 
@@ -124,9 +126,10 @@ class LanternSampler(WindowSampler):
         check_choice("tree", self.tree, (*NAMED_TREES, "chain", "siblings", "dynamic"))
         check_choice("proposal", self.proposal, PROPOSALS)
         check_choice("acceptance", self.acceptance, ACCEPTANCES)
-        for name in ("k", "depth", "branching"):
-            check_integer(name, getattr(self, name), low=1)
-        check_integer("num_nodes", self.num_nodes, low=2)
+        check_integer("k", self.k, low=1, high=MAX_NEIGHBORS)
+        check_integer("depth", self.depth, low=1, high=MAX_DRAFTS)
+        check_integer("branching", self.branching, low=1, high=MAX_NODES)
+        check_integer("num_nodes", self.num_nodes, low=2, high=MAX_NODES)
         check_number("delta", self.delta, low=0.0, high=1.0)
         check_number("lam", self.lam, low=1.0, hint="1 relaxes nothing")
         check_number("typical_epsilon", self.typical_epsilon, low=0.0, high=1.0, open_low=True)
@@ -136,6 +139,10 @@ class LanternSampler(WindowSampler):
         self._check_together()
 
     def _check_together(self) -> None:
+        if self.tree == "dynamic" and self.depth * self.branching > MAX_NODES:
+            raise ValueError(
+                f"a dynamic tree may have depth * branching = {MAX_NODES}, got {self.depth} * {self.branching}"
+            )
         if self.relaxation != "none" and self.acceptance != "recursive":
             raise ValueError(
                 f"acceptance {self.acceptance!r} cannot be relaxed; take relaxation='none' or acceptance='recursive'"

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vargen.validation.folders import Stored, check_component, one_line
 
+MAX_ROWS = 2**16  # prompts or labels at once
 MAX_CHARACTERS = 10_000  # of a prompt; conditioners that read less allow less
 
 
@@ -39,10 +40,12 @@ class Conditioner(Stored, ConfigMixin):
     def __call__(self, items: Any) -> Any:
         """Turn one prompt or label, or a list of them, into a condition; numbers are labels, texts are prompts."""
         if isinstance(items, Tensor):
+            if items.is_meta or items.ndim > 1 or items.numel() > MAX_ROWS:
+                raise ValueError(f"labels must be a tensor [P] of at most {MAX_ROWS}, got {list(items.shape)}")
             items = items.tolist()
         if not isinstance(items, str | Integral | list | tuple | range):
             raise ValueError(f"a conditioner takes a prompt, a label or a list of them, got {type(items).__name__}")
-        listed: list[Any] = [items] if isinstance(items, str | Integral) else list(items)
+        listed: list[Any] = [items] if isinstance(items, str | Integral) else list(items[: MAX_ROWS + 1])
         if listed and all(isinstance(item, Integral) for item in listed):
             return self.encode(class_labels=listed)
         return self.encode(prompts=listed)
@@ -67,7 +70,7 @@ def one_of(prompts: Sequence[Any] | None, class_labels: Sequence[Any] | None) ->
     """Return whichever was given and is not empty.
 
     Raises:
-        ValueError: both, neither, or an empty list; a prompt that is no text or too long.
+        ValueError: both, neither, an empty list, or one of more than 65,536 entries; a prompt that is no text or too long.
     """
     if (prompts is None) == (class_labels is None):
         raise ValueError(f"give either prompts or class_labels, got {'both' if prompts is not None else 'neither'}")
@@ -77,6 +80,10 @@ def one_of(prompts: Sequence[Any] | None, class_labels: Sequence[Any] | None) ->
         raise ValueError(f"a conditioner takes a list with at least one entry, got {type(given).__name__}")
     if not given:
         raise ValueError("a conditioner takes a list with at least one entry, got an empty one")
+    if len(given[: MAX_ROWS + 1]) > MAX_ROWS:  # the length of a range may be beyond len()
+        raise ValueError(
+            f"a conditioner takes a list of at most {MAX_ROWS} entries, got a longer one; cut it in parts"
+        )
     if prompts is not None:
         for prompt in prompts:
             check_prompt(prompt)

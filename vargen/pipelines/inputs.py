@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.conditioners.base import check_prompt
+from vargen.conditioners.base import MAX_ROWS, check_prompt
 from vargen.outputs import DecodeStats, Guarantee
 from vargen.random import check_seeds
 from vargen.validation.checks import check_flag, shown
 
 OUTPUT_TYPES = ("pil", "pt", "np", "codes")
-MAX_IMAGES = 2**16  # of one call: more than FID's 50,000, and few enough that conditions and seeds are no burden
+MAX_IMAGES = MAX_ROWS  # of one call: more than FID's 50,000, and few enough that conditions and seeds are no burden
 _INTEGERS = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 _WEAKEST_LAST: tuple[Guarantee, ...] = ("exact", "relaxed", "heuristic")
 

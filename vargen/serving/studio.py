@@ -105,7 +105,9 @@ class Studio:
         self._asked[stopping] = session
         try:
             pipe = self.pipe(check_text("model", model))
-            chosen = swap_sampler(pipe.sampler, check_text("sampler", sampler), pipe.backbone).replace(**settings)
+            chosen = swap_sampler(pipe.sampler, check_text("sampler", sampler, longest=100), pipe.backbone).replace(
+                **settings
+            )
             prompts = inputs.read_prompts(prompt)
             if hasattr(pipe.conditioner, "check"):
                 pipe.conditioner.check(prompts)
