@@ -14,10 +14,11 @@ from safetensors.torch import load_file, save_file
 from vargen.backbones.eagle import EagleDrafter
 from vargen.backbones.llamagen import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.files import atomic_dir, atomic_write
+from vargen.files import atomic_dir, atomic_write, writing
 from vargen.pipelines.components import SHARED_KEY, index_entry, read_index
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.video import VideoPipeline
+from vargen.reading import read_json
 from vargen.samplers.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.masked_continuous import ContinuousMaskedSampler
 from vargen.samplers.neighboring import NeighboringSampler
@@ -128,7 +129,7 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
         forget_origin(beside / "config.json")
     index["eagle"] = list(index_entry(drafter))
     record = folder / TRAINING_FILE
-    facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    facts = read_json(record) if record.is_file() else {}
     facts["eagle"] = _facts(run)
     texts = {folder / "model_index.json": json.dumps(dict(sorted(index.items())), indent=2)}
     for file, text in {**texts, record: json.dumps(facts, indent=1)}.items():
@@ -161,7 +162,7 @@ def share_component(folder: str | Path, name: str, other: str) -> None:
 
 def forget_origin(file: Path) -> None:
     """Take out of a configuration where the model was loaded from: diffusers stores the path on this machine."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     if config.pop("_name_or_path", None) is not None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -198,11 +199,9 @@ def load_transformer(run: str | Path) -> Any:
 def halve_weights(file: Path) -> None:
     """Rewrite a safetensors file with its float32 tensors as float16."""
     tensors = load_file(file)
-    save_file(
-        {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()},
-        file,
-        metadata={"format": "pt"},
-    )
+    halves = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
+    with writing(file):
+        save_file(halves, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors writes for the owner alone; an installed package is read by everyone
 
 
