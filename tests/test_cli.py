@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import resource
 import subprocess
 import sys
 import time
+from contextlib import redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+import typer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from PIL import Image
 from typer.testing import CliRunner
 
 import vargen
-from tests.tiny import tiny_backbone, tiny_pipeline
-from vargen.cli import _common
+from tests.tiny import tiny_backbone, tiny_pipeline, tiny_scale_pipeline
+from vargen.cli import _common, _drawing
 from vargen.cli.main import app
 
 ROOT = Path(__file__).resolve().parents[1]
+COMMAND = typer.main.get_command(app)  # built once: quicker than a runner that builds it for every call
 COMMANDS = ("generate", "models", "convert", "verify", "train", "data heroes", "eval fid", "eval compare")
 
 
@@ -151,7 +159,44 @@ class TestFailures:
         (["train", "nothing"], "nothing"),
     )
 
-    @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[" ".join(a) for a, _ in BAD])
+    NUMBERS: tuple[tuple[list[str], str], ...] = (
+        (["generate", "x", "-n", "999999999999"], "-n must be in 1..10000, got 999999999999"),
+        (["generate", "x", "y", "-n", "5001"], "-n must be in 1..5000 of each of 2 prompts"),
+        (["generate", "x", "-n", "1" + "0" * 400], "-n must be in 1..10000, got an integer of about 400 digits"),
+        (["generate", "x", "-n", "-1"], "-n must be in 1..10000"),
+        (["generate", "x", "--scale", "100000"], "--scale must be at most 256"),
+        (["generate", "x", "--threads", "999999"], "--threads must be at most"),
+        (["generate", "x", "--columns", "9" * 30], "--columns must be at most 10,000"),
+        (["generate", "x", "--batch-size", "0"], "--batch-size must be at least 1"),
+        (["generate", "x", "--device", "meta"], "device 'meta' draws nothing"),
+        (["generate", "x", "--device", "cpu:7"], "device 'cpu:7' is not available"),
+        (["generate", "x", "--device", "cuda:99999"], "device 'cuda:99999' is not available"),
+        (["generate", "x", "--device", "\x1b[31m"], "unknown device '\\x1b[31m'"),
+        (["generate", "x", "--set", "window=1" + "0" * 400], "an integer of about 400 digits"),
+        (["generate", "x", "--set", "window=" + "[" * 3000], "nests its values too deeply"),
+        (["generate-video", "x", "-n", "999999999999"], "-n must be in 1..10000"),
+        (["generate-video", "x", "--scale", "-1"], "--scale must be at least 1"),
+        (["generate-video", "x", "--threads", "999999"], "--threads must be at most"),
+        (["generate-video", "--frames", "/dev/zero"], "/dev/zero is not a file"),
+        (["eval", "fid", "-o", "e", "-n", "999999999999"], "--num must be at most 1,000,000"),
+        (["eval", "fid", "-o", "e", "--classes", "1" + "0" * 400], "--classes must be at most"),
+        (["eval", "fid", "-o", "e", "--timeout", "nan"], "--timeout must be at least 0.001"),
+        (["eval", "fid", "-o", "e", "--device", "meta"], "device 'meta' draws nothing"),
+        (["eval", "reconstruction", "-n", "999999999999"], "--num must be at most"),
+        (["eval", "likelihood", "-n", "1"], "--num must be at least 2"),
+        (["eval", "classifier", "--steps", "999999999999"], "--steps must be at most"),
+        (["bench", "-o", "b", "-n", "999999999999"], "--num must be at most"),
+        (["bench", "-o", "b", "--batch", "1,99999"], "a batch size must look like"),
+        (["bench", "-o", "b", "--repeats", "0"], "--repeats must be at least 1"),
+        (["data", "heroes", "-n", "999999999999", "-o", "d"], "-n must be at most 1,000,000"),
+        (["convert", "a.pt", "d", "--grid-size", "1000000000x1000000000"], "--grid-size must look like"),
+        (["convert", "a.pt", "d", "--grid-size", "²"], "--grid-size must look like"),
+        (["train", "heroes32-vq", "--set", "name=../../elsewhere"], "name must be the plain name of a folder"),
+        (["train", "heroes32-vq", "--set", "seed=1" + "0" * 400], "an integer of about 400 digits"),
+    )
+    BAD += NUMBERS
+
+    @pytest.mark.parametrize(("arguments", "message"), BAD, ids=[ascii(" ".join(a))[:60] for a, _ in BAD])
     def test_one_line_and_nothing_written(self, arguments: list[str], message: str, tmp_path: Path) -> None:
         result = run(*arguments, code=2)
         (line,) = result.stderr.splitlines()
@@ -159,6 +204,83 @@ class TestFailures:
         assert message in line
         assert result.stdout == ""
         assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["-n", "10000", "--scale", "200"], "a sheet of 10000 images would have 160202 x 160202 pixels"),
+            (["--separate", "-n", "1", "--scale", "256"], ""),
+            (["-n", "4", "--scale", "256"], ""),
+        ],
+    )
+    def test_sheet_too_large_is_refused_before_anything_is_drawn(
+        self, model: str, arguments: list[str], message: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        drawn: list[Any] = []
+        monkeypatch.setattr(vargen.NextTokenSampler, "sample", lambda *_a, **_k: drawn.append(1) or 1 / 0)
+        result = generate(model, *arguments, code=2 if message else 1)
+        assert message in result.stderr
+        assert bool(drawn) == (not message)
+
+    def test_sheet_of_a_video_is_bounded(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from vargen.cli import generate_video
+
+        pipe = SimpleNamespace(
+            tokenizer=SimpleNamespace(downsample=(4, 4)), backbone=SimpleNamespace(grid_size=(3, 2, 2)), num_frames=500
+        )
+        assert _drawing.picture_size(pipe) == (8, 8)
+        generate_video._check_sheet(pipe, 4, None, 10)
+        with pytest.raises(ValueError, match="500 frames of"):
+            generate_video._check_sheet(pipe, 40, None, 20)
+
+    def test_picture_size_is_that_of_the_pictures(self) -> None:
+        for pipe in (tiny_pipeline(), tiny_scale_pipeline()):
+            assert pipe(class_labels=1, seed=0).images[0].size == _drawing.picture_size(pipe)
+        autoencoder = SimpleNamespace(config=SimpleNamespace(block_out_channels=(8, 8, 8)))
+        backbone = SimpleNamespace(grid_size=(4, 6), config=SimpleNamespace(patch_size=2))
+        assert _drawing.picture_size(SimpleNamespace(tokenizer=autoencoder, backbone=backbone)) == (48, 32)
+
+    @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+    @given(
+        options=st.dictionaries(
+            st.sampled_from(["-n", "--seed", "-g", "--temperature", "--top-k", "--top-p", "--columns", "--scale",
+                             "--batch-size", "--threads", "--dtype", "--device", "--set", "-c"]),
+            st.one_of(st.integers().map(str), st.floats().map(str), st.integers(0, 5).map(str), st.text(max_size=5),
+                      st.sampled_from(["1" + "0" * 400, "1" + "0" * 5000, "1e999", "window=1e999", "meta", "cuda:9", "²",
+                                       "top_k=1" + "0" * 300, "x=" + "[" * 2000, "--5", "\x1b[2J", "\u202e"])),
+            max_size=4,
+        ),
+        video=st.booleans(),
+    )  # fmt: skip
+    def test_any_numbers_are_taken_or_refused_in_one_line(
+        self, options: dict[str, str], video: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Up to the call of the pipeline, which has tests of its own: nothing is drawn here."""
+
+        def load(_kind: Any, _model: str, device: str | None, dtype: str) -> Any:
+            _common.pick_device(device)
+            _common.pick_dtype(dtype)
+            return called
+
+        class Called(SimpleNamespace):
+            def __call__(self, **_arguments: Any) -> Any:
+                raise ValueError("called")
+
+        size = {"tokenizer": SimpleNamespace(downsample=2), "backbone": SimpleNamespace(grid_size=(4, 4))}
+        called = Called(**size, num_frames=5)
+        monkeypatch.setattr(_drawing, "load_pipeline", load)
+        monkeypatch.setattr(_drawing, "set_threads", lambda *_given: None)
+        arguments = [part for pair in options.items() for part in pair]
+        command = ["generate-video" if video else "generate", *arguments, *([] if "-c" in options else ["--", "orc"])]
+        errors = io.StringIO()
+        with redirect_stderr(errors), pytest.raises(SystemExit) as left:
+            COMMAND.main(command, prog_name="vargen")
+        assert left.value.code == 2, command
+        *usage, line = errors.getvalue().splitlines()
+        assert line.removeprefix("error: ").isprintable(), command
+        assert not usage or usage[0].startswith("Usage:"), (
+            command
+        )  # a value that is no number at all: as click says it
 
     def test_failure_inside_the_run_writes_nothing(self, model: str, tmp_path: Path) -> None:
         for bad in (["--temperature", "-1"], ["-c", "99"], ["--top-p", "0"], ["--set", "windo=3"], ["-n", "0"]):
@@ -174,6 +296,54 @@ class TestFailures:
         monkeypatch.setattr("vargen.registry.shipped_models", lambda: 1 / 0)
         (line,) = run("models", code=1).stderr.splitlines()
         assert line == "error: internal error, ZeroDivisionError: division by zero (VARGEN_DEBUG=1 shows where)"
+
+    def test_names_cannot_steer_the_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """In errors, in wrong usage, in tables, in pages, in cards and in the stack that is shown on request."""
+        name = "a\x1b[31m\x07\u202e[bold]b\udcff.pt"
+        escaped = r"a\x1b[31m\x07\u202e[bold]b\udcff.pt"
+        for arguments in (["verify", name], ["models", name, name], ["convert", name, "d"], [name]):
+            line = run(*arguments, code=2).stderr
+            assert escaped in line, arguments
+            assert line.replace("\n", "").isprintable()
+        monkeypatch.setenv(_common.DEBUG_VARIABLE, "1")
+        stack = run("verify", name, code=1).stderr
+        assert "Traceback" in stack
+        assert stack.replace("\n", "").isprintable()
+
+    def test_texts_of_files_cannot_steer_the_terminal(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        torch.save({**tiny_backbone().state_dict(), "a\x1b[31m[red]b": torch.zeros(2)}, "odd.pt")
+        row = {"name": "a\x1b[2Jb", "sampler": {}, "guarantee": "exact", "forwards": 1.0, "seconds": {"1": 1.0}}
+        where = {"date": "d", "hardware": "h", "vargen": "0", "torch": "0"}
+        bench = {"model": "m", "num_images": 0, "repeats": 1, "floor": None, "skipped": {}, "rows": [row]}
+        Path("bench.json").write_text(json.dumps({**bench, "environment": where}))
+        monkeypatch.setattr("vargen.cli.models._card", lambda _name: "# card\x1b[2J\n")
+        for arguments, shown in (
+            (["verify", "odd.pt"], r"a\x1b[31m[red]b"),
+            (["bench", "--table", "bench.json"], r"a\x1b[2Jb"),
+            (["models", "any"], "# card\\x1b[2J"),
+        ):
+            output = CliRunner().invoke(app, arguments).output
+            assert shown in output, (arguments, output)
+            assert output.replace("\n", "").isprintable()
+
+    def test_pages_and_progress_cannot_steer_the_terminal(self, capsys: pytest.CaptureFixture[str]) -> None:
+        _common.show_markdown("# title\x1b[2J\n\nnothing\u202e")
+        _common.say("a\x1b\nb")
+        text = capsys.readouterr().out
+        assert r"title\x1b[2J" in text
+        assert r"nothing\u202e" in text
+        assert text.endswith("a\\x1b\nb\n")
+
+    def test_file_too_large_is_named(self, model: str) -> None:
+        soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+        for arguments, file in ((["-o", "big.png"], "big.png"), (["--separate", "-o", "d"], "d/0000-seed5.png")):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+            try:
+                (line,) = generate(model, *arguments, code=2).stderr.splitlines()
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+            assert line.startswith(f"error: cannot write {file}: File too large")
+        assert list(Path().iterdir()) == []
 
     def test_debug_variable_shows_the_stack(self) -> None:
         done = in_process("generate", VARGEN_DEBUG="1")

@@ -72,8 +72,9 @@ def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
     errors of their own.
 
     Args:
-        path: what is being written.
-        beside: where it is written before it gets its name; for a folder, the error names the file that was written last.
+        path: what is being written. Of a folder, an error that does not say which file it is about names the folder: put
+            ``writing`` around each file too.
+        beside: where it is written before it gets its name.
 
     Raises:
         WriteError: the system refused; errors about other files pass as they are.
@@ -85,7 +86,7 @@ def writing(path: str | Path, beside: Path | None = None) -> Iterator[None]:
         reason = _reason(error, own)
         if reason is None:
             raise
-        written = _named(error, own) or _last_written(own)
+        written = _named(error, own) or own
         raise WriteError(*reason, str(Path(path) / written.relative_to(own))) from error
 
 
@@ -106,15 +107,10 @@ def _reason(error: Exception, own: Path) -> tuple[int | None, str] | None:
 
 
 def _named(error: Exception, own: Path) -> Path | None:
-    """The file ``own`` or inside it that an error of the system names."""
-    name = getattr(error, "filename", None)
-    file = Path(os.fsdecode(name)) if isinstance(name, str | bytes | os.PathLike) else None
-    return file if file is not None and (file == own or own in file.parents) else None
-
-
-def _last_written(own: Path) -> Path:
-    files = [file for file in own.rglob("*") if file.is_file()] if own.is_dir() else []
-    return max(files, key=lambda file: file.stat().st_mtime_ns, default=own)
+    """The file ``own`` or inside it that an error of the system names, as the first or, where one is copied, the second."""
+    names = [getattr(error, attribute, None) for attribute in ("filename", "filename2")]
+    files = [Path(os.fsdecode(name)) for name in names if isinstance(name, str | bytes | os.PathLike)]
+    return next((file for file in files if file == own or own in file.parents), None)
 
 
 @contextmanager

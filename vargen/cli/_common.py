@@ -156,7 +156,7 @@ def pick_device(device: str | None) -> str:
     kinds["xpu"] = torch.xpu.device_count() if hasattr(torch, "xpu") else 0
     if found.type not in kinds:  # such as meta, on which nothing is computed
         raise ValueError(f"device {shown(device)} draws nothing; use cpu, cuda, cuda:1 or mps")
-    if (found.index or 0) >= kinds[found.type]:
+    if not 0 <= (found.index or 0) < kinds[found.type]:  # numbers that are too large come back negative
         raise ValueError(f"device {shown(device)} is not available on this machine; use cpu")
     return device
 

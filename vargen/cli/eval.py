@@ -250,7 +250,8 @@ def _check_counts(num: int, classes: int | None = None) -> None:
 def _features(network: str, weights: Path | None, tap: str | None, device: str | None) -> Any:
     from vargen.metrics.networks.registry import feature_network
 
-    return feature_network(network, weights, tap=tap).to(_common.pick_device(device))
+    where = _common.pick_device(device)  # checked before anything is loaded
+    return feature_network(network, weights, tap=tap).to(where)
 
 
 def _pipeline(model: str, sampler: str | None, device: str | None, dtype: str = "float32") -> Any:

@@ -172,11 +172,13 @@ def _write_each(
 ) -> None:
     from PIL import Image
 
-    from vargen.checkpoints.resolve import atomic_dir
+    from vargen.files import atomic_dir, writing
 
     with atomic_dir(folder, overwrite=overwrite) as beside:
         for index, (image, text, seed) in enumerate(zip(result.images, named, result.seeds, strict=True)):
             factor = scale or 1
             large = image.resize((image.width * factor, image.height * factor), Image.Resampling.NEAREST)
             info = _metadata({**record, "prompt": text, "seed": seed})
-            large.save(beside / f"{index:04d}-seed{seed}.png", pnginfo=info)
+            file = beside / f"{index:04d}-seed{seed}.png"
+            with writing(file):
+                large.save(file, pnginfo=info)

@@ -58,8 +58,11 @@ def save_checkpoint(
     make_folder(beside)
     with writing(folder, beside):
         for stem, tensors in weights.items():
-            save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, beside / f"{stem}.safetensors")
-        torch.save(dict(optimizer), beside / "optimizer.pt")
+            file = beside / f"{stem}.safetensors"
+            with writing(file):
+                save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, file)
+        with writing(beside / "optimizer.pt"):
+            torch.save(dict(optimizer), beside / "optimizer.pt")
         (beside / "state.json").write_text(json.dumps(dict(state), indent=1), encoding="utf-8")
         for file in beside.iterdir():  # on disk before the name says so
             with file.open("rb") as handle:

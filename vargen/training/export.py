@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.draft_models.eagle import EagleDrafter
-from vargen.files import atomic_dir, atomic_write
+from vargen.files import atomic_dir, atomic_write, writing
 from vargen.pipelines.components import SHARED_KEY, read_index
 from vargen.pipelines.drafters import DRAFTERS_FOLDER, record_target, weights_digest
 from vargen.pipelines.image import ImagePipeline
@@ -32,6 +32,7 @@ from vargen.training.checkpoints import checkpoint_folders, load_state
 from vargen.training.sources import load_tokenizer, read_run, stored_recipe
 from vargen.training.tasks.base import make_task
 from vargen.training.tasks.kl import load_autoencoder
+from vargen.validation.reading import read_json
 
 TRAINING_FILE = "training.json"
 COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer and sampler of its pipeline
@@ -132,7 +133,7 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
         forget_origin(beside / "config.json")
         record_target(beside, weights_digest(backbone))
     record = folder / TRAINING_FILE
-    facts = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+    facts = read_json(record) if record.is_file() else {}
     facts["eagle"] = _facts(run)
     with atomic_write(record, overwrite=True) as beside:
         beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -163,7 +164,7 @@ def share_component(folder: str | Path, name: str, other: str) -> None:
 
 def forget_origin(file: Path) -> None:
     """Take out of a configuration where the model was loaded from: diffusers stores the path on this machine."""
-    config = json.loads(file.read_text(encoding="utf-8"))
+    config = read_json(file)
     if config.pop("_name_or_path", None) is not None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
@@ -200,11 +201,9 @@ def load_transformer(run: str | Path) -> Any:
 def halve_weights(file: Path) -> None:
     """Rewrite a safetensors file with its float32 tensors as float16."""
     tensors = load_file(file)
-    save_file(
-        {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()},
-        file,
-        metadata={"format": "pt"},
-    )
+    halves = {name: value.half() if value.dtype == torch.float32 else value for name, value in tensors.items()}
+    with writing(file):
+        save_file(halves, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors writes for the owner alone; an installed package is read by everyone
 
 

@@ -13,8 +13,10 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +24,7 @@ from PIL import Image
 
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.datasets.heroes.compose import caption, sample_heroes
-from vargen.files import atomic_dir
+from vargen.files import atomic_dir, writing
 from vargen.validation.pictures import open_image
 from vargen.validation.reading import read_json
 
@@ -52,7 +54,8 @@ def rebuild_atlas(tarball: str | Path | None, out: str | Path, *, overwrite: boo
         path = Path(tarball) if tarball is not None else _fetch(record["source"], Path(downloads))
         _check_digest(path, record["source"])
         sheet = _pack(_read_tiles(path, record), record)
-        Image.fromarray(sheet).save(folder / "atlas.png", optimize=True)
+        with writing(folder / "atlas.png"):
+            Image.fromarray(sheet).save(folder / "atlas.png", optimize=True)
         shutil.copyfile(ATLAS_FOLDER / "atlas.json", folder / "atlas.json")
     return out
 
@@ -81,13 +84,14 @@ def compose_folder(n: int, out: str | Path, seed: int = 0, *, held_out: bool = F
     if not 0 <= seed <= 2**63 - n:
         raise ValueError(f"seed must be in [0, 2^63 - n], got {seed}")
     out = Path(out)
-    with atomic_dir(out, overwrite=overwrite) as folder, (folder / "captions.jsonl").open("w") as lines:
+    with atomic_dir(out, overwrite=overwrite) as folder, _captions(folder) as lines:
         for start in range(0, n, _HEROES_PER_CHUNK):
             seeds = np.arange(seed + start, seed + min(start + _HEROES_PER_CHUNK, n))
             heroes = sample_heroes(seeds, pairs="held_out" if held_out else "all")
             for i, hero_seed in enumerate(seeds):
                 name = f"{start + i:06d}.png"
-                Image.fromarray(heroes.images[i]).save(folder / name)
+                with writing(folder / name):
+                    Image.fromarray(heroes.images[i]).save(folder / name)
                 line = {
                     "file": name,
                     "caption": caption(heroes.attributes[i]),
@@ -97,6 +101,13 @@ def compose_folder(n: int, out: str | Path, seed: int = 0, *, held_out: bool = F
                 }
                 lines.write(json.dumps(line) + "\n")
     return out
+
+
+@contextmanager
+def _captions(folder: Path) -> Iterator[TextIO]:
+    file = folder / "captions.jsonl"
+    with writing(file), file.open("w") as lines:
+        yield lines
 
 
 def _fetch(source: dict[str, Any], folder: Path) -> Path:
