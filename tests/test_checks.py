@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 import vargen
 from tests.test_errors import one_line
 from tests.wrong import WRONG
-from vargen.checks import (
+from vargen.tokenizers.vq.quantizers import USAGE_WINDOW
+from vargen.validation.checks import (
     Settings,
     anything,
     check_choice,
@@ -31,7 +32,6 @@ from vargen.checks import (
     checked,
     shown,
 )
-from vargen.tokenizers.quantizers import USAGE_WINDOW
 
 CONDITIONS = {"num_classes": 3, "num_attributes": 5, "num_condition_tokens": 2}
 CODES = {"dim": 8, "num_layers": 1, "num_heads": 2, "codebook_size": 8, "grid_size": (2, 2)}

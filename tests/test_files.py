@@ -18,15 +18,15 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from vargen.data.crawl import compose_folder
+from vargen.datasets.heroes.build_atlas import compose_folder
+from vargen.display.preview import LivePreview
+from vargen.evaluation.images import write_npz
 from vargen.files import WriteError, atomic_dir, atomic_write, writing
-from vargen.metrics.images import write_npz
 from vargen.metrics.statistics import GaussianStatistics
 from vargen.pipelines.video_frames import save_video
-from vargen.preview import LivePreview
-from vargen.printable import printable
-from vargen.samplers.neighbors import neighbor_table
+from vargen.samplers.acceptance.codebook_neighbors import neighbor_table
 from vargen.training.checkpoints import save_checkpoint
+from vargen.validation.printable import printable
 
 
 def test_interrupted_write_leaves_the_old_file(tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from hypothesis import strategies as st
 
 from tests.test_errors import one_line
 from tests.wrong import WRONG
-from vargen.samplers.schedule import DecodeSchedule
-from vargen.samplers.schedule_orders import (
+from vargen.samplers.schedule.orders import (
     diagonal_order,
     grid_distance,
     group_sizes,
@@ -24,6 +23,7 @@ from vargen.samplers.schedule_orders import (
     make_order,
     region_order,
 )
+from vargen.samplers.schedule.schedule import DecodeSchedule
 
 # builder -> arguments that work
 BUILDERS: dict[str, dict[str, Any]] = {
