@@ -140,7 +140,7 @@ def test_loading_is_strict():
         MultiScaleVQTokenizer.from_original(load_file(GOLDEN / "var_weights.safetensors"), scales=SCALES)
     with pytest.raises(CheckpointError, match="pass scales="):
         MultiScaleVQTokenizer.from_original(weights())
-    with pytest.raises(ValueError, match="unknown tokenizer setting 'scale'"):
+    with pytest.raises(ValueError, match="no setting 'scale'; did you mean 'scales'"):
         MultiScaleVQTokenizer.from_original(weights(), scale=(1, 2))
 
 

@@ -27,7 +27,9 @@ from vargen.checkpoints.pickles import INERT_NAMES, MAX_PICKLE, PickleScan
 MAX_DIRECTORY = 2**23  # bytes of a zip's directory: 2^16 entries and more
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
 _PICKLES = 5  # of a file from before torch 1.6: magic number, version, system, content, keys of the numbers
-_CUT = re.compile("central directory|not a zip file|unexpected EOF|truncat|file size|exhausted|only .* remain|incomplete")
+_CUT = re.compile(
+    "central directory|not a zip file|unexpected EOF|truncat|file size|exhausted|only .* remain|incomplete"
+)
 
 
 class _Inert:
@@ -141,7 +143,9 @@ def _check_zip(path: Path) -> None:
     with _Bounded(io.FileIO(path)) as file, zipfile.ZipFile(file) as archive:  # type: ignore[type-var]
         entries = archive.infolist()
     if not entries or min(entry.header_offset for entry in entries) or any(entry.compress_type for entry in entries):
-        raise CheckpointError(f"{path} is packed in another way than torch packs checkpoints; save it again with torch")
+        raise CheckpointError(
+            f"{path} is packed in another way than torch packs checkpoints; save it again with torch"
+        )
     large = [e.filename for e in entries if "/data/" not in e.filename and e.file_size > MAX_PICKLE]
     if large:
         raise CheckpointError(f"{path}: {large[0]} has more than {MAX_PICKLE:,} bytes beside the numbers")

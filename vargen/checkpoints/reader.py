@@ -19,6 +19,7 @@ from vargen.checkpoints.bounds import (
     MAX_CONTAINERS,
     MAX_DEPTH,
     MAX_NAME,
+    MAX_TENSORS,
     WEIGHT_DTYPES,
     CheckpointError,
     check_tensors,
@@ -98,7 +99,10 @@ def _unwrap(content: Mapping[str, Any], name: str, seen: set[int], depth: int) -
         inner = entries.get(key)
         if isinstance(inner, Mapping) and id(inner) not in seen and (found := _unwrap(inner, name, seen, depth + 1)):
             return found
-    return {k: v.detach() for k, v in entries.items() if isinstance(v, Tensor)}
+    tensors = [(k, v) for k, v in entries.items() if isinstance(v, Tensor)]
+    if len(tensors) > MAX_TENSORS:
+        raise CheckpointError(f"{name} holds {len(tensors):,} tensors, more than the {MAX_TENSORS:,} allowed")
+    return {k: v.detach() for k, v in tensors}
 
 
 def _strip_prefixes(state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -190,6 +194,11 @@ def load_strict(
     """
     given = check_fit(module, state_dict, family=family, ignore=ignore)
     assign = any(v.is_meta for v in module.state_dict().values())
+    bare = [k for k, v in given.items() if v.is_meta]
+    if bare and (not assign or len(bare) < len(given)):  # a plan of a whole model may become one, a gap may not
+        raise CheckpointError(
+            f"{_shown(bare)}: the state dict has shapes but no numbers (meta device); load them first"
+        )
     module.load_state_dict(_taken_over(given) if assign else given, strict=True, assign=assign)
 
 
