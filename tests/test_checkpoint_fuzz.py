@@ -18,9 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from tests.checkpoint_families import FAMILIES, weights
-from vargen.checkpoint_bounds import WEIGHT_DTYPES
-from vargen.checkpoints import load_original
-from vargen.manifests import verify_checkpoint
+from vargen.checkpoints.bounds import WEIGHT_DTYPES
+from vargen.checkpoints.reader import load_original
+from vargen.checkpoints.verify import verify_checkpoint
 
 MEMORY = 2**19  # kB that all examples together may take
 NUMBERS = ("99999999", "9" * 5000, "1000000000000", "-1", "007", "x", "²", "", "1", "2", "0\n\x1b[2J")
