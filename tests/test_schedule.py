@@ -160,6 +160,8 @@ def test_orders_are_permutations_and_local_groups_lie_apart():
         apart += gaps.tolist()
         start += size
     assert min(apart) > 2  # the repulsion radius
+    recorded = [3, 4, 15, 0, 9, 16, 1, 18, 7, 2, 8, 10, 5, 6, 11, 12, 13, 14, 17, 19]
+    assert local_order((4, 5), (1, 3, 6, 10), 1).tolist() == recorded
     with pytest.raises(ValueError, match="sum to 64"):
         local_order((8, 8), (1, 2))
     with pytest.raises(ValueError, match="order must be one of random"):
