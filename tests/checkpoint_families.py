@@ -11,22 +11,22 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from vargen.backbones.any_order import AnyOrderTransformer
-from vargen.backbones.eagle import EagleDrafter
-from vargen.backbones.llamagen import LlamaGenTransformer
-from vargen.backbones.mar import MARTransformer
-from vargen.backbones.nar import NARTransformer
-from vargen.backbones.nbp import NBPTransformer
-from vargen.backbones.nbp_sizes import PREFIX
-from vargen.backbones.par import PARTransformer
-from vargen.backbones.var import VARTransformer
-from vargen.backbones.xar import XARTransformer
-from vargen.tokenizers.kl import load_kl16, to_latent_diffusion
-from vargen.tokenizers.multiscale_checkpoints import to_official
-from vargen.tokenizers.multiscale_vq import MultiScaleVQTokenizer
-from vargen.tokenizers.video_fsq import VideoFSQTokenizer
-from vargen.tokenizers.vq import VQTokenizer
-from vargen.tokenizers.vq_checkpoints import llamagen_to_taming
+from vargen.backbones.llamagen.any_order import AnyOrderTransformer
+from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.backbones.mar.model import MARTransformer
+from vargen.backbones.nar.model import NARTransformer
+from vargen.backbones.nbp.model import NBPTransformer
+from vargen.backbones.nbp.sizes import PREFIX
+from vargen.backbones.par.model import PARTransformer
+from vargen.backbones.var.model import VARTransformer
+from vargen.backbones.xar.model import XARTransformer
+from vargen.draft_models.eagle import EagleDrafter
+from vargen.tokenizers.kl.autoencoder import load_kl16, to_latent_diffusion
+from vargen.tokenizers.multiscale_vq.checkpoints import to_official
+from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
+from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
+from vargen.tokenizers.vq.checkpoints import llamagen_to_taming
+from vargen.tokenizers.vq.model import VQTokenizer
 
 GPT: dict[str, Any] = {"dim": 8, "num_layers": 2, "num_heads": 2, "codebook_size": 6, "num_classes": 3, "ffn_dim": 16}
 CONV: dict[str, Any] = {"base_channels": 4, "channel_multipliers": [1, 2], "num_res_blocks": 1, "norm_num_groups": 2}
@@ -95,7 +95,12 @@ FAMILIES: dict[str, Example] = {
         {**_GRID, "grid_size": (2, 2, 2)},
         "layers.",
     ),
-    "PAR": Example(PARTransformer.from_original, _state(PARTransformer, **GPT, grid_size=(2, 2)), _GRID, "layers."),
+    "PAR": Example(
+        PARTransformer.from_original,
+        _state(PARTransformer, **GPT, grid_size=(4, 4)),
+        {**_GRID, "grid_size": (4, 4)},
+        "layers.",
+    ),
     "any order": Example(AnyOrderTransformer.from_original, _state(AnyOrderTransformer, **GPT), _GRID, "layers."),
     "VAR": Example(
         VARTransformer.from_original,
