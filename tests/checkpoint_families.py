@@ -95,7 +95,12 @@ FAMILIES: dict[str, Example] = {
         {**_GRID, "grid_size": (2, 2, 2)},
         "layers.",
     ),
-    "PAR": Example(PARTransformer.from_original, _state(PARTransformer, **GPT, grid_size=(2, 2)), _GRID, "layers."),
+    "PAR": Example(
+        PARTransformer.from_original,
+        _state(PARTransformer, **GPT, grid_size=(4, 4)),
+        {**_GRID, "grid_size": (4, 4)},
+        "layers.",
+    ),
     "any order": Example(AnyOrderTransformer.from_original, _state(AnyOrderTransformer, **GPT), _GRID, "layers."),
     "VAR": Example(
         VARTransformer.from_original,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vargen.validation.checks import MAX_BLOCKS, MAX_ROWS, check_names
+from vargen.validation.printable import printable
 
 MAX_BYTES = 2**37  # of a file; the largest published one, with the state of its optimizer, has about 80 GB
 MAX_TENSORS = 10_000  # of a state dict
@@ -20,7 +21,7 @@ MAX_DEPTH = 16  # containers in containers
 MAX_CONTAINERS = 1000  # opened in search of the weights
 MAX_SHARED = 4  # times that the numbers of a state dict may be used on average, as tied tables are twice
 _SMALL = 2**26  # bytes that may be shared as one likes, such as masks of equal rows
-_LONGEST = 1000  # characters of a message
+_END = 190  # characters shown of either end of a long message
 
 WEIGHT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)  # what layers can hold
 
@@ -29,8 +30,8 @@ class CheckpointError(ValueError):
     """A checkpoint that cannot be read or does not fit. The message is one printable line, whatever names it quotes."""
 
     def __init__(self, message: str) -> None:
-        line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in message)
-        super().__init__(line if len(line) <= _LONGEST else f"{line[: _LONGEST // 2]} ... {line[-_LONGEST // 2 :]}")
+        line = printable(message)
+        super().__init__(line if len(line) <= 2 * _END else f"{line[:_END]} ... {line[-_END:]}")
 
 
 def check_tensors(state_dict: Mapping[str, Tensor], name: str, file_size: int | None = None) -> None:
