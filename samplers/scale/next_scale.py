@@ -102,7 +102,7 @@ class NextScaleSampler(Sampler):
         last = self.temperature if self.final_temperature is None else self.final_temperature
         return self.temperature + (last - self.temperature) * self.ratio(k, num_scales)
 
-    def start(
+    def start(  # type: ignore[override]  # names its own inputs
         self,
         backbone: Any,
         condition: Any,

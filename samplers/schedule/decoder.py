@@ -100,7 +100,7 @@ class ScheduleSampler(Sampler):
         ramp = made / num_codes if self.guidance_ramp == "linear" else 1.0
         return 1.0 + (self.guidance_scale - 1.0) * ramp
 
-    def start(
+    def start(  # type: ignore[override]  # names its own inputs
         self,
         backbone: Any,
         condition: Any,

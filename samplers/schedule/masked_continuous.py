@@ -111,7 +111,7 @@ class ContinuousMaskedSampler(ContinuousSampler):
             return 0
         return max(1, min(num_masked - 1, int(num_tokens * math.cos(math.pi / 2 * (s + 1) / self.num_iter))))
 
-    def start(
+    def start(  # type: ignore[override]  # names its own inputs
         self,
         backbone: Any,
         condition: Any,

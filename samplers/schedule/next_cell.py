@@ -77,7 +77,7 @@ class NextCellSampler(ContinuousSampler):
         if self.num_diffusion_steps is not None:
             raise ValueError("num_diffusion_steps must be None for NextCellSampler; set num_steps")
 
-    def start(
+    def start(  # type: ignore[override]  # names its own inputs
         self,
         backbone: Any,
         condition: Any,

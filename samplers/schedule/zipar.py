@@ -186,7 +186,7 @@ class ZipARSampler(Sampler):
         names = ("guidance_scale", "temperature", "top_k", "top_p")
         return {name: getattr(self, name) for name in names}
 
-    def start(
+    def start(  # type: ignore[override]  # names its own inputs
         self,
         backbone: Any,
         condition: Any,

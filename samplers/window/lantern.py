@@ -185,7 +185,7 @@ class LanternSampler(WindowSampler):
         return "without_replacement" if self.proposal == "auto" else self.proposal
 
     @torch.no_grad()
-    def begin(self, run: Run, inputs: LanternInputs) -> WindowState:
+    def begin(self, run: Run, inputs: LanternInputs) -> WindowState:  # type: ignore[override]
         """Commit the first code and draft the first tree."""
         backbone = run.backbone
         if self.num_rows > self.reach and "tree_mask" not in backbone.features:

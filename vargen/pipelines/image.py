@@ -162,7 +162,7 @@ class ImagePipeline(DiffusionPipeline):
         """The drafter of one call: the one asked for, else one that the sampler prefers, else that of the slot."""
         if wanted is None:
             preferred = getattr(sampler, "preferred_drafter", None)
-            found = self.drafter if preferred not in self._stored_drafters else preferred
+            found = preferred if preferred is not None and preferred in self._stored_drafters else self.drafter
         else:
             found = wanted
         found = self._stored_drafters.load(found, self.backbone) if isinstance(found, str) else found

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Iterator
-from numbers import Real
 from typing import Any
 
 from PIL import Image
@@ -195,4 +194,4 @@ class _Work:
 
 def _whole(value: Any) -> Any:
     """A number from a web page as an integer, where it is whole: JSON does not tell 4 from 4.0."""
-    return int(value) if isinstance(value, Real) and not isinstance(value, bool) and value % 1 == 0 else value
+    return int(value) if isinstance(value, float) and value.is_integer() else value

@@ -40,13 +40,13 @@ class FolderError(ValueError):
     """A folder that cannot be loaded, for a reason that another library has named."""
 
 
-def read_settings(path: StrPath) -> dict[str, Any]:
-    """Read a JSON object of at most 4 MiB.
+def read_settings(path: StrPath, limit: int = MAX_BYTES) -> dict[str, Any]:
+    """Read a JSON object of at most ``limit`` bytes, 4 MiB by default.
 
     Raises:
         ValueError: as ``vargen.validation.reading.read_json``; not an object.
     """
-    value = read_json(path, limit=MAX_BYTES)
+    value = read_json(Path(path), limit=limit)
     if not isinstance(value, dict):
         raise ValueError(f"{printable(path)} must hold a JSON object, got {shown(value)}")
     return value
