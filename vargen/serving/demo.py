@@ -41,7 +41,7 @@ def build_page(studio: Studio, model: str) -> Any:
 
     def draw(request: Any, *values: Any) -> Iterator[Update]:
         try:
-            yield from studio.draw(offered(values[0]), *values[1:7], session=request.session_hash)
+            yield from studio.draw(offered(values[0]), *values[1:7], session=request.session_hash)  # type: ignore[misc]  # six values
         except ValueError as error:
             raise gradio.Error(str(error), print_exception=False) from None
 
