@@ -194,7 +194,7 @@ class TestNothingIsImported:
             (place / "model_index.json").write_text(json.dumps(index | entries))
             one_line(lambda: ImagePipeline.from_pretrained("some/model", **options))
         (place / "model_index.json").write_text(DEEP)
-        one_line(lambda: ImagePipeline.from_pretrained("some/model", **options), "nested too deeply")
+        one_line(lambda: ImagePipeline.from_pretrained("some/model", **options), "nests its values too deeply")
         (place / "model_index.json").write_text(json.dumps(index))
         (place / "tokenizer" / "vargen.py").write_text(trap.source)
         one_line(lambda: ImagePipeline.from_pretrained("some/model", **options), "holds the Python file")
@@ -452,7 +452,7 @@ class TestMalformedComponent:
         ImagePipeline.from_pretrained(edit_index(saved, drafter=["vargen", "LlamaGenTransformer"]))
 
     def test_folders_with_very_many_files(self, saved: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("vargen.folders.MAX_FILES", 3)
+        monkeypatch.setattr("vargen.validation.folders.MAX_FILES", 3)
         for number in range(3):
             (saved / "backbone" / f"{number}.txt").touch()
         refused(saved, "backbone", "more than 3 files")
@@ -577,6 +577,8 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES | WORDS, inner, max_size=3),
     max_leaves=6,
 )
+KINDS = (NextTokenSampler, AttributeConditioner, LlamaGenTransformer, VQTokenizer)
+SIZES = st.sampled_from([-1, 0, 1, 2, 10**6, 10**9, 2**63, [], [0, 0], [1, 2], [10**9, 10**9], [10**6] * 3, [1] * 1000])
 FEW = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
@@ -621,22 +623,19 @@ class TestAnything:
         (tmp_path / "model_index.json").write_bytes(content)
         assert not attempt(lambda: ImagePipeline.from_pretrained(tmp_path))
 
-    @settings(FEW, max_examples=40)
+    @settings(FEW, max_examples=60)
     @given(
-        slot=st.sampled_from(["sampler", "conditioner"]),
-        changes=st.dictionaries(
-            st.sampled_from(["top_k", "temperature", "vocabulary", "fill", "_class_name", "_use_default_values", "auto_map"]),
-            JSON,
-            min_size=1,
-            max_size=3,
-        ),
+        kind=st.sampled_from(KINDS),
+        changes=st.lists(st.tuples(st.integers(0, 99), SIZES | JSON), min_size=1, max_size=3),
     )
-    def test_component(self, saved: Path, trap: Trap, slot: str, changes: dict[str, Any]) -> None:
-        kind = NextTokenSampler if slot == "sampler" else AttributeConditioner
+    def test_component(self, saved: Path, trap: Trap, kind: Any, changes: list[tuple[int, Any]]) -> None:
+        slot = component_slot(kind)
         file = saved / slot / kind.config_name
         before = file.read_text()
+        names = [*json.loads(before), "_use_default_values", "auto_map", "unknown"]
         try:
-            file.write_text(json.dumps(json.loads(before) | changes))
+            chosen = {names[index % len(names)]: value for index, value in changes}
+            file.write_text(json.dumps(json.loads(before) | chosen))
             attempt(lambda: kind.from_pretrained(saved / slot))
             attempt(lambda: Sampler.from_pretrained(saved / slot))
             attempt(lambda: read_index(saved))
