@@ -42,9 +42,9 @@ from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.serving.studio import Studio
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = int(os.environ.get("VARGEN_EXAMPLES", "30"))  # of every test; another number draws new ones each time
+EXAMPLES = int(os.environ.get("VARGEN_EXAMPLES", "20"))  # of every test; another number draws new ones each time
 SETTINGS = settings(
-    max_examples=EXAMPLES, derandomize=EXAMPLES == 30, deadline=None, suppress_health_check=list(HealthCheck)
+    max_examples=EXAMPLES, derandomize=EXAMPLES == 20, deadline=None, suppress_health_check=list(HealthCheck)
 )
 MEGABYTE = 2**20
 LIMIT = 200 * MEGABYTE  # what one test may add to the memory of the process
@@ -282,6 +282,25 @@ def test_any_argument_is_taken_or_refused(
     call()
 
 
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"seed": [1]}, "seed is a list of 1, but 2 images"),
+        ({"seed": "x"}, "seed must be an integer"),
+        ({"generator": [torch.Generator()] * 3}, "generator is a list of 3, but 2 images"),
+        ({"num_images_per_prompt": MAX_IMAGES}, "draws at most 65536 images, got 2 times 65536"),
+        ({"num_images_per_prompt": MAX_IMAGES + 1}, "num_images_per_prompt must be at most 65536"),
+    ],
+)
+def test_seeds_and_numbers_are_checked_before_prompts_are_encoded(
+    pipelines: dict[str, Any], wrong: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, _, right = pipelines["heroes"]
+    monkeypatch.setattr(pipe.conditioner, "encode", lambda **_: pytest.fail("encoded"))
+    with pytest.raises(ValueError, match=message):
+        pipe(**right, **wrong)
+
+
 def test_a_drawing_takes_or_refuses_any_argument(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ImagePipeline, "from_pretrained", lambda name: tiny_hero_pipeline())
     monkeypatch.setattr(NextTokenSampler, "sample", at_the_door)
@@ -313,6 +332,26 @@ def test_a_huge_setting_is_cut_to_the_image_or_refused(name: str, setting: str) 
     call = {"class_labels": 3, "seed": 0, "output_type": "codes", setting: 10**5000}
     drawn = taken_or_refused(lambda: pipe(**call))
     assert drawn is None or bool((drawn.codes >= 0).all())
+
+
+PICTURE = Image.new("RGB", (8, 8))
+CORNERS: list[Any] = [
+    None, True, -1, 0, 10**5000, -(10**400), 2**64, 10**9, math.nan, math.inf, 1e300, 2j, Fraction(10**400), "", "x" * 20_000, "\ud800", b"x",
+    [], [None], [[]], (), [PICTURE, 3], [PICTURE, Image.new("RGB", (3, 9))], [[PICTURE], []], [3] * 70_000, range(10**400), {}, {1}, object(),
+    len, iter([]), np.zeros((2, 2)), np.zeros(0), np.array([None]), torch.zeros(3), torch.zeros(0, 3, 8, 8), torch.ones(3, 8, 8),
+    torch.full((1, 1, 3, 8, 8), math.nan), torch.zeros(3, device="meta"), torch.zeros(1).expand(10**9), torch.zeros((), dtype=torch.complex64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["classes", "heroes", "scales", "videos"])
+def test_every_argument_meets_every_corner(
+    pipelines: dict[str, Any], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipe, arguments, right = pipelines[name]
+    monkeypatch.setattr(type(pipe.sampler), "sample", at_the_door)
+    for argument in arguments if name != "heroes" else ["prompt"]:  # the others are those of classes
+        for value in CORNERS:
+            taken_or_refused(lambda: pipe(**(right | {"seed": 0, argument: value})))  # noqa: B023 - called at once
 
 
 def test_numbers_of_other_libraries_draw_as_their_own() -> None:

@@ -45,6 +45,9 @@ def test_imagenet_ids_are_those_of_the_published_demo():
         ("", "empty"),
         ("CARDIGAN", r"Cardigan \(264\) or cardigan \(474\)"),
         ("qqqq", r"unknown class name 'qqqq'; ids"),
+        ("9" * 201, "a class name may have 200 characters, got 201"),
+        pytest.param(10**5000, r"0\.\.999, got an? (number|integer) of", id="huge"),
+        ("\ud800", "half a character"),
     ],
 )
 def test_bad_labels_are_refused_with_neighbours(label, message):
@@ -235,6 +238,14 @@ def test_bad_captions_are_refused(tiny_t5):
         conditioner(["fox", "  "])
     with pytest.raises(ValueError, match="captions, not class labels"):
         conditioner(3)
+    with pytest.raises(ValueError, match="a caption may have 2000 characters, got 2001"):
+        conditioner("a" * 2001)
+    with pytest.raises(ValueError, match="half a character"):
+        conditioner("a fox\ud800")
+    with pytest.raises(ValueError, match="takes a prompt, a label or a list"):
+        conditioner({"a fox"})
+    with pytest.raises(ValueError, match="at most 65536 entries"):
+        conditioner(["fox"] * 65537)
     with pytest.raises(ValueError, match="belong together"):
         T5CaptionConditioner(text_encoder=tiny_t5["text_encoder"])
 
@@ -256,6 +267,13 @@ def test_captions_are_cleaned(caption, expected, tiny_t5):
     pytest.importorskip("ftfy")
     pytest.importorskip("bs4")
     assert T5CaptionConditioner(**tiny_t5).clean(caption) == expected
+
+
+def test_markup_that_cannot_be_read_is_refused(tiny_t5):
+    pytest.importorskip("ftfy")
+    pytest.importorskip("bs4")
+    with pytest.raises(ValueError, match="mark-up that cannot be read"):
+        T5CaptionConditioner(**tiny_t5)("a fox <![ in the snow")
 
 
 def test_missing_libraries_are_named(monkeypatch, tiny_t5):
