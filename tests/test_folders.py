@@ -180,6 +180,22 @@ class TestNothingIsImported:
         refused(saved, option, **{option: str(saved)})
         trap.assert_untouched()
 
+    def test_drafters_stored_by_name_are_checked_before_anyone_asks_for_them(self, saved: Path, trap: Trap) -> None:
+        place = shutil.copytree(saved / "backbone", saved / "drafters" / "small")
+        assert ImagePipeline.from_pretrained(saved).drafters == ["small"]
+        for named in ([PAYLOAD, "X"], f"{PAYLOAD}.X", "NextTokenSampler", "wrap", None):
+            kept = (place / "config.json").read_text()
+            edit(place / "config.json", _class_name=named)
+            refused(saved, "drafter")
+            (place / "config.json").write_text(kept)
+        (place / f"{PAYLOAD}.py").write_text(trap.source)
+        refused(saved, "drafters/small", "holds the Python file")
+        (place / f"{PAYLOAD}.py").unlink()
+        shutil.move(saved / "drafters", saved.parent / "away")
+        (saved / "drafters").symlink_to(saved.parent / "away", target_is_directory=True)
+        refused(saved, "a link that leads out of")
+        trap.assert_untouched()
+
     def test_a_file_of_code_at_the_top_is_only_a_file(self, saved: Path, trap: Trap) -> None:
         for name in ("pipeline", "vargen", "ImagePipeline"):
             (saved / f"{name}.py").write_text(trap.source)
