@@ -140,7 +140,9 @@ class TestNothingIsImported:
         edit_index(saved, extra="qX")
 
         class Wider(ImagePipeline):
-            def __init__(self, tokenizer: Any, backbone: Any, sampler: Any, extra: Any, conditioner: Any = None) -> None:
+            def __init__(
+                self, tokenizer: Any, backbone: Any, sampler: Any, extra: Any, conditioner: Any = None
+            ) -> None:
                 super().__init__(tokenizer, backbone, sampler, conditioner)
 
         one_line(lambda: Wider.from_pretrained(saved), "extra must be a list of a library and a class", "'qX'")
@@ -189,7 +191,11 @@ class TestNothingIsImported:
         place = into_hub_cache(saved, cache)
         assert type(ImagePipeline.from_pretrained("some/model", **options)) is ImagePipeline
         index = json.loads((place / "model_index.json").read_text())
-        for entries in ({"sampler": [PAYLOAD, "X"]}, {"_class_name": [PAYLOAD, "X"]}, {"sampler": {PAYLOAD: 1, "X": 2}}):
+        for entries in (
+            {"sampler": [PAYLOAD, "X"]},
+            {"_class_name": [PAYLOAD, "X"]},
+            {"sampler": {PAYLOAD: 1, "X": 2}},
+        ):
             (place / "model_index.json").unlink()
             (place / "model_index.json").write_text(json.dumps(index | entries))
             one_line(lambda: ImagePipeline.from_pretrained("some/model", **options))
@@ -291,7 +297,9 @@ class TestClasses:
         assert component_class("diffusers", "AutoencoderKL", "tokenizer") is AutoencoderKL
         assert component_class(__name__, "OwnSampler", "sampler") is OwnSampler
 
-    @pytest.mark.parametrize("name", ["DuckTyped", "from_pretrained_function", "OwnPipeline", "NextTokenSampler", "np"])
+    @pytest.mark.parametrize(
+        "name", ["DuckTyped", "from_pretrained_function", "OwnPipeline", "NextTokenSampler", "np"]
+    )
     def test_what_is_no_component_class_of_the_users_module(self, name: str) -> None:
         one_line(lambda: component_class(__name__, name), "defines no such component class", "ConfigMixin")
 
@@ -407,7 +415,11 @@ class TestMalformedIndex:
 class TestMalformedComponent:
     SETTINGS: tuple[tuple[str, dict[str, Any], tuple[str, ...]], ...] = (
         ("backbone/config.json", {"_class_name": ["x", "y"]}, ("_class_name must be", "['x', 'y']")),
-        ("backbone/config.json", {"_class_name": "VARTransformer"}, ("settings of VARTransformer", "LlamaGenTransformer")),
+        (
+            "backbone/config.json",
+            {"_class_name": "VARTransformer"},
+            ("settings of VARTransformer", "LlamaGenTransformer"),
+        ),
         ("sampler/sampler_config.json", {"_class_name": "Sampler"}, ("settings of Sampler", "NextTokenSampler")),
         ("backbone/config.json", {"auto_map": {"AutoModel": "x.Y"}}, ("auto_map", "choose code")),
         ("tokenizer/config.json", {"quantization_config": {"quant_method": "bitsandbytes"}}, ("quantization_config",)),
@@ -468,7 +480,12 @@ class TestMalformedComponent:
 
     def test_settings_of_emu35_choose_no_attention(self) -> None:
         pytest.importorskip("transformers")
-        stored = {"hidden_size": 8, "num_attention_heads": 2, "attn_implementation": "evil/kernel", "auto_map": {"a": "b"}}
+        stored = {
+            "hidden_size": 8,
+            "num_attention_heads": 2,
+            "attn_implementation": "evil/kernel",
+            "auto_map": {"a": "b"},
+        }
         config = emu35_config(stored)
         assert config.hidden_size == 8
         assert config._attn_implementation is None
@@ -564,7 +581,18 @@ class TestOneLine:
 # --- anything at all ------------------------------------------------------------------------------------------------
 
 NAMES = st.sampled_from(
-    [*COMPONENTS, "drafter", "eagle", "fps", "_shared", "_class_name", "_x", "_ignore_files", "../x", "_diffusers_version"]
+    [
+        *COMPONENTS,
+        "drafter",
+        "eagle",
+        "fps",
+        "_shared",
+        "_class_name",
+        "_x",
+        "_ignore_files",
+        "../x",
+        "_diffusers_version",
+    ]
 )
 WORDS = st.sampled_from(
     "vargen diffusers transformers os subprocess Popen X VQTokenizer AutoencoderKL LlamaGenTransformer "
@@ -625,7 +653,9 @@ class TestAnything:
     @given(
         slot=st.sampled_from(["sampler", "conditioner"]),
         changes=st.dictionaries(
-            st.sampled_from(["top_k", "temperature", "vocabulary", "fill", "_class_name", "_use_default_values", "auto_map"]),
+            st.sampled_from(
+                ["top_k", "temperature", "vocabulary", "fill", "_class_name", "_use_default_values", "auto_map"]
+            ),
             JSON,
             min_size=1,
             max_size=3,

@@ -445,9 +445,7 @@ def test_wrong_dataset_arguments_are_refused(options: dict) -> None:
 
 
 def test_numpy_side_does_not_import_torch() -> None:
-    code = (
-        "import sys, vargen.datasets.heroes.compose as h; h.sample_hero(0); h.parse_prompt('orc'); print('torch' in sys.modules)"
-    )
+    code = "import sys, vargen.datasets.heroes.compose as h; h.sample_hero(0); h.parse_prompt('orc'); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "False"
 
