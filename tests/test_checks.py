@@ -261,6 +261,59 @@ def test_absurd_sizes_are_refused_before_anything_is_made(name: str) -> None:
     assert build(name, {**TINY[name], **config}, named=f"{unit} are allowed, about") is None
 
 
+NO_HEAD = {"condition_type": "attributes", "num_attributes": 0}
+TOGETHER: tuple[
+    tuple[str, dict[str, Any], str], ...
+] = (  # settings that fit alone and not together, one for each rule
+    ("LlamaGenTransformer", {"num_heads": 4}, "dim / num_heads must be a multiple of 4"),
+    ("LlamaGenTransformer", {"num_kv_heads": 3}, "num_kv_heads divide num_heads"),
+    ("LlamaGenTransformer", {"ffn_dim_multiplier": 0.01}, "ffn_dim_multiplier must leave the feed-forward a width"),
+    ("LlamaGenTransformer", {"num_classes": 0}, "condition_type='class' needs num_classes of at least 1, got 0"),
+    ("MaskedTransformer", {"condition_type": "caption", "num_condition_tokens": 0}, "needs num_condition_tokens"),
+    ("AnyOrderTransformer", NO_HEAD, "condition_type='attributes' needs num_attributes of at least 1, got 0"),
+    ("NARTransformer", {"num_heads": 4}, "dim / num_heads must be a multiple of 4"),
+    ("PARTransformer", {"group_size": 3}, "group_size must be the square"),
+    ("PARTransformer", {"grid_size": (2, 2)}, "leave more than one group"),
+    ("NBPTransformer", {"block": (2, 3)}, "block must divide the grid"),
+    ("NBPTransformer", {"block": (1, 1, 2)}, "block must divide the grid"),
+    ("NBPTransformer", {"rope": True, "num_heads": 4}, "dim / num_heads must be a multiple of 4"),
+    ("NBPTransformer", {"code_rank": 2, "condition_type": "text"}, "code_rank is for models"),
+    ("NBPTransformer", NO_HEAD, "needs num_attributes"),
+    ("VARTransformer", {"num_heads": 3}, "num_heads must divide dim, got dim=8, num_heads=3"),
+    ("VARTransformer", {"mlp_ratio": 0.01}, "mlp_ratio must leave the feed-forward a width"),
+    ("VARTransformer", {"scales": (2, 1)}, "no scale may be larger than the last one"),
+    ("VARTransformer", NO_HEAD, "needs num_attributes"),
+    ("MARTransformer", {"decoder_num_heads": 3}, "decoder_num_heads must divide decoder_dim"),
+    ("MARTransformer", {"mlp_ratio": 0.01}, "mlp_ratio must leave"),
+    ("MARTransformer", NO_HEAD, "needs num_attributes"),
+    ("CausalMARTransformer", {"num_heads": 4}, "dim / num_heads must be a multiple of 4"),
+    ("CausalMARTransformer", NO_HEAD, "needs num_attributes"),
+    ("CausalMARTransformer", {"grid_size": (512, 513)}, "positions are allowed"),
+    ("XARTransformer", {"num_heads": 4}, "dim / num_heads must be a multiple of 4"),
+    ("XARTransformer", {"cells": (1, 3)}, "cells must divide grid_size"),
+    ("XARTransformer", {"mlp_ratio": 0.1}, "mlp_ratio must leave"),
+    ("EagleDrafter", {"num_heads": 4}, "dim / num_heads must be a multiple of 4"),
+    ("EagleDrafter", {"grid_size": (512, 513)}, "positions are allowed"),
+    ("VQTokenizer", {"norm_num_groups": 3}, "norm_num_groups=3 must divide every width"),
+    ("VQTokenizer", {"encoder_type": "patch"}, "needs codebook_dim=12 and l2_norm=False"),
+    ("MultiScaleVQTokenizer", {"norm_num_groups": 3}, "norm_num_groups=3 must divide every width"),
+    ("MultiScaleVQTokenizer", {"encoder_type": "patch"}, "needs codebook_dim=12"),
+    ("MultiScaleVQTokenizer", {"quant_conv_kernel_size": 2}, "quant_conv_kernel_size must be odd"),
+    ("VideoFSQTokenizer", {"temporal_downsample": ()}, "temporal_downsample must have one entry for each of the 1"),
+    ("VideoFSQTokenizer", {"dictionary": True}, "dictionary=True needs a single entry"),
+    ("VideoFSQTokenizer", {"norm_num_groups": 3}, "norm_num_groups=3 must divide every width"),
+    ("VideoFSQTokenizer", {"levels": (64,) * 5}, "codes are allowed"),
+    ("ClassConditioner", {"class_names": ["cat", "cat"]}, "class_names must differ, got 'cat' twice"),
+    ("AttributeConditioner", {"vocabulary": "hero"}, "vocabulary must be one of heroes, motion"),
+    ("T5CaptionConditioner", {"tokenizer": print}, "belong together"),
+)
+
+
+@pytest.mark.parametrize(("name", "config", "words"), TOGETHER)
+def test_settings_that_do_not_go_together_are_refused(name: str, config: dict[str, Any], words: str) -> None:
+    assert build(name, {**TINY[name], **config}, named=words) is None
+
+
 def test_files_and_dictionaries_pass_the_same_checks(tmp_path: Path) -> None:
     model = vargen.LlamaGenTransformer(**{**LLAMAGEN, "dim": np.int64(8), "grid_size": [np.int32(2), 2]})
     model.save_pretrained(tmp_path)  # numpy's integers are stored as numbers
@@ -318,5 +371,7 @@ def test_ends_of_ranges() -> None:
         lambda: check_number("p", 1, low=0, high=1, open_high=True), "p must be at least 0 and less than 1, got 1"
     )
     one_line(lambda: check_number("p", 10**400, low=0), "p must be a finite number")
+    one_line(lambda: check_number("p", True, low=0), "p must be a finite number", "got True")
+    one_line(lambda: check_integer("p", True, low=0), "p must be an integer", "got True")
     one_line(lambda: check_choice("p", 1, (True, "mid")), "must be one of True, mid, got 1")
     assert check_seeds(torch.tensor([3, 4]), 2) == check_seeds(np.array([3, 4]), 2) == [3, 4]

@@ -502,7 +502,10 @@ class TestShipped:
 @pytest.mark.parametrize("model", SHIPPED, ids=[model.name for model in SHIPPED])
 def test_shipped_model_is_small_and_has_a_card(model: registry.ShippedModel) -> None:
     sizes = {n: sum(f.stat().st_size for f in (model.folder / n).glob("*")) for n in model.components}
-    drafters = [sizes.pop("drafter", 0), *(sum(f.stat().st_size for f in place.glob("*")) for place in model.folder.glob("drafters/*"))]
+    drafters = [
+        sizes.pop("drafter", 0),
+        *(sum(f.stat().st_size for f in place.glob("*")) for place in model.folder.glob("drafters/*")),
+    ]
     assert sum(sizes.values()) < PAIR_LIMIT
     assert max(drafters, default=0) < DRAFTER_LIMIT
     assert model.summary, f"{model.folder}/README.md says nothing"

@@ -269,7 +269,10 @@ def test_checkpointed_gradients_are_the_same():
         (lambda m: m.train().open(m.prepare(condition(m))), "model.eval()"),
         (lambda m: VARTransformer.from_size("d13"), "published sizes are d12"),
         (lambda m: VARTransformer(**{**TINY, "num_heads": 3}), "num_heads must divide dim"),
-        (lambda m: VARTransformer(**{**TINY, "condition_type": "text"}), "condition_type must be one of class, attributes"),
+        (
+            lambda m: VARTransformer(**{**TINY, "condition_type": "text"}),
+            "condition_type must be one of class, attributes",
+        ),
         (
             lambda m: VARTransformer.from_original({"pos_1LC": torch.zeros(1), "lvl_embed.weight": torch.zeros(1)}),
             "lacks",

@@ -51,7 +51,9 @@ def test_the_code_that_crosses_top_p_is_kept_and_one_code_always_is():
 
 def test_top_p_is_a_share_of_what_top_k_left(on_kernel):
     """Dies here: top-p of the mass of all codes, from which top-k took most."""
-    z = -0.2 * torch.arange(9.0)[None, None, None]  # of three kept codes 0.40, 0.33, 0.27; of all nine 0.22, 0.18, 0.15
+    z = (
+        -0.2 * torch.arange(9.0)[None, None, None]
+    )  # of three kept codes 0.40, 0.33, 0.27; of all nine 0.22, 0.18, 0.15
     kept = [True, True] + [False] * 7
     assert (warp_logits(z, top_k=3, top_p=0.7)[0, 0] > NEG).tolist() == kept
     assert (on_kernel(warp_logits, z, top_k=3, top_p=0.7)[0, 0] > NEG).tolist() == kept
