@@ -1,7 +1,8 @@
 """Rebuild the hero atlas from Debian's source package of Dungeon Crawl Stone Soup; write folders of heroes.
 
 The curated list (which layers, what they are called, which id they have) is the shipped `atlas.json`; rebuilding
-reads the same layers again from the tarball, so that the provenance of every tile can be checked.
+reads the same layers again from the tarball and refuses every tile whose licence is not clear: `cleared.json` holds
+the digests of the tiles in the game's CC0 export, and a short list of newer submissions with the reason for each.
 """
 
 from __future__ import annotations
@@ -46,17 +47,19 @@ def rebuild_atlas(tarball: str | Path | None, out: str | Path, *, overwrite: boo
 
     Raises:
         ValueError: apt or the source package is not available, the tarball is missing, damaged or another version, a
-            tile is missing, or `out` cannot be written.
+            tile is missing or not cleared, or `out` cannot be written.
     """
     record = read_json(ATLAS_FOLDER / "atlas.json")
     out = Path(out)
     with atomic_dir(out, overwrite=overwrite) as folder, tempfile.TemporaryDirectory() as downloads:
         path = Path(tarball) if tarball is not None else _fetch(record["source"], Path(downloads))
         _check_digest(path, record["source"])
-        sheet = _pack(_read_tiles(path, record), record)
+        tiles = _read_tiles(path, record)
+        _check_licences(tiles)
         with writing(folder / "atlas.png"):
-            Image.fromarray(sheet).save(folder / "atlas.png", optimize=True)
-        shutil.copyfile(ATLAS_FOLDER / "atlas.json", folder / "atlas.json")
+            Image.fromarray(_pack(tiles, record)).save(folder / "atlas.png", optimize=True)
+        for name in ("atlas.json", "cleared.json"):
+            shutil.copyfile(ATLAS_FOLDER / name, folder / name)
     return out
 
 
@@ -140,7 +143,7 @@ def _check_digest(path: Path, source: dict[str, Any]) -> None:
 
 
 def _read_tiles(path: Path, record: dict[str, Any]) -> dict[str, NDArray[np.uint8]]:
-    """Read the listed layers, name -> (32, 32, 4), without unpacking anything to disk."""
+    """Read the listed layers, name -> (32, 32, 4) with binary alpha, without unpacking anything to disk."""
     size = record["tile_size"]
     wanted = {f"{record['source']['folder']}/{part['file']}": part["file"] for part in record["parts"]}
     tiles: dict[str, NDArray[np.uint8]] = {}
@@ -148,11 +151,26 @@ def _read_tiles(path: Path, record: dict[str, Any]) -> dict[str, NDArray[np.uint
         for member in archive:
             if member.name in wanted and (file := archive.extractfile(member)) is not None:
                 tile = np.array(open_image(io.BytesIO(file.read())).convert("RGBA"))
-                tiles[wanted[member.name]] = tile[:size, :size]  # a few layers carry an empty margin
+                tile = tile[:size, :size]  # a few layers carry an empty margin
+                drawn = tile[..., 3:] >= _ALPHA_THRESHOLD
+                tile[..., 3] = 255
+                tiles[wanted[member.name]] = np.where(drawn, tile, np.uint8(0))
     missing = sorted(set(wanted.values()) - set(tiles))
     if missing:
         raise ValueError(f"{path} lacks {len(missing)} of {len(wanted)} layers, first {missing[0]}")
     return tiles
+
+
+def _check_licences(tiles: dict[str, NDArray[np.uint8]]) -> None:
+    cleared = read_json(ATLAS_FOLDER / "cleared.json")
+    newer = {name: entry["sha256"] for name, entry in cleared["newer"].items()}
+    digests = cleared["export"] | cleared["export_other"] | newer
+    refused = [n for n, tile in sorted(tiles.items()) if hashlib.sha256(tile.tobytes()).hexdigest() != digests.get(n)]
+    if refused:
+        raise ValueError(
+            f"{len(refused)} of {len(tiles)} tiles are neither those of the CC0 export nor on the list of newer "
+            f"submissions in cleared.json, first {refused[0]}; use tiles whose licence is clear"
+        )
 
 
 def _pack(tiles: dict[str, NDArray[np.uint8]], record: dict[str, Any]) -> NDArray[np.uint8]:
@@ -161,9 +179,23 @@ def _pack(tiles: dict[str, NDArray[np.uint8]], record: dict[str, Any]) -> NDArra
     sheet = np.zeros((rows * size, columns * size, 4), dtype=np.uint8)
     for part in record["parts"]:
         tile = tiles[part["file"]]
-        drawn = tile[..., 3:] >= _ALPHA_THRESHOLD
         row, column = divmod(part["tile"], columns)
         target = sheet[row * size : (row + 1) * size, column * size : (column + 1) * size]
-        target[..., :3] = np.where(drawn, tile[..., :3], 0)
-        target[..., 3:] = drawn * np.uint8(255)
+        target[:] = _derive(tile, part["derived"]) if "derived" in part else tile
     return sheet
+
+
+def _derive(tile: NDArray[np.uint8], recipe: dict[str, Any]) -> NDArray[np.uint8]:
+    """Recolour a tile, or cut out the pixels of some colours.
+
+    Args:
+        tile: (32, 32, 4) with binary alpha.
+        recipe: "colours" maps RRGGBB to RRGGBB; "rows" and "columns" (first, past the last) say where, default
+            everywhere; pixels not recoloured stay if "keep_rest", else they become transparent.
+    """
+    rows, columns = (slice(*recipe.get(side, (None,))) for side in ("rows", "columns"))
+    derived = tile.copy() if recipe["keep_rest"] else np.zeros_like(tile)
+    source, target = tile[rows, columns], derived[rows, columns]
+    for old, new in recipe["colours"].items():
+        target[(source == [*bytes.fromhex(old), 255]).all(-1)] = [*bytes.fromhex(new), 255]
+    return derived

@@ -29,9 +29,9 @@ MOTIONS = (
 )
 PARTS = {  # slot -> names; slots that are not here stay empty
     "cloak": ("blue cloak", "purple cloak", "red cloak"),
-    "base": ("human", "deep elf", "merfolk", "minotaur", "mummy", "orc", "troll"),
+    "base": ("human", "deep elf", "ice draconian", "minotaur", "mummy", "orc", "green draconian"),
     "body": ("blue robe", "red robe", "plate armour", "leather armour"),
-    "head": ("golden crown", "plumed helmet", "pumpkin head", "red wizard hat", "viking helmet", "wizard hat"),
+    "head": ("golden crown", "plumed helmet", "fur hat", "red wizard hat", "viking helmet", "wizard hat"),
     "hand1": ("battle axe", "flaming sword", "great sword", "wooden staff"),
     "hand2": ("golden tower shield", "round shield", "red kite shield"),
 }
