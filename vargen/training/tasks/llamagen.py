@@ -17,7 +17,7 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.datasets.heroes.compose import HeroAtlas
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
-from vargen.training.sources import load_tokenizer
+from vargen.training.sources import load_tokenizer, start_from_weights
 from vargen.training.tasks.base import Task, model_from, to_grid
 
 
@@ -26,6 +26,7 @@ class LlamaGenOptions:
     """The tokenizer, and how the sample grids are drawn."""
 
     tokenizer: str = "runs/heroes32-vq"  # folder of a tokenizer run or of a saved tokenizer, or a model's name
+    start: str = ""  # run, model or pipeline of the same shape whose weights to start from; empty = random weights
     guidance_scale: float = 2.0
     grid_size: int = 16  # pictures on the sample grid, from attributes of test heroes
 
@@ -50,7 +51,10 @@ class LlamaGenTask(Task):
             "num_condition_tokens": len(atlas.slots),
             "class_dropout_prob": 0.0,  # the stream of heroes drops conditions: a resumed run sees the same
         }
-        return model_from(LlamaGenTransformer, self.recipe.model, **fixed)
+        model: LlamaGenTransformer = model_from(LlamaGenTransformer, self.recipe.model, **fixed)
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "backbone")
+        return model
 
     def setup(self, device: torch.device) -> None:
         """Move the tokenizer to the device of training."""

@@ -12,7 +12,7 @@ import torch
 
 from vargen.checkpoints.reader import load_strict
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
-from vargen.training.sources import load_tokenizer
+from vargen.training.sources import load_tokenizer, start_from_weights
 from vargen.training.tasks.base import model_from
 from vargen.training.tasks.vq import VQOptions, VQTask
 
@@ -35,7 +35,9 @@ class MultiScaleVQTask(VQTask):
     def build(self, initialize: bool) -> MultiScaleVQTokenizer:  # type: ignore[override]
         """Make the tokenizer; its codebook comes from another tokenizer or from k-means over training heroes."""
         model: MultiScaleVQTokenizer = model_from(MultiScaleVQTokenizer, self.recipe.model)
-        if initialize and self.options.init_from:
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "tokenizer")  # k-means has had its rounds there
+        elif initialize and self.options.init_from:
             start = load_tokenizer(self.options.init_from)
             model.quantize.embedding.weight.data.copy_(start.codebook)
             load_strict(model.post_quant_conv, start.post_quant_conv.state_dict())

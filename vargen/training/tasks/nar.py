@@ -7,6 +7,7 @@ blocks know the positions and the parts already, what changes is who sees whom.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,16 +16,17 @@ from torch import Tensor, nn
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.nar.model import NARTransformer
 from vargen.datasets.heroes.compose import HeroAtlas
-from vargen.training.sources import _component
+from vargen.training.sources import RECIPE_FILE, _component, start_from_weights, stored_recipe
 from vargen.training.tasks.base import model_from, to_grid
 from vargen.training.tasks.llamagen import LlamaGenOptions, LlamaGenTask
+from vargen.validation.reading import read_json
 
 
 @dataclass(frozen=True, kw_only=True)
 class NAROptions(LlamaGenOptions):
     """The tokenizer, the model to start from, and how the sample grids are drawn."""
 
-    start: str = ""  # folder of a LlamaGen model or pipeline, or a model's name; empty = random weights
+    start: str = ""  # folder or name of a LlamaGen model, or of a NAR model of the same shape; empty = random weights
     blocks: tuple[int, ...] = ()  # its blocks that become ours, one a layer; empty = the first ones
 
 
@@ -44,7 +46,9 @@ class NARTask(LlamaGenTask):
             "class_dropout_prob": 0.0,  # the stream of heroes drops conditions: a resumed run sees the same
         }
         model: NARTransformer = model_from(NARTransformer, self.recipe.model, **fixed)
-        if initialize and self.options.start:
+        if initialize and self.options.start and _is_nar(self.options.start):
+            start_from_weights(model, self.options.start, "backbone")
+        elif initialize and self.options.start:
             source = LlamaGenTransformer.from_pretrained(_component(self.options.start, "backbone"))
             codes = torch.cat([self.test_batch(start, 64)["codes"] for start in range(0, 256, 64)])
             start_from(model, source, tuple(self.options.blocks), codes)
@@ -62,6 +66,14 @@ class NARTask(LlamaGenTask):
         columns = min(16, self.options.grid_size)
         rows = zip(batch["image"].split(columns), self.tokenizer.decode(output.codes).split(columns), strict=True)
         return to_grid(torch.cat([part for pair in rows for part in pair]), columns)
+
+
+def _is_nar(source: str) -> bool:
+    folder = Path(source)
+    if (folder / RECIPE_FILE).is_file():
+        return stored_recipe(folder).task == "nar"
+    config = read_json(_component(source, "backbone") / "config.json")
+    return config.get("_class_name") == "NARTransformer"
 
 
 @torch.no_grad()

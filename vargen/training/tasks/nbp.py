@@ -17,6 +17,7 @@ from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.motion.compose import FRAMES, num_attributes
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.training.recipe import Recipe
+from vargen.training.sources import start_from_weights
 from vargen.training.tasks.base import model_from
 from vargen.training.tasks.llamagen import LlamaGenTask
 from vargen.training.tasks.video import MotionTask, to_strips
@@ -27,6 +28,7 @@ class NBPOptions:
     """The tokenizer, the length of clips, and how the sample strips are drawn."""
 
     tokenizer: str = "runs/heroes-video-fsq"  # folder of a tokenizer run or of a saved tokenizer, or a model's name
+    start: str = ""  # run, model or pipeline of the same shape whose weights to start from; empty = random weights
     frames: int = 17
     guidance_scale: float = 1.5
     temperature: float = 0.8
@@ -60,7 +62,10 @@ class NBPTask(MotionTask, LlamaGenTask):
             "class_dropout_prob": 0.0,  # the stream of clips drops conditions: a resumed run sees the same
             "attribute_dropout_prob": 0.0,
         }
-        return model_from(NBPTransformer, self.recipe.model, **fixed)
+        model: NBPTransformer = model_from(NBPTransformer, self.recipe.model, **fixed)
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "backbone")
+        return model
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
