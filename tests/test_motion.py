@@ -94,10 +94,10 @@ def test_motion_zero_stands_still_and_wrong_ids_are_named():
         ("a minotaur walks to the left", "walking left"),
         ("orc, walking right", "walking right"),
         ("a mummy that rises from the ground", "rising from the ground"),
-        ("troll fades away", "fading away"),
+        ("lizard man fades away", "fading away"),
         ("Human vanishes", "fading away"),
         ("a shaking orc with a great sword", "shivering"),
-        ("merfolk stands still", "standing still"),
+        ("ice draconian stands still", "standing still"),
         ("orc running left", "walking left"),
     ],
 )
@@ -138,7 +138,7 @@ def test_bad_prompts_are_one_clear_line(text, message):
 
 
 def test_the_conditioner_reads_motions():
-    condition = AttributeConditioner("motion")(["orc jumping", "a troll"])
+    condition = AttributeConditioner("motion")(["orc jumping", "a green draconian"])
     assert condition.shape == (2, len(HeroAtlas.load().slots) + 1)
     assert condition[:, -1].tolist() == [motion_id("jumping"), 0]
     assert int(condition.max()) < motion.num_attributes()

@@ -57,7 +57,7 @@ def generate(
     \b
     Examples:
       vargen generate "deep elf with a red cloak, wizard hat and great sword" -n 16 --seed 7 -o heroes.png
-      vargen generate "minotaur" "mermaid with a trident" -n 4 --labels
+      vargen generate "minotaur" "lizard man with a trident" -n 4 --labels
       vargen generate "orc" -n 64 --sampler jacobi --set window=16 --separate -o orcs
       vargen generate -m ./llamagen-b --class-label 207 --class-label 360 -g 4 --top-k 2000
     """

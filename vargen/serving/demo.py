@@ -20,7 +20,7 @@ MAX_QUEUE = 32  # events that wait for one of those places
 EXAMPLES = (
     "deep elf with a red cloak, wizard hat and great sword",
     "a minotaur with plate armour and a battle axe",
-    "mermaid with a trident",
+    "lizard man with a trident",
     "mummy with a blue cloak",
 )
 TITLE = "# vargen\nPictures from autoregressive models, with the decode to watch. Everything runs on this machine."

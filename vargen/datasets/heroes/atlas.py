@@ -1,6 +1,6 @@
 """The atlas of hero parts: 32x32 tiles, their names, and the attribute vocabulary.
 
-The tiles are player layers of Dungeon Crawl Stone Soup (CC0 / public domain; provenance in `atlas.json`). Alpha is
+The tiles are player layers of Dungeon Crawl Stone Soup (CC0; provenance in `atlas.json` and `cleared.json`). Alpha is
 binary, so a picture is decided by which part is topmost at each pixel. Numpy and Pillow only; no torch.
 """
 
