@@ -95,7 +95,9 @@ def test_every_tile_is_cleared_and_the_note_counts_them() -> None:
     counts = [sum(file in group for file in files) for group in groups.values()]
     derived = sum("derived" in part for part in ATLAS.record["parts"])
     note = ATLAS.record["source"]["note"]
-    assert [int(number) for number in re.findall(r"\b(\d+) (?:are made of|of tiles|of newer|parts are cut)", note)] == [
+    assert [
+        int(number) for number in re.findall(r"\b(\d+) (?:are made of|of tiles|of newer|parts are cut)", note)
+    ] == [
         *counts,
         derived,
     ]

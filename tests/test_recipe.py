@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.outside import read_or_refused, refusal
-from vargen.training.recipe import RECIPES_FOLDER, Recipe, ScheduleConfig, load_recipe, parse_recipe
+from vargen.evaluation.card import _commands
+from vargen.training.recipe import RECIPES_FOLDER, Recipe, ScheduleConfig, load_recipe, overrides_of, parse_recipe
 from vargen.training.run import train
 from vargen.training.tasks import make_task
 
@@ -27,6 +28,34 @@ def test_overrides_reach_nested_values():
     assert recipe.optimizer.name == "adamw"
     assert recipe.model["dim"] == 64
     assert recipe.data.attribute_dropout == 0.25
+
+
+def test_overrides_of_a_recipe_make_it_again():
+    overrides = [
+        "schedule.num_steps=7",
+        "data.batch_size=3",
+        "options.start=runs/first/heroes32-llamagen",
+        "compile=false",
+    ]
+    recipe = load_recipe("heroes32-llamagen", overrides)
+    found = overrides_of(recipe)
+    assert sorted(found) == sorted(overrides)
+    assert load_recipe("heroes32-llamagen", found) == recipe
+    assert overrides_of(load_recipe("heroes32-vq")) == []
+    stored = parse_recipe(json.loads(json.dumps(recipe.to_dict())))  # as training.json holds it
+    assert sorted(overrides_of(stored)) == sorted(overrides)
+
+
+def test_cards_say_how_to_train_again():
+    recipe = load_recipe("heroes32-vq", ["options.start=runs/first/heroes32-llamagen", "schedule.num_steps=7"])
+    record = {"tokenizer": {"step": 7, "recipe": recipe.to_dict()}, "steps": 3}
+    text = "\n".join(_commands(record))
+    assert (
+        "vargen train heroes32-vq --set 'options.start=runs/first/heroes32-llamagen' --set 'schedule.num_steps=7'"
+        in text
+    )
+    assert "`runs/first/` holds the models of the atlas's first edition" in text
+    assert _commands({"steps": 3}) == []
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,12 @@ from vargen.checkpoints.resolve import resolve_model
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.evaluation.report import attribute_table, metric_table, read_report
 from vargen.files import atomic_write
+from vargen.training.recipe import RECIPES_FOLDER, overrides_of, parse_recipe
 from vargen.validation.printable import printable, shown
 from vargen.validation.reading import read_json, read_text, read_toml
 
 _KEPT = "## What to know"
+_FIRST = "runs/first/"  # where the recipes of the second edition of the atlas look for the weights of the first
 TRAINING_RECORD = "training.json"  # written by `vargen train` beside the model, where it does
 
 
@@ -74,7 +76,7 @@ def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -
         lines += [source["note"], ""]
     lines += ["## Licence", "", "The weights: Apache-2.0, as the library.", ""]
     if recipe:
-        lines += ["## Training", "", *_flat(recipe), ""]
+        lines += ["## Training", "", *_flat(recipe), "", *_commands(recipe)]
     lines += ["## Measurements", ""]
     for report in reports:
         lines += _measurement(report)
@@ -175,6 +177,22 @@ def _flat(record: dict[str, Any], prefix: str = "") -> list[str]:
     for key, value in record.items():
         if isinstance(value, dict):
             lines += _flat(value, f"{prefix}.{key}" if prefix else key)
+    return lines
+
+
+def _commands(record: dict[str, Any]) -> list[str]:
+    """Say how the components were trained, where the record holds whole recipes."""
+    order = sorted(record.items(), key=lambda item: item[0] != "tokenizer")  # the others are trained on its codes
+    recipes = [parse_recipe(part["recipe"]) for _, part in order if isinstance(part, dict) and part.get("recipe")]
+    known = [recipe for recipe in recipes if (RECIPES_FOLDER / f"{recipe.name}.toml").is_file()]
+    if not known:
+        return []
+    lines = ["Again, from the root of the repository:", "", "```bash"]
+    for recipe in known:
+        lines.append(" ".join(["vargen train", recipe.name, *(f"--set {item!r}" for item in overrides_of(recipe))]))
+    lines += ["```", ""]
+    if any(str(recipe.options.get("start", "")).startswith(_FIRST) for recipe in known):
+        lines += [f"`{_FIRST}` holds the models of the atlas's first edition, from the history of the repository.", ""]
     return lines
 
 

@@ -23,7 +23,7 @@ from vargen.checkpoints.resolve import resolve_model
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.datasets.motion.compose import MOTIONS, PARTS
 from vargen.datasets.motion.dataset import MotionDataset
-from vargen.evaluation.card import _components, _flat, _recipe
+from vargen.evaluation.card import _commands, _components, _flat, _recipe
 from vargen.evaluation.reconstruction import psnr
 from vargen.files import atomic_write
 from vargen.images import to_uint8
@@ -158,8 +158,7 @@ def _card(folder: Path, report: dict[str, Any]) -> str:
     lines += ["## Components", "", *_components(folder), ""]
     lines += ["## Data", "", f"Composed at random from {source['title']} ({source['licence']}). {source['note']}", ""]
     lines += ["## Licence", "", "The weights: Apache-2.0, as the library.", ""]
-    lines += ["## Training", "", *_flat(training), "", "Again, from the root of the repository:", ""]
-    lines += ["```bash", "vargen train heroes-video-fsq", "vargen train heroes-video-nbp", "```", ""]
+    lines += ["## Training", "", *_flat(training), "", *_commands(training)]
     lines += [
         "## Measurements",
         "",

@@ -205,6 +205,17 @@ def check_keys(values: Mapping[str, Any], allowed: Sequence[str], section: str) 
             raise ValueError(f"unknown key {shown(_join(section, str(key)))} in the recipe; {hint}")
 
 
+def overrides_of(recipe: Recipe) -> list[str]:
+    """Return what makes this recipe of the shipped one with its name: ``"section.key=value"`` strings of ``load_recipe``.
+
+    Raises:
+        ValueError: no shipped recipe has this name.
+    """
+    own, shipped = (dict(_flatten(r.to_dict())) for r in (recipe, load_recipe(recipe.name)))
+    changed = {key: value for key, value in own.items() if json.dumps(value) != json.dumps(shipped.get(key))}
+    return [f"{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in changed.items()]
+
+
 def same_weights(a: Recipe, b: Recipe) -> str | None:
     """Name the first setting in which two recipes differ and that a resumed run may not change; None if there is none."""
     free = {"schedule": ScheduleConfig(), "log": LogConfig(), "compile": False}
