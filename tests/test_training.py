@@ -230,7 +230,7 @@ def test_transformer_learns(vq_run, tmp_path):
     ("recipe", "overrides", "start", "component"),
     [
         ("heroes32-llamagen", ["options.tokenizer=heroes32-llamagen"], "heroes32-llamagen", "backbone"),
-        ("heroes32-eagle", [], "heroes32-llamagen", "eagle"),
+        ("heroes32-eagle", [], "heroes32-llamagen", "drafters/eagle"),
         ("heroes32-multiscale-vq", [], "heroes32-var", "tokenizer"),
         ("heroes32-var", ["options.tokenizer=heroes32-var"], "heroes32-var", "backbone"),
         ("heroes32-nar", [], "heroes32-nar", "backbone"),

@@ -66,7 +66,7 @@ class DrafterTask(Task):
         }
         model: EagleDrafter = model_from(EagleDrafter, {"num_heads": c.num_heads, **self.recipe.model}, **fixed)
         if initialize and self.options.start:
-            start_from_weights(model, self.options.start, "eagle")
+            start_from_weights(model, self.options.start, "drafters/eagle")
         return model
 
     def setup(self, device: torch.device) -> None:
