@@ -54,7 +54,7 @@ def check_count(name: str, value: Any, most: int | None = None) -> None:
     """Raise ``ValueError`` unless a number is an integer of at least 1, and at most so many."""
     if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1, got {shown(value)}")
-    if most is not None and value > most:
+    if most is not None and int(value) > most:
         raise ValueError(f"{name} must be at most {most}, got {shown(value)}; call the pipeline several times")
 
 

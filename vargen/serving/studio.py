@@ -195,4 +195,5 @@ class _Work:
 
 def _whole(value: Any) -> Any:
     """A number from a web page as an integer, where it is whole: JSON does not tell 4 from 4.0."""
-    return int(value) if isinstance(value, Real) and not isinstance(value, bool) and value % 1 == 0 else value
+    whole = isinstance(value, Real) and not isinstance(value, bool) and value % 1 == 0
+    return int(value) if whole else value
