@@ -58,7 +58,7 @@ class DraftModelSampler(WindowSampler):
         """Open a session of the draft model."""
         check_drafter(type(self).__name__, state.backbone, drafter)
         prepared = drafter.prepare(condition, guidance_scale=self.guidance_scale)
-        return ChainDrafter(self, drafter, prepared, min(self.num_rows, state.layout.num_slots))
+        return ChainDrafter(self, drafter, prepared, state.width)
 
 
 class ChainDrafter:

@@ -17,6 +17,7 @@ from vargen.serving.studio import MAX_IMAGES, Studio, Update
 
 MAX_DRAWINGS = 8  # at a time: one draws, the others wait
 MAX_QUEUE = 32  # events that wait for one of those places
+SETTINGS = ("model", "prompt", "sampler", "seed", "guidance_scale", "temperature", "num_images")
 EXAMPLES = (
     "deep elf with a red cloak, wizard hat and great sword",
     "a minotaur with plate armour and a battle axe",
@@ -38,28 +39,7 @@ def build_page(studio: Studio, model: str) -> Any:
     gradio = import_gradio()
     names = list(dict.fromkeys([model, *drawable_models()]))
     start = studio.defaults(model)
-
-    def draw(request: Any, *values: Any) -> Iterator[Update]:
-        try:
-            yield from studio.draw(offered(values[0]), *values[1:7], session=request.session_hash)  # type: ignore[misc]  # six values
-        except ValueError as error:
-            raise gradio.Error(str(error), print_exception=False) from None
-
-    async def halt(request: Any) -> None:  # async: needs none of the threads in which drawings wait
-        studio.stop(request.session_hash)
-
-    draw.__annotations__["request"] = halt.__annotations__["request"] = gradio.Request  # gradio fills it in
-
-    def offered(name: str) -> str:
-        if name not in names:  # anything else would be loaded from a path or the Hub
-            raise gradio.Error("this model is not on the page", print_exception=False)
-        return name
-
-    def change(name: str) -> list[Any]:
-        own = studio.defaults(offered(name))
-        choices = gradio.Dropdown(choices=studio.samplers(name), value=own["sampler"])
-        return [choices, own["guidance_scale"], own["temperature"]]
-
+    draw, halt, change = _handlers(studio, names)
     with gradio.Blocks(title="vargen", analytics_enabled=False) as page:
         gradio.Markdown(TITLE)
         with gradio.Row():
@@ -76,19 +56,52 @@ def build_page(studio: Studio, model: str) -> Any:
                     go, stop = gradio.Button("Draw", variant="primary"), gradio.Button("Stop")
                 gradio.Examples([[text] for text in EXAMPLES], inputs=[prompt])
             with gradio.Column(scale=3):
-                look: dict[str, Any] = {"interactive": False, "format": "png", "show_label": False}
-                look["buttons"] = ["download"]  # a label or more buttons would lie on the picture
-                picture = gradio.Image(label="Picture", **look)
-                line = gradio.Markdown("Press Draw.")
-                gradio.Markdown(MAP_LABEL)
-                maps = gradio.Image(label="Map", **look)
+                outputs = _pictures(gradio)
         which.change(change, which, [sampler, guidance, heat], show_progress="hidden")
-        values = [which, prompt, sampler, seed, guidance, heat, count]
-        drawing: Any = {"inputs": values, "outputs": [picture, maps, line], "show_progress": "hidden"}
+        values = [which, prompt, sampler, seed, guidance, heat, count]  # in the order of SETTINGS
+        drawing: Any = {"inputs": values, "outputs": outputs, "show_progress": "hidden"}
         for press in (go.click, prompt.submit):
             press(draw, **drawing, concurrency_limit=MAX_DRAWINGS, concurrency_id="drawings")
         stop.click(halt, queue=False)
     return page.queue(max_size=MAX_QUEUE)
+
+
+def _pictures(gradio: Any) -> list[Any]:
+    """Put picture, line and map on the page; returned in the order of an :data:`Update`."""
+    look: dict[str, Any] = {"interactive": False, "format": "png", "show_label": False}
+    look["buttons"] = ["download"]  # a label or more buttons would lie on the picture
+    picture = gradio.Image(label="Picture", **look)
+    line = gradio.Markdown("Press Draw.")
+    gradio.Markdown(MAP_LABEL)
+    return [picture, gradio.Image(label="Map", **look), line]
+
+
+def _handlers(studio: Studio, names: list[str]) -> tuple[Any, Any, Any]:
+    """What the page does when something is pressed: draw, stop, another model."""
+    gradio = import_gradio()
+
+    def draw(request: Any, *values: Any) -> Iterator[Update]:
+        try:
+            settings = dict(zip(SETTINGS, values, strict=True))
+            yield from studio.draw(**settings | {"model": offered(values[0]), "session": request.session_hash})
+        except ValueError as error:
+            raise gradio.Error(str(error), print_exception=False) from None
+
+    async def halt(request: Any) -> None:  # async: needs none of the threads in which drawings wait
+        studio.stop(request.session_hash)
+
+    def offered(name: str) -> str:
+        if name not in names:  # anything else would be loaded from a path or the Hub
+            raise gradio.Error("this model is not on the page", print_exception=False)
+        return name
+
+    def change(name: str) -> list[Any]:
+        own = studio.defaults(offered(name))
+        choices = gradio.Dropdown(choices=studio.samplers(name), value=own["sampler"])
+        return [choices, own["guidance_scale"], own["temperature"]]
+
+    draw.__annotations__["request"] = halt.__annotations__["request"] = gradio.Request  # gradio fills it in
+    return draw, halt, change
 
 
 def import_gradio() -> Any:
