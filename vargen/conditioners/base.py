@@ -19,7 +19,6 @@ MAX_ROWS = 2**16  # prompts or labels at once
 MAX_CHARACTERS = 10_000  # of a prompt; conditioners that read less allow less
 
 
-
 class Conditioner(Stored, ConfigMixin):
     """Base of the conditioners: calling convention, and saving inside a pipeline folder.
 

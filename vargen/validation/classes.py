@@ -65,7 +65,9 @@ def component_class(library: Any, class_name: Any, slot: str = "component") -> t
     else:
         return _own_class(library, class_name, slot)
     if room not in (rooms := SLOTS.get(slot, (room,))):
-        raise ValueError(f"{slot} is a {class_name}, which is none of the {' or '.join(rooms)}; save the pipeline again")
+        raise ValueError(
+            f"{slot} is a {class_name}, which is none of the {' or '.join(rooms)}; save the pipeline again"
+        )
     return _check_kind(getattr(import_module(library), class_name, None), class_name, slot)
 
 

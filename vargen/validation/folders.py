@@ -52,9 +52,7 @@ def read_settings(path: StrPath, limit: int = MAX_BYTES) -> dict[str, Any]:
     return value
 
 
-def check_component(
-    folder: StrPath, kind: type, within: StrPath | None = None, name: str | None = None
-) -> None:
+def check_component(folder: StrPath, kind: type, within: StrPath | None = None, name: str | None = None) -> None:
     """Look through the folder of a component before its class reads it.
 
     Args:

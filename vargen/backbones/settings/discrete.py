@@ -133,7 +133,7 @@ LLAMAGEN = Settings(
 )
 # these two build LlamaGen's part first, which brings the other rules
 NAR = Settings({**_LLAMAGEN, "grid_size": VIDEO_GRID, "code_rank": optional(WIDTH)}, (AREA,), _llamagen_weights)
-PAR = Settings({**_LLAMAGEN, "group_size": POSITIONS}, (_grouped, AREA), _llamagen_weights)
+PAR = Settings({**_LLAMAGEN, "group_size": POSITIONS}, (_grouped,), _llamagen_weights)
 
 
 def _eagle_weights(

@@ -35,7 +35,9 @@ class VerifyReport:
     extra: list[str] = field(default_factory=list)
     wrong_shapes: dict[str, tuple[Shape, Shape]] = field(default_factory=dict)  # key -> (in the file, expected)
     not_finite: list[str] = field(default_factory=list)
-    wrong_dtypes: list[str] = field(default_factory=list)  # keys whose numbers no layer can hold: integers, float8, ...
+    wrong_dtypes: list[str] = field(
+        default_factory=list
+    )  # keys whose numbers no layer can hold: integers, float8, ...
     dtypes: dict[str, int] = field(default_factory=dict)  # dtype -> number of entries
     note: str = ""
 
