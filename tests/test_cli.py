@@ -301,7 +301,8 @@ class TestFailures:
         """In errors, in wrong usage, in tables, in pages, in cards and in the stack that is shown on request."""
         name = "a\x1b[31m\x07\u202e[bold]b\udcff.pt"
         escaped = r"a\x1b[31m\x07\u202e[bold]b\udcff.pt"
-        for arguments in (["verify", name], ["models", name, name], ["convert", name, "d"], [name]):
+        raw = ["generate", "x", "-o", f"{name}/x.png"]  # refused by a check that quotes the name as it is
+        for arguments in (["verify", name], ["models", name, name], ["convert", name, "d"], [name], raw):
             line = run(*arguments, code=2).stderr
             assert escaped in line, arguments
             assert line.replace("\n", "").isprintable()

@@ -317,6 +317,25 @@ def test_a_foreign_record_is_no_chunk(content: Any, tmp_path: Path) -> None:
     assert run.record(0) is None
 
 
+def test_a_record_names_no_file_outside_its_run(tmp_path: Path) -> None:
+    manifest = {"num": 2}
+    details = {name: value for name, value in record().items() if name not in ("start", "pixels", "files")}
+    run = RunFolder(tmp_path / "run", manifest, num=2, chunk=2, keep_images=True)
+    run.write(0, torch.zeros(2, 3, 8, 8, dtype=torch.uint8), {}, details)
+    (tmp_path / "outside.npy").write_bytes((tmp_path / "run/images/00000000.npy").read_bytes())
+    file = tmp_path / "run" / "chunks" / "00000000.json"
+    written = json.loads(file.read_text())
+    (digest,) = written["files"].values()
+    for name, found in (
+        ("images/00000000.npy", True),
+        ("../outside.npy", False),
+        (str(tmp_path / "outside.npy"), False),
+    ):
+        file.write_text(json.dumps({**written, "files": {**written["files"], name: digest}}))
+        again = RunFolder(tmp_path / "run", manifest, num=2, chunk=2, keep_images=True)
+        assert (again.record(0) is not None) == found, name
+
+
 def test_a_run_with_foreign_files_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     (tmp_path / "chunks").mkdir()
