@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tests.outside import read_or_refused, refusal
 from vargen.training.recipe import RECIPES_FOLDER, Recipe, ScheduleConfig, load_recipe, parse_recipe
 from vargen.training.run import train
-from vargen.training.tasks import make_task
+from vargen.training.tasks.base import make_task
 
 
 @pytest.mark.parametrize("file", sorted(RECIPES_FOLDER.glob("*.toml")), ids=lambda p: p.stem)
