@@ -165,7 +165,7 @@ def test_a_missing_or_unfitting_drafter_is_one_clear_line(sampler):
     [
         (lambda: DraftModelSampler(num_drafts=0), "num_drafts must be an integer at least 1"),
         (lambda: DraftModelSampler(carry="maximal"), "carry must be one of gumbel, independent"),
-        (lambda: DraftedJacobiSampler(num_sweeps=0), "num_sweeps must be an integer at least 1"),
+        (lambda: DraftedJacobiSampler(num_sweeps=0), "num_sweeps must be an integer in 1..256, got 0"),
         (lambda: DraftedJacobiSampler(strength=1.5), "strength must be at least 0 and at most 1"),
     ],
 )

@@ -63,7 +63,7 @@ def test_codes_that_top_k_removed_stay_out():
     ("settings", "message"),
     [
         ({"group_size": 3}, "group_size must be even, got 3; try 4"),
-        ({"group_size": 0}, "group_size must be an integer at least 2"),
+        ({"group_size": 0}, "group_size must be an integer in 2..4096, got 0"),
         ({"prob_threshold": -0.1}, "prob_threshold must be at least 0"),
         ({"distance_threshold": -1}, "distance_threshold must be at least 0"),
         ({"carry": "gumbel"}, "carry must be one of independent, maximal"),

@@ -374,7 +374,7 @@ class TestTwoModels:
     [
         (lambda b, t: NextScaleSampler(guidance_ramp="lineer"), "did you mean 'linear'"),
         (lambda b, t: NextScaleSampler(final_temperature=-1.0), "final_temperature must be"),
-        (lambda b, t: NextScaleSampler(stop_scale=0), "stop_scale must be an integer at least 1"),
+        (lambda b, t: NextScaleSampler(stop_scale=0), "stop_scale must be an integer in 1..64, got 0"),
         (lambda b, t: NextScaleSampler(more_smooth=True), "did you mean 'smooth'"),
         (lambda b, t: NextScaleSampler().sample(b, torch.tensor([1]), seeds=[0]), "pass tokenizer="),
         (lambda b, t: NextScaleSampler(stop_scale=9).sample(b, torch.tensor([1]), seeds=[0], tokenizer=t), "3 scales"),
