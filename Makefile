@@ -6,7 +6,7 @@ LOWEST ?= .venv-lowest
 BIN := $(VENV)/bin
 PROMPT := deep elf with a red cloak, wizard hat and great sword
 # one thread a worker: two workers with two threads each would fight over two cores
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -q
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -q
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-cluster test-lowest lint docs gpu bench clean

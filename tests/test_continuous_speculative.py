@@ -231,7 +231,8 @@ def test_draft_equal_to_target_is_always_accepted(mode: str, guidance_scale: flo
     model = causal(0)
     plain = sample(model, gamma=0, guidance_scale=guidance_scale)
     drafted = sample(model, model, mode=mode, gamma=4, guidance_scale=guidance_scale)
-    assert torch.equal(drafted.latents, plain.latents)  # with the noise of the position, bit for bit
+    # with the noise of the position; one row and five of float64 are multiplied in other orders on some processors
+    torch.testing.assert_close(drafted.latents, plain.latents, rtol=0, atol=1e-12)
     assert rate(drafted) == 1.0
     assert plain.stats.num_forwards == 12
     assert drafted.stats.num_forwards == 1 + math.ceil(11 / 5)

@@ -25,8 +25,9 @@ def test_twin_and_kernel_find_the_nearest(on_kernel, poisoned, n, num_codes, cha
 
 
 def test_the_first_of_equal_entries_wins(on_kernel):
-    codebook = torch.randn(20, 8).repeat(7, 1)[torch.randperm(140)]
-    x = codebook[torch.randperm(140)[:50]] + 0.01
+    # small integers: products are exact, so that equal entries are equally far on every processor
+    codebook = torch.randint(-8, 9, (20, 8)).float().repeat(7, 1)[torch.randperm(140)]
+    x = codebook[torch.randperm(140)[:50]] + 0.25
     first = (codebook[None] == codebook[nearest_code(x, codebook)][:, None]).all(-1).long().argmax(-1)
     assert torch.equal(nearest_code(x, codebook), first)
     assert torch.equal(on_kernel(nearest_code, x, codebook), first)

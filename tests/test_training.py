@@ -102,7 +102,7 @@ KILLED = """
     import json, os, signal, sys
     from vargen.training.recipe import parse_recipe
     from vargen.training.run import train
-    from vargen.training import {module} as module
+    from vargen.training.tasks import {module} as module
 
     recipe, output, resume, last = parse_recipe(json.loads(sys.argv[1])), sys.argv[2], sys.argv[3] == "1", int(sys.argv[4])
     task = module.{task}

@@ -92,7 +92,7 @@ def test_a_dictionary_starts_at_its_patches_and_reads_in_pieces(runs):
         torch.nn.init.zeros_(value)
     rows = fresh.patches[codes].permute(0, 4, 1, 2, 3)
     torch.testing.assert_close(fresh.decode(codes), fresh.unpatch(rows, None))
-    with pytest.raises(ValueError, match="single channel multiplier"):
+    with pytest.raises(ValueError, match="needs a single entry in channel_multipliers"):
         VideoFSQTokenizer(dictionary=True)
 
 
