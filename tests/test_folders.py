@@ -222,6 +222,15 @@ class TestNothingIsImported:
         one_line(lambda: ImagePipeline.from_pretrained("some/model", **options), "holds the Python file")
         trap.assert_untouched()
 
+    def test_settings_of_components_on_the_hub_are_bounded(self, saved: Path, tmp_path: Path) -> None:
+        options = {"local_files_only": True, "cache_dir": str(tmp_path / "hub"), "subfolder": "tokenizer"}
+        file = into_hub_cache(saved, tmp_path / "hub") / "tokenizer" / "config.json"
+        VQTokenizer.from_pretrained("some/model", **options)
+        for content, part in ((DEEP, "nests its values too deeply"), ('{"auto_map": {"a": "b.c"}}', "auto_map")):
+            file.unlink()
+            file.write_text(content)
+            one_line(lambda: VQTokenizer.from_pretrained("some/model", **options), part)
+
     def test_samplers_are_found_among_our_own(self, saved: Path, trap: Trap) -> None:
         for named in (f"{PAYLOAD}.X", [PAYLOAD, "X"], {"a": 1}, 7, "WindowSampler", "x" * 100_000):
             edit(saved / "sampler" / "sampler_config.json", _class_name=named)
