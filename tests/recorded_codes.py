@@ -112,7 +112,7 @@ def _cases() -> list[Case]:
     cold = {"temperature": 0.0, "guidance_scale": 1.5, "tree": "mc_sim_7b_63"}
     add(model, "exact-greedy", lantern, forwards=3, **cold, **exact)
     add(model, "lantern-greedy", lantern, forwards=3, lam=5.0, k=50, **cold)
-    add(model, "zipar", "ZipARSampler", forwards=30, window=8, **base)
+    add(model, "zipar", "ZipARSampler", forwards=30, window=4, **base)
     add(model, "zipar-adaptive", "ZipARSampler", forwards=24, window=4, adaptive=True, **base)
 
     model, shipped = "heroes32-var", {"guidance_scale": 1.5, "temperature": 0.7, "top_p": 0.7}
