@@ -20,6 +20,8 @@ class Mutant:
 
 
 NOISE = "tests/test_noise.py::test_a_number_serves_one_purpose"
+USED = "tests/test_noise.py::test_what_is_read_decides_something"
+LAW = "tests/test_continuous_speculative.py::test_what_replaces_a_draft_does_not_know_the_uniform_that_refused_it"
 FORCED = "tests/test_window.py::test_forced_codes_stay_with_their_image_when_others_leave"
 
 MUTANTS = (
@@ -63,7 +65,14 @@ MUTANTS = (
         "samplers/acceptance/gaussian_chains.py",
         "survive(ratio, v[:, 0, 0])",
         "survive(ratio, u[rows, count.clamp(max=gamma - 1)[rows]])",
-        NOISE,
+        USED,
+    ),
+    Mutant(
+        "the uniform of an acceptance is kept for the residual: its law",
+        "samplers/acceptance/gaussian_chains.py",
+        "survive(ratio, v[:, 0, 0])",
+        "survive(ratio, u[rows, count.clamp(max=gamma - 1)[rows]])",
+        LAW,
     ),
     Mutant(
         "top-p of the mass before top-k",

@@ -16,6 +16,7 @@ from tests.continuous_toys import DTYPE, ToyCausal, compare, linear_gaussian, mi
 from tests.golden_files import load_file
 from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.mar.model import MARTransformer
+from vargen.random import Stream, uniform
 from vargen.samplers.acceptance import gaussian as continuous_rules
 from vargen.samplers.acceptance.gaussian import accept, couple_step, draw_residual, log_ratio, reflect, survive
 from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
@@ -158,6 +159,20 @@ def test_guided_and_cooled_closed_form(mode: str) -> None:
     assert min(found.values()) > LEAST_P
     unguided = normality(whiten(target, output.latents, [1.0] * 4, 0.9))
     assert min(unguided.values()) < LEAST_P
+
+
+def test_what_replaces_a_draft_does_not_know_the_uniform_that_refused_it() -> None:
+    """Dies here: an acceptance uniform that is kept for the residual of whole paths."""
+    num = 3000
+    target, draft = linear_gaussian(slope=0.0), linear_gaussian(slope=0.0, shift=0.45, spread=0.55)
+    output = run(target, draft, num, mode="exact", gamma=1)
+    trace = output.stats.commit_trace
+    refused = trace[:, 1] != trace[:, 2]  # the first draft brought no second token
+    u = uniform(torch.arange(num), torch.ones(num, 1, dtype=torch.int64), 1, Stream.ACCEPT)[:, 0, 0]
+    found = stats.spearmanr(u[refused], output.latents[refused, 1].mean(-1))
+    print(f"N={int(refused.sum())}, correlation {found.statistic:.3f} (p {found.pvalue:.2g})")
+    assert u[refused].mean() > u[~refused].mean() + 0.1  # it is the one that decided
+    assert found.pvalue > LEAST_P
 
 
 @pytest.mark.parametrize("mode", EXACT)
