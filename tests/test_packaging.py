@@ -155,7 +155,7 @@ def test_wheel_would_hold_every_module_and_data_file(tmp_path: Path) -> None:
 
 def test_tracked_tree_is_small() -> None:
     size = sum((ROOT / name).stat().st_size for name in tracked(".") if (ROOT / name).is_file())
-    assert size < 40 * 2**20, f"tracked files hold {size / 2**20:.1f} MiB; the ceiling is 40 MiB"
+    assert size < 60 * 2**20, f"tracked files hold {size / 2**20:.1f} MiB; the ceiling is 60 MiB"
 
 
 def test_shipped_models_name_no_folder_of_the_machine_they_were_made_on() -> None:
