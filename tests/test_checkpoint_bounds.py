@@ -105,7 +105,7 @@ class TestContainers:
 
 
 class TestTensors:
-    @pytest.mark.filterwarnings("ignore::UserWarning:torch.*")
+    @pytest.mark.filterwarnings("ignore:Sparse invariant", "ignore:torch.quantize")
     @pytest.mark.parametrize(
         ("make", "message"),
         [
