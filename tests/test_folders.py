@@ -222,6 +222,10 @@ class TestNothingIsImported:
         one_line(lambda: ImagePipeline.from_pretrained("some/model", **options), "holds the Python file")
         trap.assert_untouched()
 
+    def test_settings_in_an_archive_are_not_read(self, saved: Path) -> None:
+        file = saved / "tokenizer" / "config.json"
+        one_line(lambda: VQTokenizer._dict_from_json_file(file, dduf_entries={}), "DDUF archive")
+
     def test_settings_of_components_on_the_hub_are_bounded(self, saved: Path, tmp_path: Path) -> None:
         options = {"local_files_only": True, "cache_dir": str(tmp_path / "hub"), "subfolder": "tokenizer"}
         file = into_hub_cache(saved, tmp_path / "hub") / "tokenizer" / "config.json"
