@@ -21,7 +21,7 @@ from tests.tiny import tiny_hero_pipeline
 from vargen.adapters.families.emu3_5 import emu35_config
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
-from vargen.conditioners.t5 import T5CaptionConditioner
+from vargen.conditioners.t5 import T5CaptionConditioner, load_text_encoder, load_text_tokenizer
 from vargen.pipelines.components import read_index
 from vargen.pipelines.image import ImagePipeline
 from vargen.pipelines.video import VideoPipeline
@@ -222,6 +222,10 @@ class TestNothingIsImported:
         one_line(lambda: ImagePipeline.from_pretrained("some/model", **options), "holds the Python file")
         trap.assert_untouched()
 
+    def test_settings_in_an_archive_are_not_read(self, saved: Path) -> None:
+        file = saved / "tokenizer" / "config.json"
+        one_line(lambda: VQTokenizer._dict_from_json_file(file, dduf_entries={}), "DDUF archive")
+
     def test_settings_of_components_on_the_hub_are_bounded(self, saved: Path, tmp_path: Path) -> None:
         options = {"local_files_only": True, "cache_dir": str(tmp_path / "hub"), "subfolder": "tokenizer"}
         file = into_hub_cache(saved, tmp_path / "hub") / "tokenizer" / "config.json"
@@ -420,6 +424,7 @@ class TestMalformedIndex:
     def test_settings_of_videos_are_checked_before_components(self, saved: Path) -> None:
         for fps in ([1], "8", 0, 10**30, True, 1.5):
             edit_index(saved, _class_name="VideoPipeline", fps=fps)
+            next(saved.glob("tokenizer/*.safetensors")).write_bytes(b"")  # whoever reads on finds this
             one_line(lambda: VideoPipeline.from_pretrained(saved), "fps must be")
 
     def test_sparse_files_are_not_read_whole(self, saved: Path) -> None:
@@ -545,7 +550,7 @@ class TestCaptions:
         one_line(lambda: T5CaptionConditioner.from_pretrained(folder), part)
         trap.assert_untouched()
 
-    @pytest.mark.parametrize("place", ["tokenizer", "text_encoder"])
+    @pytest.mark.parametrize("place", ["tokenizer", "text_encoder", "."])
     def test_code_beside_them(self, folder: Path, trap: Trap, place: str) -> None:
         T5CaptionConditioner.from_pretrained(folder)
         (folder / place / f"{PAYLOAD}.py").write_text(trap.source)
@@ -558,9 +563,27 @@ class TestCaptions:
             shutil.copytree(folder / part, both, dirs_exist_ok=True)
         T5CaptionConditioner(model_name=str(both), max_length=6, clean=False).encode(["fox"])
         (both / f"{PAYLOAD}.py").write_text(trap.source)
+        for load in (load_text_encoder, load_text_tokenizer):
+            one_line(lambda load=load: load(both), "holds the Python file")
         lazy = T5CaptionConditioner(model_name=str(both), max_length=6, clean=False)
         one_line(lambda: lazy.encode(["fox"]), "cannot load the text encoder", "Python file", error=OSError)
         trap.assert_untouched()
+
+    @pytest.mark.parametrize(("file", "load"), [("config.json", "encoder"), ("tokenizer_config.json", "tokenizer")])
+    def test_a_model_on_the_hub_chooses_no_code_either(
+        self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, load: str
+    ) -> None:
+        for part in ("tokenizer", "text_encoder"):
+            shutil.copytree(folder / part, tmp_path / "both", dirs_exist_ok=True)
+        place = into_hub_cache(tmp_path / "both", tmp_path / "hub")
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        call = {"encoder": load_text_encoder, "tokenizer": load_text_tokenizer}[load]
+        call("some/model")
+        stored = json.loads((place / file).read_text())
+        (place / file).unlink()
+        (place / file).write_text(json.dumps(stored | {"auto_map": {"AutoTokenizer": [None, f"{PAYLOAD}.X"]}}))
+        one_line(lambda: call("some/model"), file, "auto_map", "choose code")
 
 
 class TestOneLine:
@@ -579,6 +602,10 @@ class TestOneLine:
         with pytest.raises(ValueError, match=r".") as caught, in_one_line("somewhere"):
             raise error
         assert str(caught.value) == expected
+
+    def test_a_folder_within_a_folder_is_named_once(self) -> None:
+        with pytest.raises(ValueError, match=r"^cannot load inner: xxx"), in_one_line("outer"), in_one_line("inner"):
+            raise ValueError("x" * 10**6)
 
     def test_long_messages_are_cut(self) -> None:
         with pytest.raises(ValueError, match=r"\.\.\.$") as caught, in_one_line("somewhere"):

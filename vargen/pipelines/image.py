@@ -175,8 +175,11 @@ class ImagePipeline(DiffusionPipeline):
         """Raise ``ValueError`` for settings of the pipeline itself, before components are loaded."""
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: str | PathLike[str]) -> dict[str, Any]:
-        """What diffusers reads an index with, from folders and, before it downloads the rest, from the Hub."""
+    def _dict_from_json_file(cls, json_file: str | PathLike[str], dduf_entries: Any = None) -> dict[str, Any]:
+        """What diffusers reads an index with, from folders and, before it downloads the rest, from the Hub.
+
+        Older versions hand in archives too; ``check_options`` has refused them.
+        """
         index = read_settings(Path(json_file))
         if Path(json_file).name == INDEX_FILE:
             check_index(Path(json_file), index)

@@ -196,8 +196,10 @@ class Stored:
             return loaded
 
     @classmethod
-    def _dict_from_json_file(cls, json_file: StrPath) -> dict[str, Any]:
-        """What diffusers reads settings with, from folders and from the Hub alike."""
+    def _dict_from_json_file(cls, json_file: StrPath, dduf_entries: Any = None) -> dict[str, Any]:
+        """What diffusers reads settings with, from folders and from the Hub alike; older ones hand in archives, too."""
+        if dduf_entries is not None:
+            raise ValueError(f"{printable(json_file)} lies in a DDUF archive, which vargen does not read; unpack it")
         settings = read_settings(os.fspath(json_file))
         check_settings(Path(json_file), settings)
         return settings
