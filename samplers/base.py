@@ -23,6 +23,7 @@ from torch import Tensor
 import vargen
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import seed_tensor
+from vargen.samplers.registry import OWN_WORDS, SAMPLERS, old_names, renamed, same_sampler
 from vargen.samplers.state import DecodeState
 from vargen.validation.checks import (
     check_choice,
@@ -57,12 +58,26 @@ class Run:
     tokenizer: Any
     drafter: Any
 
+    def with_drafter(self, drafter: Any) -> Run:
+        """The same call with another drafter."""
+        return dataclasses.replace(self, drafter=drafter)
+
 
 Callback = Callable[[int, Any], None]  # step, state (a DecodeState)
 
 
+class _Renaming(type):
+    """Lets classes be built with the settings of earlier versions, see ``registry.renamed``."""
+
+    def __call__(cls, *args: Any, **settings: Any) -> Any:
+        name, settings = renamed(cls, settings)
+        if name != cls.__name__:  # these settings are another sampler's today
+            return find_sampler(name)(*args, **settings)
+        return super().__call__(*args, **settings)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Sampler(Stored, SchedulerMixin, ConfigMixin):
+class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
     """Base of all samplers: shared settings, configuration format, checks and the common loop.
 
     Args:
@@ -117,8 +132,10 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
             >>> NextTokenSampler(top_k=64).replace(temperature=0.9).top_k
             64
         """
-        check_names(overrides, self.setting_names(), type(self).__name__)
-        return dataclasses.replace(self, **overrides)
+        check_names(overrides, (*self.setting_names(), *old_names(type(self))), type(self).__name__)
+        own = {name: getattr(self, name) for name in self.setting_names()}
+        again: Self = type(self)(**(own | renamed(type(self), overrides, whole=False)[1]))
+        return again
 
     @classmethod
     def from_config(cls, config: Any, return_unused_kwargs: bool = False, **overrides: Any) -> Any:
@@ -136,13 +153,15 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin):
         named = config.get("_class_name", cls.__name__)
         if cls is Sampler:
             return find_sampler(named).from_config(config, return_unused_kwargs, **overrides)
-        known = cls.setting_names()
+        known = (*cls.setting_names(), *old_names(cls))
         settings = {name: value for name, value in config.items() if not name.startswith("_")}
-        if named == cls.__name__:  # settings of another sampler may be unknown here, our own may not
+        ours = same_sampler(named, cls.__name__)
+        if ours:  # settings of another sampler may be unknown here, our own may not
             check_names(settings, known, cls.__name__)
         check_names(overrides, known, cls.__name__)
-        unused = {name: value for name, value in settings.items() if name not in known}
-        sampler = cls(**({name: settings[name] for name in known if name in settings} | overrides))
+        given = {name: value for name, value in settings.items() if name in known and (ours or name not in OWN_WORDS)}
+        unused = {name: value for name, value in settings.items() if name not in given}
+        sampler = cls(**(renamed(cls, given, whole=False)[1] | renamed(cls, overrides, whole=False)[1]))
         return (sampler, unused) if return_unused_kwargs else sampler
 
     def sample(
@@ -272,11 +291,11 @@ def _plain(value: Any) -> Any:
 
 def known_samplers() -> list[type[Sampler]]:
     """All public samplers, by name."""
-    return [getattr(vargen, name) for name in sorted(vargen._names) if name.endswith("Sampler")]
+    return [getattr(vargen, name) for name in sorted(SAMPLERS.values())]
 
 
 def find_sampler(name: str) -> type[Sampler]:
     """Return the public sampler class of that name; an unknown name raises and shows the nearest."""
-    classes = {cls.__name__: cls for cls in known_samplers() if cls.__name__ in vargen._names}
-    check_choice("sampler", name, list(classes))
-    return classes[name]
+    check_choice("sampler", name, sorted(SAMPLERS.values()))
+    found: type[Sampler] = getattr(vargen, name)
+    return found

@@ -23,6 +23,7 @@ import torch
 from vargen.kernels.verify.types import Draft, Label, VerifyNoise
 from vargen.kernels.verify.verify import verify_window
 from vargen.kernels.warp import warp_logits
+from vargen.samplers.acceptance import base as rules
 from vargen.samplers.window import decoder as window_module
 
 EDGE = 0.02  # how deep inside its interval a random number is placed, as a share of the interval
@@ -249,7 +250,7 @@ class _Tree:
         def verify(*args, **kwargs):
             return verify_window(*args, **{**kwargs, "noise": given})
 
-        with mock.patch.object(window_module, "verify_window", verify):
+        with mock.patch.object(rules, "verify_window", verify):
             if state is None:
                 labels = torch.full((len(outcomes),), self.label)
                 state = self.sampler.start(self.backbone, labels, seeds=list(range(len(outcomes))))

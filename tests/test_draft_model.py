@@ -6,7 +6,7 @@ import torch
 from tests.enumeration import chi_square_p, shared_noise_law, table_law, total_variation
 from tests.toys import LinedBackbone, SpatialBackbone, TabularBackbone, perturbed
 from vargen.random import Stream
-from vargen.samplers.window import draft_model
+from vargen.samplers.drafters import chain
 from vargen.samplers.window.draft_model import DraftModelSampler
 from vargen.samplers.window.drafted_jacobi import DraftedJacobiSampler
 from vargen.samplers.window.next_token import NextTokenSampler
@@ -66,20 +66,20 @@ def test_the_ratio_test_follows_the_law(settings, spread):
 
 def sharper_drafts(patch):
     """Drafts are drawn at another temperature than their label says."""
-    draw = draft_model.draw
-    patch.setattr(draft_model, "draw", lambda *a, **k: draw(*a, **{**k, "temperature": 0.7}))
+    draw = chain.draw
+    patch.setattr(chain, "draw", lambda *a, **k: draw(*a, **{**k, "temperature": 0.7}))
 
 
 def label_before_top_k(patch):
     """The probability of a draft is taken before top-k cut its law."""
-    warp = draft_model.warp_logits
-    patch.setattr(draft_model, "warp_logits", lambda logits, **k: warp(logits, **{**k, "top_k": 0}))
+    warp = chain.warp_logits
+    patch.setattr(chain, "warp_logits", lambda logits, **k: warp(logits, **{**k, "top_k": 0}))
 
 
 def accept_noise(patch):
     """The drafter draws with the numbers of the acceptance test."""
-    draw = draft_model.draw
-    patch.setattr(draft_model, "draw", lambda *a, **k: draw(*a, **{**k, "stream": Stream.ACCEPT}))
+    draw = chain.draw
+    patch.setattr(chain, "draw", lambda *a, **k: draw(*a, **{**k, "stream": Stream.ACCEPT}))
 
 
 @pytest.mark.slow
@@ -136,7 +136,7 @@ def test_forced_codes_are_kept(carry):
         out = sampler.sample(backbone, zeros(500), seeds=range(500), drafter=drafter, forced_codes=forced)
         assert bool((out.codes[:, [1, 3]] == torch.tensor([2, 0])).all())
         expected = NextTokenSampler().sample(backbone, zeros(500), seeds=range(500), forced_codes=forced)
-        assert torch.equal(out.codes, expected.codes) == (sampler.rule == "gumbel")
+        assert torch.equal(out.codes, expected.codes) == (getattr(sampler, "rule", "shared-noise") == "shared-noise")
 
 
 def test_structural_slots_are_walked_over():
@@ -163,8 +163,8 @@ def test_a_missing_or_unfitting_drafter_is_one_clear_line(sampler):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: DraftModelSampler(num_drafts=0), "num_drafts must be an integer at least 1"),
-        (lambda: DraftModelSampler(carry="maximal"), "carry must be one of gumbel, independent"),
+        (lambda: DraftModelSampler(num_drafts=0), "num_draft_tokens must be an integer at least 1"),
+        (lambda: DraftModelSampler(carry="maximal"), "rule must be one of shared-noise, rejection"),
         (lambda: DraftedJacobiSampler(num_sweeps=0), "num_sweeps must be an integer in 1..256, got 0"),
         (lambda: DraftedJacobiSampler(strength=1.5), "strength must be at least 0 and at most 1"),
     ],

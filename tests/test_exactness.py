@@ -20,7 +20,8 @@ from tests.toys import TabularBackbone
 from vargen.kernels.verify import reference as verify_twin
 from vargen.kernels.verify.types import Label
 from vargen.random import Stream
-from vargen.samplers.drafters import base as drafters
+from vargen.samplers.acceptance import base as rules
+from vargen.samplers.drafters import jacobi as drafters
 from vargen.samplers.window import decoder as window
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
@@ -252,7 +253,7 @@ MUTANTS = {
     "numbers do not change between iterations": (
         "maximal",
         {},
-        change_call(window, "verify_window", iteration=torch.zeros_like),
+        change_call(rules, "verify_window", iteration=torch.zeros_like),
     ),
     "all positions share their numbers": (
         "gumbel",
@@ -262,12 +263,12 @@ MUTANTS = {
     "temperature missing in the window": (
         "gumbel",
         {"temperature": 0.7},
-        change_call(window, "verify_window", temperature=lambda t: 1.0),
+        change_call(rules, "verify_window", temperature=lambda t: 1.0),
     ),
     "guidance missing in the window": (
         "gumbel",
         {"guidance_scale": 2.0},
-        change_call(window, "verify_window", guidance_scale=lambda s: 1.0),
+        change_call(rules, "verify_window", guidance_scale=lambda s: 1.0),
     ),
     "cache one entry short": ("gumbel", {}, commit_more(lambda n, s: (n - 1).clamp(min=0))),
     "cache one entry long": ("gumbel", {}, commit_more(lambda n, s: (n + 1).clamp(max=s.fed))),

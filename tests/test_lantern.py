@@ -20,9 +20,10 @@ from tests.tree_toys import TreeSpatial, TreeTabular
 from vargen.samplers.acceptance import codebook_neighbors as neighbors
 from vargen.samplers.acceptance import recursive as walk
 from vargen.samplers.acceptance.codebook_neighbors import nearest_codes, neighbor_table
-from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
+from vargen.samplers.acceptance.greedy import walk_greedy
 from vargen.samplers.acceptance.lantern import Relaxation, aggregate, aggregate_all
 from vargen.samplers.acceptance.recursive import laws_of, walk_tree
+from vargen.samplers.acceptance.typical import walk_typical
 from vargen.samplers.base import Sampler
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.window.lantern import LanternSampler
@@ -626,7 +627,7 @@ def test_the_guarantee_follows_the_settings():
         ({"depth": 0}, "depth must be an integer in 1..256, got 0"),
         ({"num_nodes": 1}, "num_nodes must be an integer in 2..4096, got 1"),
         ({"acceptance": "k-seq"}, "cannot be relaxed"),
-        ({"acceptance": "k-seq", "relaxation": "none"}, "needs proposal='with_replacement'"),
+        ({"acceptance": "k-seq", "relaxation": "none", "proposal": "top"}, "needs proposal='with_replacement'"),
         ({"acceptance": "typical", "relaxation": "none", "temperature": 0.0}, "needs a temperature above 0"),
         ({"lambda_": 3}, "has no setting 'lambda_'; did you mean 'lam'"),
     ],

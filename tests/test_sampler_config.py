@@ -44,7 +44,7 @@ def test_every_sampler_round_trips_through_its_folder(cls, tmp_path):
     top_k=st.integers(0, 1 << 20),
     top_p=st.floats(0, 1, exclude_min=True),
     window=st.integers(1, 512),
-    carry=st.sampled_from(["gumbel", "maximal", "independent"]),
+    rule=st.sampled_from(["shared-noise", "maximal", "independent"]),
     init=st.sampled_from(["uniform", "repeat_left", "repeat_above"]),
 )
 def test_every_allowed_setting_survives_the_configuration(**settings):
@@ -78,7 +78,8 @@ def test_a_sampler_is_frozen():
         ({"top_p": 1.01}, "top_p must be greater than 0 and at most 1"),
         ({"window": 0}, "window must be an integer at least 1, got 0"),
         ({"window": 2.0}, "window must be an integer"),
-        ({"carry": "gumble"}, "did you mean 'gumbel'"),
+        ({"rule": "shared"}, "did you mean 'shared-noise'"),
+        ({"carry": "gumble"}, "rule must be one of shared-noise, maximal, independent, got 'gumble'"),
         ({"init": "repeat_abov"}, "did you mean 'repeat_above'"),
         ({"topk": 5}, "no setting 'topk'; did you mean 'top_k'"),
         ({"windw": 5}, "no setting 'windw'; did you mean 'window'"),
@@ -103,7 +104,7 @@ def test_samplers_swap_like_schedulers():
     assert back == jacobi.replace(window=16)
     sampler, unused = NextTokenSampler.from_config(jacobi.config, return_unused_kwargs=True)
     assert sampler == plain
-    assert unused == {"window": 8, "carry": "gumbel", "init": "uniform"}
+    assert unused == {"window": 8, "rule": "shared-noise", "init": "uniform"}
 
 
 def test_unknown_keys_of_our_own_configuration_raise():

@@ -10,8 +10,9 @@ from tests.enumeration import sequence_law, total_variation
 from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
 from vargen.samplers.acceptance import lantern as aggregate
 from vargen.samplers.acceptance import recursive as walk
-from vargen.samplers.acceptance.greedy import walk_greedy, walk_typical
+from vargen.samplers.acceptance.greedy import walk_greedy
 from vargen.samplers.acceptance.recursive import laws_of, walk_tree
+from vargen.samplers.acceptance.typical import walk_typical
 from vargen.samplers.drafters.tree import NAMED_TREES, Tree, TreeDraft
 
 EXACT = 1e-12

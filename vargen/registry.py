@@ -1,6 +1,6 @@
 """What there is to choose from: shipped models, samplers and their short names, and which sampler fits which backbone.
 
-Sampler names are derived from the public names in ``vargen._names``; nothing is registered twice. Importing this module
+Samplers are listed in ``vargen.samplers.registry``. Importing this module
 is cheap: no torch.
 """
 
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vargen
+from vargen.samplers.registry import SAMPLERS
 from vargen.validation.folders import read_settings
 
 MODELS_FOLDER = Path(vargen.__file__).parent / "assets" / "models"
@@ -65,14 +66,7 @@ def sampler_names() -> dict[str, str]:
         >>> sampler_names()["next-token"]
         'NextTokenSampler'
     """
-    classes = [name for name in vargen._names if name.endswith("Sampler") and name != "Sampler"]
-    return {_short(name): name for name in classes}
-
-
-def _short(class_name: str) -> str:
-    # "SpeculativeJacobiSampler" -> "jacobi": a word in front of the method's own name says nothing more
-    stem = class_name.removesuffix("Sampler").removeprefix("Speculative")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z][a-z])", "-", stem).lower()
+    return dict(SAMPLERS)
 
 
 def sampler_class(name: str) -> Any:

@@ -1,22 +1,41 @@
-"""Acceptance that looks at every proposal of a tree on its own and keeps the longest accepted path.
+"""Greedy decoding of trees, with LANTERN's aggregated mass where it is relaxed (arXiv:2410.03355).
 
-Greedy decoding, with LANTERN's aggregated mass where it is relaxed (arXiv:2410.03355), and the typical acceptance of Medusa
-(Cai et al., 2024, arXiv:2401.10774), which favours likely codes and promises nothing about the law.
+Every proposal is looked at on its own, and the longest accepted path is kept.
 
 Letters: B images, n nodes, D depth, V codes.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
+from vargen.samplers.acceptance.base import Noise, Rows
 from vargen.samplers.acceptance.lantern import Relaxation, aggregate
 from vargen.samplers.acceptance.recursive import Walk
+from vargen.samplers.acceptance.tree import TreeRule, guided
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 
-ENTROPY_FLOOR = 1e-5  # of the probability inside the logarithm, as released
 BATCH_CODES = 1 << 22  # probabilities looked at together
+
+
+@dataclass(frozen=True)
+class Greedy(TreeRule):
+    """Keep what the target would choose itself."""
+
+    relaxation: Relaxation | None = None
+
+    def walk(self, rows: Rows, draft: TreeDraft, noise: Noise) -> Walk:
+        """Find the longest path of choices."""
+        return walk_greedy(
+            guided(rows, draft), draft, limit=rows.num_rows, relaxation=self.relaxation, forced=rows.forced
+        )
+
+    def choose_behind(self, found: Walk, rows: Rows, noise: Noise) -> Tensor:
+        """The walk has chosen the token behind the path already."""
+        return found.tokens
 
 
 def walk_greedy(
@@ -51,7 +70,7 @@ def walk_greedy(
             fits = fits & (code.gather(1, above) < 0)
         accepted = accepted | fits
     exact = draft.tokens == best.gather(1, above)
-    return _longest(draft, accepted & (draft.tokens >= 0), exact, best, limit)
+    return longest_path(draft, accepted & (draft.tokens >= 0), exact, best, limit)
 
 
 def _largest_when_aggregated(logits: Tensor, draft: TreeDraft, above: Tensor, relaxation: Relaxation) -> Tensor:
@@ -66,50 +85,7 @@ def _largest_when_aggregated(logits: Tensor, draft: TreeDraft, above: Tensor, re
     return torch.cat(fits).view(batch, n)
 
 
-def walk_typical(
-    logits: Tensor,
-    draft: TreeDraft,
-    *,
-    temperature: float = 1.0,
-    epsilon: float = 0.09,
-    alpha: float = 0.3,
-    limit: Tensor | None = None,
-    forced: Tensor | None = None,
-) -> Walk:
-    """Keep the longest path of proposals with ``p(x) > min(epsilon, alpha * exp(-entropy))``.
-
-    Args:
-        logits: ``[B, n, V]`` guided logits.
-        draft: proposals of a deterministic drafter.
-        temperature: divides the logits; positive.
-        epsilon: threshold of peaked laws.
-        alpha: share of the typical probability of flat ones.
-        limit, forced: as in ``walk_greedy``.
-
-    Returns:
-        The walk; the law of the code behind the path is cut at the same threshold.
-    """
-    p = (logits / temperature).softmax(-1)
-    if forced is not None:
-        code = forced.gather(1, draft.tree.depth.expand(len(forced), -1))[..., None]
-        p = torch.where(code >= 0, torch.zeros_like(p).scatter_(-1, code.clamp(min=0), 1.0), p)
-    entropy = -(p * (p + ENTROPY_FLOOR).log()).sum(-1)
-    threshold = (alpha * (-entropy).exp()).clamp(max=epsilon)  # B n
-    above = draft.tree.parents.clamp(min=0).expand_as(draft.tokens)
-    own = p.gather(1, above[..., None].expand_as(p)).gather(-1, draft.tokens.clamp(min=0)[..., None])[..., 0]
-    accepted = (own > threshold.gather(1, above)) & (draft.tokens >= 0)
-    score = own.log().masked_fill(draft.tree.parents.expand_as(own) < 0, 0.0)
-    seen = draft.tree.mask.expand(len(score), -1, -1)
-    walk = _longest(draft, accepted, accepted, None, limit, torch.where(seen, score[:, None], 0.0).sum(-1))
-    node = walk.path.gather(1, walk.num_accepted.clamp(max=walk.path.shape[1] - 1)[:, None])
-    law = p.gather(1, node[..., None].expand(-1, -1, p.shape[-1]))[:, 0]
-    typical = law > threshold.gather(1, node)
-    law = torch.where(typical.any(-1, keepdim=True), law * typical, law)
-    walk.law = law / law.sum(-1, keepdim=True)
-    return walk
-
-
-def _longest(
+def longest_path(
     draft: TreeDraft,
     accepted: Tensor,
     exact: Tensor,

@@ -1,7 +1,7 @@
-"""Who proposes the codes of a window: the sampler's own previous iteration, or a small model.
+"""Who proposes the codes of a window: the sampler's own previous iteration, a small model, or a simple guess.
 
-Every proposal carries the law from which it was drawn, given earlier positions only: this label rule is what keeps the
-sampled law exact (Teng et al., 2024, arXiv:2410.01699).
+Every proposal carries the distribution from which it was drawn, given earlier positions only: this label rule is what keeps the
+sampled distribution exact (Teng et al., 2024, arXiv:2410.01699).
 
 Letters: A images, S slots, V codes, W window, w rows of an iteration, G guidance branches.
 """
@@ -9,24 +9,19 @@ Letters: A images, S slots, V codes, W window, w rows of an iteration, G guidanc
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol, Self
 
 import torch
 from torch import Tensor
 
-from vargen.kernels.draw import draw
-from vargen.kernels.verify.shift import shift_window
 from vargen.kernels.verify.types import Draft, Label, Verdict
-
-Init = Literal["uniform", "repeat_left", "repeat_above"]
-INITS = ("uniform", "repeat_left", "repeat_above")
-GUESS_BLOCK = 1 << 22  # noise numbers looked at together when the guesses of a run are made
 
 
 class Drafter(Protocol):
     """Proposes the codes of the next window; holds what it needs between the iterations of one run."""
 
     num_forwards: int  # forward passes of a drafting model, 0 without one
+    in_tree: bool  # whether it proposes trees
 
     def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
         """Propose codes for the ``state.width`` slots behind the permanent ones.
@@ -49,64 +44,43 @@ class Drafter(Protocol):
         ...
 
 
-class JacobiDrafter:
-    """Drafts from the previous iteration; slots that were not in the window before are initialised.
+class PlainDrafter:
+    """Base of drafters without a model: ``guess`` says which codes to try, everything else is done here.
 
-    Args:
-        init: how a slot that enters the window is filled.
-        guesses: ``[A, S]`` int64 codes to use in place of independent uniform ones. Only where any proposal is exact:
-            the equality rule and greedy decoding.
+    One object serves any number of runs; a drafter that keeps something between iterations returns a new one from ``begin``.
     """
 
     num_forwards = 0
+    in_tree = False
 
-    def __init__(self, init: Init, guesses: Tensor | None = None) -> None:
-        self.init, self.guesses = init, guesses
+    def begin(self, state: Any) -> Self:
+        """Return the drafter of one run."""
+        return self
+
+    def guess(self, state: Any, slots: Tensor) -> Tensor:
+        """Return codes ``[A, w]`` int64 for the slots ``[A, w]`` behind the permanent ones, -1 for no proposal."""
+        raise NotImplementedError
 
     def commit(self, count: Tensor) -> None:
         """Nothing is kept that a commit would change."""
 
     def select(self, rows: Tensor) -> None:
-        """Keep these images."""
-        self.guesses = None if self.guesses is None else self.guesses[rows]
+        """Nothing is kept an image."""
 
     def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
-        """Shift the outcome of the iteration by what was committed and fill the tail."""
-        following = (slots + verdict.num_committed[:, None]).clamp(max=state.layout.num_slots - 1)  # a w
-        draft = shift_window(
-            verdict,
-            logits,
-            positions=slots,
-            num_rows=num_rows,
-            num_positions=state.layout.num_slots,
-            seeds=state.keys,
-            iteration=state.iteration,
-            tail=self.init,
-            grid_width=state.layout.stride,
-            codes=state.tokens[state.rows, : state.layout.num_slots] if self.init == "repeat_above" else None,
-            forced=None if state.forced is None else state.forced.gather(1, following),
+        """Propose the guesses, for which a distribution is a point; the last slot of an image needs no proposal."""
+        ahead = state.next_slots()
+        draft = Draft.none(len(ahead), state.width, logits.device)
+        tokens = self.guess(state, ahead)
+        behind = state.length[:, None] + torch.arange(state.width, device=ahead.device)
+        tried = (tokens >= 0) & (behind < state.layout.num_slots - 1)
+        draft = replace(
+            draft,
+            tokens=tokens.where(tried, -1),
+            kind=torch.where(tried, int(Label.POINT), int(Label.NONE)).to(torch.int8),
+            prob=tried.float(),
         )
-        if self.guesses is not None:
-            tokens = torch.where(draft.kind == Label.UNIFORM, self.guesses.gather(1, following), draft.tokens)
-            draft = replace(draft, tokens=tokens)
-        return draft
-
-
-def shared_guesses(state: Any) -> Tensor:
-    """The code whose noise is largest in every slot, ``[A, S]`` int64: what the slot would hold if its law were uniform.
-
-    It repeats the draw with that noise much more often than an independent guess does: the two laws are coupled.
-    """
-    num_images, num_codes = len(state.keys), int(state.backbone.codebook_size)
-    block = max(1, GUESS_BLOCK // (num_images * num_codes))
-    block = block if state.noise is None else min(block, state.noise.capacity)
-    flat = torch.zeros(num_codes, device=state.keys.device)
-    guesses = []
-    for positions in state.layout.code_index.split(block):
-        here = positions.expand(num_images, -1)
-        rows = None if state.noise is None else state.noise.rows(here)
-        guesses.append(draw(flat.expand(1, *here.shape, -1), seeds=state.keys, positions=here, noise=rows))
-    return torch.cat(guesses, dim=1)
+        return draft if state.forced is None else force(state.forced.gather(1, ahead), draft)
 
 
 def force(forced: Tensor, draft: Draft) -> Draft:

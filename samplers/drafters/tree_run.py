@@ -5,7 +5,6 @@ Letters: A images, G guidance branches, V codes, n nodes, w slots an iteration m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
@@ -16,29 +15,10 @@ from torch import Tensor
 from vargen.kernels.verify.types import Verdict
 from vargen.kernels.warp import warp_logits
 from vargen.random import Stream, gumbel, uniform
-from vargen.samplers.acceptance.lantern import Relaxation
-from vargen.samplers.acceptance.recursive import Walk
+from vargen.samplers.acceptance.tree import TreeOutcome
 from vargen.samplers.drafters.base import check_drafter
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.drafters.tree_drafts import BackboneDrafts, DraftModel, draft_fixed, draft_likeliest
-
-
-@dataclass(frozen=True)
-class TreeVerdict:
-    """Outcome of one tree: what becomes permanent, and the states of the nodes that it goes on from."""
-
-    tokens: Tensor  # [A, w] int64
-    num_committed: Tensor  # [A] int64
-    path: Tensor  # [A, w] int64 nodes from node 0 down
-    hidden: Tensor  # [A, w, G, D] hidden states of those nodes; [A, 0] where nobody reads them
-
-    @classmethod
-    def gather(cls, tokens: Tensor, num_committed: Tensor, path: Tensor, hidden: Tensor | None) -> TreeVerdict:
-        """Take the states along the paths from ``hidden [G, A, n, D]``."""
-        if hidden is None:
-            return cls(tokens, num_committed, path, tokens[:, :0])
-        index = path[None, :, :, None].expand(hidden.shape[0], -1, -1, hidden.shape[-1])
-        return cls(tokens, num_committed, path, hidden.gather(2, index).permute(1, 2, 0, 3))
 
 
 def check_draft_model(sampler: Any, backbone: Any, drafter: Any) -> None:
@@ -72,9 +52,10 @@ def open_draft_model(sampler: Any, state: Any, drafter: Any, condition: Any) -> 
 class TreeRun:
     """Proposes a tree for every image; holds the draft model and the counts of a run."""
 
+    in_tree = True  # what it proposes is scored as a tree
+
     def __init__(self, sampler: Any, model: DraftModel) -> None:
         self.sampler, self.model = sampler, model
-        self.relaxation: Relaxation | None = None  # set when the run starts
         self.shapes: dict[int, Tree] = {}
         self.walks = torch.zeros(sampler.reach + 1, dtype=torch.int64)  # by number of proposals kept
         self.tests = torch.zeros(2, dtype=torch.int64)  # made, passed by relaxation only
@@ -109,13 +90,13 @@ class TreeRun:
             forced=None if state.forced is None else state.forced.gather(1, state.next_slots()),
         )
 
-    def count(self, walk: Walk, limit: Tensor) -> None:
+    def count(self, outcome: TreeOutcome) -> None:
         """Add the outcome of an iteration to the statistics."""
-        if self.walks.device != limit.device:
-            self.walks, self.tests = self.walks.to(limit.device), self.tests.to(limit.device)
-        live = limit > 0
-        self.walks += F.one_hot(walk.num_accepted, len(self.walks)).masked_fill(~live[:, None], 0).sum(0)
-        self.tests += torch.stack([walk.num_uniforms.sum(), walk.num_relaxed.sum()])
+        device, live = outcome.path.device, outcome.num_committed > 0
+        if self.walks.device != device:
+            self.walks, self.tests = self.walks.to(device), self.tests.to(device)
+        self.walks += F.one_hot(outcome.num_accepted, len(self.walks)).masked_fill(~live[:, None], 0).sum(0)
+        self.tests += torch.stack([outcome.num_tests.sum(), outcome.num_relaxed.sum()])
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for ``stats.extra``.
@@ -167,7 +148,7 @@ class TreeRun:
             warp=self._warp,
             depth=depth,
             branching=size,
-            num_nodes=min(s.num_nodes, 1 + size + (depth - 1) * size * size),
+            num_nodes=min(s.most_nodes, 1 + size + (depth - 1) * size * size),
             limit=state.layout.num_slots - state.length,
             leaf_order=s.temperature == 0,
         )

@@ -5,7 +5,7 @@ One iteration scores a window of W proposals in one forward pass. Entry j of the
 it. The rule decides how many rows become permanent, at least one; the drafter proposes again for the others. Images
 advance raggedly, each by its own count, and leave the batch when they are complete. Next-token sampling is W = 1.
 
-Trees of proposals take the same path with another score and another rule (samplers/window/lantern.py). Not covered: backbones
+Trees of proposals take the same path with another score and another rule (samplers/window/trees.py). Not covered: backbones
 without a causal session.
 
 Letters: B images of the call, A images still decoded, N code positions, S slots that need a decision, V codes,
@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.draw import draw, new_errors, raise_errors
-from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Verdict, VerifyNoise
-from vargen.kernels.verify.verify import verify_window
+from vargen.kernels.verify.types import Draft
 from vargen.outputs import SamplerOutput
 from vargen.random import GumbelCache
+from vargen.samplers.acceptance.base import Noise, Rows, Rule
+from vargen.samplers.acceptance.shared_noise import SharedNoise
 from vargen.samplers.base import Inputs, Run, Sampler
 from vargen.samplers.drafters.base import Drafter
 from vargen.samplers.window.cuda_graph import Replay, obstacle
@@ -71,14 +72,9 @@ class WindowSampler(Sampler):
         """Most codes that one iteration makes permanent; less than ``num_rows`` where proposals form a tree."""
         return self.num_rows
 
-    @property
-    def rule(self) -> Carry:
-        """The ``carry`` of ``verify_window``: how rows are accepted and how their outcome is carried on."""
-        return "gumbel"
-
-    def make_group(self, backbone: Any) -> GroupSpec | None:
-        """Return the groups of a relaxed acceptance, if the rule has any."""
-        return None
+    def make_rule(self, run: Run, inputs: Any) -> Rule:
+        """Return the acceptance rule of one run; ``inputs`` is of ``inputs_type``."""
+        return SharedNoise()
 
     def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter | None:
         """Return the drafter of one run; None proposes nothing, which is right for W = 1 only."""
@@ -102,6 +98,7 @@ class WindowSampler(Sampler):
     def begin(self, run: Run, inputs: WindowInputs) -> WindowState:
         """Run the condition and commit the first code."""
         backbone = run.backbone
+        rule = self.make_rule(run, inputs)
         reason = "switched off" if inputs.cuda_graph is False else obstacle(self, backbone)
         if inputs.cuda_graph and reason is not None:
             raise ValueError(f"cuda_graph=True is not possible: {reason}; leave it out or take cuda_graph=None")
@@ -114,12 +111,13 @@ class WindowSampler(Sampler):
         state.forced = None if forced is None else forced.to(out.logits.device)
         state.hidden = out.hidden
         state.noise = None if reason is None else state.noise  # a replay makes its own
+        state.rule = rule.first
         if self.num_rows > 1:
-            state.group = self.make_group(backbone)
             state.drafter = self.make_drafter(state, run.drafter, run.given)
         self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
+        state.rule = rule
         if reason is None and not state.done:
-            state.replay = Replay(state, labels=self.rule != "gumbel" and self.temperature > 0)
+            state.replay = Replay(state, labels=rule != SharedNoise() and self.temperature > 0)
         elif inputs.cuda_graph is None and out.logits.is_cuda and reason is not None:
             state.notes.append(f"iterations are not replayed as a CUDA graph: {reason}")
         return state
@@ -186,13 +184,13 @@ class WindowSampler(Sampler):
         if self.num_rows == 1:
             self._commit_one(state, logits)
             return
-        verdict, slots, num_rows = self._accept(state, logits)
+        outcome, slots, num_rows = self._accept(state, logits)
         keep = self._look(state)
         if keep is not None:
             logits, slots, num_rows = logits[:, keep], slots[keep], num_rows[keep]
-            verdict = type(verdict)(*(value[keep] for value in vars(verdict).values()))
+            outcome = type(outcome)(*(value[keep] for value in vars(outcome).values()))
         if not state.done:
-            self._propose(state, logits, verdict, slots, num_rows)
+            self._propose(state, logits, outcome, slots, num_rows)
 
     def iterate(self, state: WindowState) -> None:
         """One iteration of a replayable sampler on a static session: tensors in, tensors of the same shapes out."""
@@ -201,55 +199,46 @@ class WindowSampler(Sampler):
             self._commit_next(state, logits)
             return
         logits = self._score(state)
-        verdict, slots, num_rows = self._accept(state, logits)
-        self._propose(state, logits, verdict, slots, num_rows)
+        outcome, slots, num_rows = self._accept(state, logits)
+        self._propose(state, logits, outcome, slots, num_rows)
 
-    def _propose(self, state: WindowState, logits: Tensor, verdict: Any, slots: Tensor, num_rows: Tensor) -> None:
-        draft = state.drafter.propose(state, logits, verdict, slots, num_rows)
+    def _propose(self, state: WindowState, logits: Tensor, outcome: Any, slots: Tensor, num_rows: Tensor) -> None:
+        draft = state.drafter.propose(state, logits, outcome, slots, num_rows)
         state.draft = narrow(draft, state.width) if isinstance(draft, Draft) else draft
 
     def _accept(self, state: WindowState, logits: Tensor) -> tuple[Any, Tensor, Tensor]:
-        """Run the rule and commit; return the verdict, the slots of its rows ``[A, w]`` and how many counted ``[A]``."""
+        """Run the rule and commit; return the outcome, the slots of its rows ``[A, w]`` and how many counted ``[A]``."""
         prefill = state.num_forwards == 0
         slots = state.length[:, None] + torch.arange(state.width, device=logits.device)  # a w
         num_rows = (state.layout.num_slots - state.length).clamp(max=1 if prefill else state.width)  # a
-        verdict = self._verify(state, logits, slots, num_rows)
-        committed = slots < (state.length + verdict.num_committed)[:, None]
+        outcome = self._verify(state, logits, slots, num_rows)
+        committed = slots < (state.length + outcome.num_committed)[:, None]
         place = torch.where(committed, slots, state.layout.num_slots)
-        state.tokens[state.rows[:, None], place] = verdict.tokens
+        state.tokens[state.rows[:, None], place] = outcome.tokens
         state.trace[state.rows[:, None], place] = state.iteration[:, None]
-        state.length = state.length + verdict.num_committed
+        state.length = state.length + outcome.num_committed
         if not prefill:  # which feeds no code
-            self._keep(state, verdict)
+            self._keep(state, outcome)
         state.count()
-        return verdict, slots, num_rows
+        return outcome, slots, num_rows
 
-    def _keep(self, state: WindowState, verdict: Verdict) -> None:
+    def _keep(self, state: WindowState, outcome: Any) -> None:
         """Make the committed entries permanent in the caches."""
-        state.backbone.commit(state.session, verdict.num_committed)
-        state.drafter.commit(verdict.num_committed)
+        state.backbone.commit(state.session, outcome.num_committed)
+        state.drafter.commit(outcome.num_committed)
 
-    def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Verdict:
+    def _verify(self, state: WindowState, logits: Tensor, slots: Tensor, num_rows: Tensor) -> Any:
         """Run the acceptance rule on the rows of this iteration."""
         slots = slots.clamp(max=state.layout.num_slots - 1)  # rows past the end do not count
-        positions = state.layout.code_index[slots]  # a w
-        noise = None
-        if state.noise is not None and self.rule == "gumbel":
-            noise = VerifyNoise(fresh=state.noise.rows(positions))
-        return verify_window(
-            logits,
-            state.draft,
-            carry=self.rule,
-            seeds=state.keys,
-            positions=positions,
-            iteration=state.iteration,
+        rows = Rows(
+            logits=logits,
+            positions=state.layout.code_index[slots],
             num_rows=num_rows,
             forced=None if state.forced is None else state.forced.gather(1, slots),
-            group=state.group,
-            noise=noise,
-            errors=state.errors,
-            **self.warp,
+            warp=self.warp,
+            hidden=state.hidden,
         )
+        return state.rule.decide(rows, state.draft, Noise(state.keys, state.iteration, state.noise, state.errors))
 
     def _look(self, state: WindowState) -> Tensor | None:
         """Learn the progress, drop complete images and set the next width; return the images kept if some left.

@@ -1,128 +1,24 @@
-"""Speculative sampling with a draft model (Leviathan et al., 2023, arXiv:2211.17192; Chen et al., 2023, arXiv:2302.01318).
-
-A small backbone over the same codes drafts a chain, the target scores it in one forward pass.
-"""
+"""The old name of speculative sampling with a chain of drafts; its old settings are in samplers/registry.py."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar
 
-import torch
-from torch import Tensor
-
-from vargen.kernels.draw import draw
-from vargen.kernels.verify.types import Carry, Draft, Label, Verdict
-from vargen.kernels.warp import warp_logits
-from vargen.random import Stream as Noise
-from vargen.samplers.drafters.base import Drafter, check_drafter, force
-from vargen.samplers.window.decoder import WindowSampler, WindowState
-from vargen.validation.checks import check_choice, check_integer
-
-CARRIES = ("gumbel", "independent")
+from vargen.samplers.drafters.base import check_drafter
+from vargen.samplers.window.speculative import SpeculativeSampler
 
 
 @dataclass(frozen=True, kw_only=True)
-class DraftModelSampler(WindowSampler):
-    """Draft a chain with a small model, keep what the target confirms.
+class DraftModelSampler(SpeculativeSampler):
+    """``SpeculativeSampler`` for a draft model given as ``drafter=`` (``pipe.drafter``)."""
 
-    Exact for every drafter; a good one only makes it fast. Give it as ``drafter=`` of ``sample`` (``pipe.drafter``).
+    preferred_drafter: ClassVar[str | None] = None
 
-    Args:
-        num_drafts: codes drafted per forward pass of the target.
-        carry: ``"gumbel"`` draws drafts and codes with the noise of their position and commits while they agree: the
-            result is, code for code, that of ``NextTokenSampler`` with the same seed. ``"independent"`` is the
-            published test ``u q < p`` with a draw from the residual: a draft passes somewhat more often.
-    """
+    def check_proposer(self, backbone: Any, drafter: Any) -> None:
+        """Raise ``ValueError`` unless ``drafter`` is a backbone over the same codes."""
+        check_drafter(type(self).__name__, backbone, drafter)
 
-    num_drafts: int = 4
-    carry: Literal["gumbel", "independent"] = "gumbel"
-
-    def check(self) -> None:
-        """Check the shared settings, the number of drafts and the carry."""
-        super().check()
-        check_integer("num_drafts", self.num_drafts, low=1)
-        check_choice("carry", self.carry, CARRIES)
-
-    @property
-    def num_rows(self) -> int:
-        """The drafts and the row behind them."""
-        return self.num_drafts + 1
-
-    @property
-    def rule(self) -> Carry:
-        """The carry; rows behind a rejection are drafted anew, so that its outcome there is not used."""
-        return self.carry
-
-    def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter:
-        """Open a session of the draft model."""
-        check_drafter(type(self).__name__, state.backbone, drafter)
-        prepared = drafter.prepare(condition, guidance_scale=self.guidance_scale)
-        return ChainDrafter(self, drafter, prepared, state.width)
-
-
-class ChainDrafter:
-    """Draws every draft from the draft model, given the drafts before it."""
-
-    def __init__(self, sampler: DraftModelSampler, model: Any, condition: Any, max_window: int) -> None:
-        self.sampler, self.model = sampler, model
-        self.session, _ = model.open(condition, max_window=max_window)
-        self.num_forwards = 1
-        self.fed = 0  # codes fed for the last window, all of them in the cache
-
-    def commit(self, count: Tensor) -> None:
-        """Keep what the target committed of the last window and take the rest back."""
-        self.model.rewind(self.session, self.fed - count)
-        self.fed = 0
-
-    def select(self, rows: Tensor) -> None:
-        """Keep these images."""
-        self.model.select(self.session, rows)
-
-    def propose(self, state: WindowState, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
-        """Draft code after code; each pass feeds one code, which stays until the target has judged the window."""
-        draft = Draft.none(len(state.rows), state.width, logits.device)
-        slots = state.next_slots()  # a w
-        forced = torch.full_like(slots, -1) if state.forced is None else state.forced.gather(1, slots)
-        token = state.last_codes()  # a 1
-        laws = []
-        for j in range(state.width - 1):
-            fixed = forced[:, j, None]
-            out = self._forward(token)  # g a 1 v
-            out = torch.where((fixed >= 0)[..., None], 0.0, out)  # a fixed slot may have no law
-            token, draft.prob[:, j, None] = self._draw(state, out, slots[:, j, None])
-            token = torch.where(fixed >= 0, fixed, token)
-            laws.append(out)
-            draft.tokens[:, j], draft.row[:, j] = token[:, 0], j
-        self._forward(token)  # for the cache: the target may keep the last draft as well
-        # no draft for the last slot, whatever the window of the batch: its code is drawn in any case
-        offset = torch.arange(state.width, device=slots.device)
-        drafted = (offset < state.width - 1) & (state.length[:, None] + offset < state.layout.num_slots - 1)
-        draft.kind.masked_fill_(drafted, int(Label.ROW))
-        draft = force(forced, draft)
-        return draft.with_logits(torch.cat(laws, dim=2)) if laws else draft
-
-    def _forward(self, token: Tensor) -> Tensor:
-        logits = self.model.step(self.session, token).logits
-        self.model.commit(self.session, 1)
-        self.num_forwards += 1
-        self.fed += 1
-        return logits
-
-    def _draw(self, state: WindowState, logits: Tensor, slots: Tensor) -> tuple[Tensor, Tensor]:
-        """A draft of one slot and its probability: ``[A, 1]`` each."""
-        warp, positions = self.sampler.warp, state.layout.code_index[slots]
-        shared = self.sampler.carry == "gumbel"
-        token = draw(
-            logits,
-            seeds=state.keys,
-            positions=positions,
-            stream=Noise.GUMBEL if shared else Noise.DRAFT,
-            iteration=None if shared else torch.full_like(state.keys, state.num_forwards),
-            noise=state.noise.rows(positions) if shared and state.noise is not None else None,
-            **warp,
-        )
-        if shared or self.sampler.temperature == 0:  # agreement is tested, no probability
-            return token, torch.ones_like(token, dtype=torch.float32)
-        law = warp_logits(logits, **warp).softmax(-1)
-        return token, law.gather(-1, token[..., None])[..., 0]
+    def reads_hidden(self, drafter: Any) -> bool:
+        """Draft models stand on codes."""
+        return False

@@ -6,27 +6,31 @@ Drafts come from the sampler's own previous iteration; no draft model is used an
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
-from vargen.kernels.verify.types import Carry
-from vargen.samplers.drafters.base import INITS, Drafter, Init, JacobiDrafter, shared_guesses
+from vargen.samplers.acceptance.base import Rule
+from vargen.samplers.acceptance.rejection import Rejection
+from vargen.samplers.acceptance.shared_noise import SharedNoise
+from vargen.samplers.base import Run
+from vargen.samplers.drafters.base import Drafter
+from vargen.samplers.drafters.jacobi import INITS, Init, JacobiDrafter, shared_guesses
 from vargen.samplers.window.decoder import WindowSampler, WindowState
 from vargen.validation.checks import check_choice, check_integer
 
-CARRIES = ("gumbel", "maximal", "independent")
+RULES = ("shared-noise", "maximal", "independent")
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeculativeJacobiSampler(WindowSampler):
     """Score a window of guesses at once, keep the prefix that proves right, guess again from what was seen.
 
-    Exact for every setting: the codes follow the law of next-token sampling.
+    Exact for every setting: the codes follow the distribution of next-token sampling.
 
     Args:
         window: W, codes scored in one forward pass. Wider windows need fewer passes and more work in each.
-        carry: what becomes of a row that cannot be committed yet. ``"gumbel"`` draws it with the noise of its
+        rule: what becomes of a row that cannot be committed yet. ``"shared-noise"`` draws it with the noise of its
             position and commits while the draw repeats the guess: the result is, code for code, that of
-            ``NextTokenSampler`` with the same seed. ``"maximal"`` changes a guess as rarely as its law allows.
+            ``NextTokenSampler`` with the same seed. ``"maximal"`` changes a guess as rarely as its distribution allows.
             ``"independent"`` draws it anew (the published rule); it gains little from windows above 16.
         init: first guess for a slot that enters the window: ``"uniform"``, ``"repeat_left"`` (the last known code) or
             ``"repeat_above"`` (the code in the row above).
@@ -35,14 +39,14 @@ class SpeculativeJacobiSampler(WindowSampler):
     replayable: ClassVar[bool] = True
 
     window: int = 32
-    carry: Carry = "gumbel"
+    rule: Literal["shared-noise", "maximal", "independent"] = "shared-noise"
     init: Init = "uniform"
 
     def check(self) -> None:
-        """Check the shared settings, the window, the carry and the initialiser."""
+        """Check the shared settings, the window, the rule and the initialiser."""
         super().check()
         check_integer("window", self.window, low=1, hint="1 is next-token sampling")
-        check_choice("carry", self.carry, CARRIES)
+        check_choice("rule", self.rule, RULES)
         check_choice("init", self.init, INITS)
 
     @property
@@ -50,12 +54,11 @@ class SpeculativeJacobiSampler(WindowSampler):
         """W."""
         return self.window
 
-    @property
-    def rule(self) -> Carry:
-        """The carry."""
-        return self.carry
+    def make_rule(self, run: Run, inputs: Any) -> Rule:
+        """The rule of that name."""
+        return SharedNoise() if self.rule == "shared-noise" else Rejection(self.rule)
 
     def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter:
         """Draft from the previous iteration."""
-        shared = self.carry == "gumbel" and self.temperature > 0
+        shared = self.rule == "shared-noise" and self.temperature > 0
         return JacobiDrafter(self.init, shared_guesses(state) if shared else None)

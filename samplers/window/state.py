@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.kernels.verify.types import Draft, GroupSpec
+from vargen.kernels.verify.types import Draft
 from vargen.random import GumbelCache
 from vargen.samplers.state import DecodeState
 from vargen.samplers.window.cuda_graph import Replay
@@ -35,7 +35,7 @@ class WindowState(DecodeState):
     draft: Draft  # proposals for it
     hidden: Tensor | None = None  # [G, A, w, D] hidden states of the last forward, where the drafter reads them
     next_poll: int = 0
-    group: GroupSpec | None = None  # of a relaxed acceptance
+    rule: Any = None  # the acceptance Rule
     ahead: Any = None  # [A, block, V] noise rows of the coming positions, next-token sampling only
     errors: Tensor | None = None  # on a CUDA device: record of bad rows, asked when the host looks anyway
     counter: Tensor | None = None  # [A] int64 num_forwards on the device, where iterations are replayed
