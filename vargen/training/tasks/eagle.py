@@ -112,10 +112,10 @@ class DrafterTask(Task):
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
         """Heroes drawn with the drafter, exactly, below the heroes that their attributes come from."""
-        from vargen.samplers.window.lantern import LanternSampler
+        from vargen.samplers.window.speculative import SpeculativeSampler
 
         batch = super().test_batch(0, self.options.grid_size)
-        sampler = LanternSampler(relaxation="none", tree="chain", guidance_scale=self.options.guidance_scale)
+        sampler = SpeculativeSampler(rule="recursive", num_draft_tokens=8, guidance_scale=self.options.guidance_scale)
         seeds = list(range(self.options.grid_size))
         codes = sampler.sample(self.backbone, batch["attributes"], seeds=seeds, drafter=model.eval()).codes
         assert isinstance(codes, Tensor)
