@@ -76,8 +76,9 @@ class TreeSampler(WindowSampler):
     @property
     def reach(self) -> int:
         """Codes that the deepest path makes permanent, the one behind it included."""
-        known = {"dynamic": self.depth, "chain": self.chain_length}
-        return 1 + (known[self.tree] if self.tree in known else self.shape.max_depth)
+        if self.tree == "dynamic":
+            return 1 + self.depth
+        return 1 + (self.chain_length if self.tree == "chain" else self.shape.max_depth)
 
     @property
     def shape(self) -> Tree:
