@@ -21,6 +21,7 @@ from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 import vargen
+from vargen.features import Feature
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import seed_tensor
 from vargen.samplers.registry import OWN_WORDS, SAMPLERS, old_names, renamed, same_sampler
@@ -261,7 +262,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
 
     def check_backbone(self, backbone: Any) -> None:
         """Raise ``ValueError`` unless the backbone offers what this sampler needs; fitting samplers are named."""
-        offered = frozenset(getattr(backbone, "features", ()))
+        offered = Feature.of(backbone)
         missing = self.required_features - offered
         if missing:
             fitting = [c.__name__ for c in known_samplers() if c.required_features and c.required_features <= offered]

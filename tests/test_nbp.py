@@ -12,7 +12,7 @@ from tests.golden_files import load_file, unpacked
 from vargen.backbones.nbp.model import NBPTransformer
 from vargen.checkpoints.reader import CheckpointError
 from vargen.kernels.warp import warp_logits
-from vargen.protocols import block_order
+from vargen.orders import block_order
 from vargen.samplers.schedule.next_block import NextBlockSampler, block_schedule
 from vargen.samplers.schedule.schedule import DecodeSchedule
 

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vargen.protocols import Item, neighbors
+from vargen.orders import neighbors
+from vargen.protocols import Item
 from vargen.samplers.schedule.orders import GROWTHS, ORDERS, group_sizes, local_order, make_order, region_order
 from vargen.samplers.schedule.schedule import DecodeSchedule
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import vargen
+from vargen.features import Feature
 from vargen.samplers.registry import SAMPLERS
 from vargen.validation.folders import read_settings
 
@@ -95,7 +96,7 @@ def fitting_samplers(backbone: Any) -> list[str]:
 
 
 def _fits(sampler: Any, backbone: Any) -> bool:
-    offered = frozenset(getattr(backbone, "features", ()))
+    offered = Feature.of(backbone)
     return bool(sampler.required_features) and sampler.required_features <= offered
 
 

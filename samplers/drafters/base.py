@@ -14,6 +14,7 @@ from typing import Any, Protocol, Self
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.kernels.verify.types import Draft, Label, Verdict
 
 
@@ -98,7 +99,7 @@ def check_drafter(owner: str, backbone: Any, drafter: Any) -> None:
     """Raise ``ValueError`` unless ``drafter`` is a backbone over the same codes."""
     if drafter is None:
         raise ValueError(f"{owner} needs drafter=, a small backbone over the same codes (pipe.drafter)")
-    missing = {"window", "ragged"} - frozenset(getattr(drafter, "features", ()))
+    missing = {Feature.WINDOW, Feature.RAGGED} - Feature.of(drafter)
     if missing:
         raise ValueError(
             f"drafter {type(drafter).__name__} lacks {', '.join(sorted(missing))}; give a causal backbone"

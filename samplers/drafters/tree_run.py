@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.kernels.verify.types import Verdict
 from vargen.kernels.warp import warp_logits
 from vargen.random import Stream, gumbel, uniform
@@ -32,7 +33,7 @@ def check_draft_model(sampler: Any, backbone: Any, drafter: Any) -> None:
         drafter.check_backbone(backbone)
         return
     check_drafter(type(sampler).__name__, backbone, drafter)
-    if sampler.tree != "chain" and sampler.reach > 2 and "tree_mask" not in drafter.features:
+    if sampler.tree != "chain" and sampler.reach > 2 and Feature.TREE_MASK not in drafter.features:
         raise ValueError(
             f"tree {sampler.tree!r} needs a drafter with tree_mask, which {type(drafter).__name__} does not offer; "
             "take tree='chain'"

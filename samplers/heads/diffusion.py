@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.random import Stream, normal
 from vargen.samplers.base import Sampler
 from vargen.validation.checks import check_choice, check_integer
@@ -40,7 +41,7 @@ class ContinuousSampler(Sampler):
     guidance_schedule: str = "linear"
     num_diffusion_steps: int | str | None = None
 
-    required_features: ClassVar[frozenset[str]] = frozenset({"continuous"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.CONTINUOUS})
 
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range."""
@@ -57,7 +58,7 @@ class ContinuousSampler(Sampler):
 
     def check_backbone(self, backbone: Any) -> None:
         """Raise ``ValueError`` unless the backbone has continuous tokens and what else this sampler needs."""
-        offered = frozenset(getattr(backbone, "features", ()))
+        offered = Feature.of(backbone)
         missing = self.required_features - offered
         if missing:
             raise ValueError(

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
@@ -67,7 +68,7 @@ class NextScaleSampler(Sampler):
     """
 
     guarantee: ClassVar[Guarantee] = "exact"
-    required_features: ClassVar[frozenset[str]] = frozenset({"scales"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.SCALES})
 
     guidance_ramp: str = "linear"
     final_temperature: float | None = None

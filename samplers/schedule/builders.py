@@ -16,7 +16,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from vargen.protocols import Item, Step, block_order, neighbors
+from vargen.orders import block_order, neighbors
+from vargen.protocols import Item, Step
 from vargen.samplers.schedule.blocks import merged
 from vargen.samplers.schedule.checks import (
     check_grid,

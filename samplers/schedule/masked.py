@@ -19,6 +19,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import combine
 from vargen.outputs import Guarantee
@@ -59,7 +60,7 @@ class MaskedSampler(ScheduleSampler):
     """
 
     guarantee: ClassVar[Guarantee] = "heuristic"
-    required_features: ClassVar[frozenset[str]] = frozenset({"masked"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.MASKED})
 
     num_steps: int = 12
     share: str = "cosine"

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor, uniform
 from vargen.samplers.heads.diffusion import ContinuousSampler, Noise, philox_noise, work_dtype
@@ -74,7 +75,7 @@ class ContinuousMaskedSampler(ContinuousSampler):
     """
 
     guarantee: ClassVar[Guarantee] = "exact"
-    required_features: ClassVar[frozenset[str]] = frozenset({"continuous", "masked_continuous"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.CONTINUOUS, Feature.MASKED_CONTINUOUS})
 
     num_iter: int = 64
     last_diffusion_steps: int | None = None

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+from vargen.features import Feature
 from vargen.samplers.schedule.decoder import ScheduleSampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
 
@@ -29,7 +30,7 @@ class NeighboringSampler(ScheduleSampler):
         2.0
     """
 
-    required_features: ClassVar[frozenset[str]] = frozenset({"neighbors"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.NEIGHBORS})
 
     def make_schedule(self, backbone: Any) -> DecodeSchedule:
         """Diagonals of the backbone's grid."""

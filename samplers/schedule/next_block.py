@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
+from vargen.orders import block_order
 from vargen.outputs import SamplerOutput
-from vargen.protocols import block_order
 from vargen.samplers.schedule.decoder import ScheduleSampler, ScheduleState
 from vargen.samplers.schedule.schedule import DecodeSchedule
 
@@ -36,7 +37,7 @@ class NextBlockSampler(ScheduleSampler):
         0.9
     """
 
-    required_features: ClassVar[frozenset[str]] = frozenset({"blocks"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.BLOCKS})
 
     def make_schedule(self, backbone: Any) -> DecodeSchedule:
         """Blocks of the backbone's grid, nothing given."""

@@ -16,6 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, normal, seed_tensor
 from vargen.samplers.heads.diffusion import ContinuousSampler
@@ -66,7 +67,7 @@ class NextCellSampler(ContinuousSampler):
     """
 
     guarantee: ClassVar[Guarantee] = "exact"
-    required_features: ClassVar[frozenset[str]] = frozenset({"continuous", "cells"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.CONTINUOUS, Feature.CELLS})
 
     num_steps: int = 40
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
 
+from vargen.features import Feature
 from vargen.samplers.schedule.decoder import ScheduleSampler, ScheduleState
 from vargen.samplers.schedule.orders import GROWTHS, ORDERS, group_sizes, make_order
 from vargen.samplers.schedule.schedule import DecodeSchedule
@@ -32,7 +33,7 @@ class ParallelGroupSampler(ScheduleSampler):
         growth: group sizes: "cosine" (RandAR), "arccos" (ARPG) or "even".
     """
 
-    required_features: ClassVar[frozenset[str]] = frozenset({"groups"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.GROUPS})
 
     num_groups: int = 32
     order: str = "random"

@@ -21,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.kernels.acceptance import accept, residual
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
@@ -167,7 +168,7 @@ class ZipARSampler(Sampler):
         adaptive: accept the first code of a row only while its law is stable, else redraw it and wait.
     """
 
-    required_features: ClassVar[frozenset[str]] = frozenset({"any_slot"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.ANY_SLOT})
     guarantee: ClassVar[Guarantee] = "heuristic"
 
     window: int = 16  # the released setting for Lumina-mGPT; 8 for LlamaGen

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor
 from vargen.samplers.acceptance.gaussian_chains import ContinuousState, Drafts, judge_paths, judge_steps
@@ -264,7 +265,7 @@ class ContinuousSpeculativeSampler(ContinuousSampler):
         for name, model in models.items():
             if model is None:
                 raise ValueError(f"{type(self).__name__} needs drafter=, a small backbone over the same tokens")
-            if needed not in frozenset(getattr(model, "features", ())):
+            if needed not in Feature.of(model):
                 kind = "a bidirectional" if self.mode == "official" else "a causal"
                 raise ValueError(f"mode={self.mode!r} needs {kind} {name}, got {type(model).__name__}")
             if (model.token_dim, model.num_codes) != (backbone.token_dim, backbone.num_codes):

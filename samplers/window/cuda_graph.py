@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.kernels.language import use_triton
 
 WARM_UP = 2  # iterations that run plainly before one is captured
@@ -31,7 +32,7 @@ def obstacle(sampler: Any, backbone: Any) -> str | None:
         return f"the backbone is on {device}, not on a CUDA device"
     if not sampler.replayable:
         return f"the iterations of {type(sampler).__name__} have no fixed shapes"
-    if "static" not in backbone.features:
+    if Feature.STATIC not in backbone.features:
         return f"{type(backbone).__name__} opens no sessions of fixed shapes"
     if not use_triton(torch.empty(0, device=device)):
         return "the PyTorch twins of the kernels read values back; install triton and unset VARGEN_KERNELS"

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.verify.types import Draft
 from vargen.outputs import SamplerOutput
@@ -58,7 +59,7 @@ class WindowInputs(Inputs):
 class WindowSampler(Sampler):
     """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule."""
 
-    required_features: ClassVar[frozenset[str]] = frozenset({"window", "ragged"})
+    required_features: ClassVar[frozenset[str]] = frozenset({Feature.WINDOW, Feature.RAGGED})
     inputs_type: ClassVar[type[Inputs]] = WindowInputs
     replayable: ClassVar[bool] = False  # an iteration has fixed shapes and reads nothing back
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
 from vargen.outputs import SamplerOutput
 from vargen.samplers.base import MAX_DRAFTS, Run
 from vargen.samplers.drafters.tree import NAMED_TREES, Tree
@@ -94,7 +95,7 @@ class TreeSampler(WindowSampler):
 
     def begin(self, run: Run, inputs: WindowInputs) -> WindowState:
         """Commit the first code and draft the first tree."""
-        if self.num_rows > self.reach and "tree_mask" not in run.backbone.features:
+        if self.num_rows > self.reach and Feature.TREE_MASK not in run.backbone.features:
             raise ValueError(
                 f"tree {self.tree!r} needs a backbone with tree_mask, which {type(run.backbone).__name__} does not "
                 "offer; take tree='chain'"

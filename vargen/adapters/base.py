@@ -21,6 +21,7 @@ from vargen.adapters.family import FamilyAdapter
 from vargen.adapters.prompts import PackedPrompts
 from vargen.adapters.session import PromptSession
 from vargen.backbones.layers.cache.kv_cache import UNWRITTEN, KVCache, Plan
+from vargen.features import Feature
 from vargen.protocols import Layout, StepOut
 
 
@@ -37,7 +38,7 @@ class TransformersBackbone(FamilyAdapter):
             quantisation cannot be compiled.
     """
 
-    features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden"})
+    features = frozenset({Feature.WINDOW, Feature.RAGGED, Feature.TREE_MASK, Feature.ANY_SLOT, Feature.HIDDEN})
 
     def __init__(
         self,

@@ -28,6 +28,7 @@ from vargen.backbones.settings.discrete import EAGLE
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
 from vargen.checkpoints.reader import CheckpointError, build_strict, load_original
 from vargen.draft_models.eagle_drafts import EagleDrafts
+from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
@@ -196,7 +197,7 @@ class EagleDrafter(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     def check_backbone(self, backbone: Any) -> None:
         """Raise ``ValueError`` unless this drafter was made for a backbone of these sizes."""
         missing = [name for name in ("output", "hidden_size", "num_condition_tokens") if not hasattr(backbone, name)]
-        if missing or "hidden" not in backbone.features:
+        if missing or Feature.HIDDEN not in backbone.features:
             lacks = ", ".join(missing) or "hidden states"
             raise ValueError(
                 f"an EAGLE drafter needs a backbone with hidden states and a head, this one lacks {lacks}"

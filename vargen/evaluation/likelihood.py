@@ -17,6 +17,7 @@ from torch import Tensor
 from vargen.evaluation.conditions import check_num
 from vargen.evaluation.features import Progress
 from vargen.evaluation.report import Report, environment
+from vargen.features import Feature
 from vargen.metrics.heroes import Heroes, draw_heroes
 from vargen.metrics.results import LikelihoodResult
 
@@ -78,7 +79,7 @@ def token_nats(pipe: Any, images: Tensor, captions: list[str]) -> Tensor:
     if isinstance(codes, list):
         targets = torch.cat([c.flatten(1) for c in codes], 1)
         logits = pipe.backbone(pipe.tokenizer.scale_inputs(codes), condition)
-    elif {"window", "neighbors"} & set(getattr(pipe.backbone, "features", ())) or "par" in getattr(
+    elif {Feature.WINDOW, Feature.NEIGHBORS} & Feature.of(pipe.backbone) or "par" in getattr(
         pipe.backbone, "schedules", ()
     ):
         targets = codes.flatten(1)

@@ -11,10 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vargen.features import Feature
+
 
 def is_continuous(backbone: Any) -> bool:
     """Whether the backbone's tokens are vectors and not codes."""
-    return "continuous" in frozenset(getattr(backbone, "features", ()))
+    return Feature.CONTINUOUS in Feature.of(backbone)
 
 
 def undrawn_tokens(backbone: Any, num_images: int) -> Tensor:

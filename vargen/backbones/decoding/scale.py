@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend, KVCache
+from vargen.features import Feature
 from vargen.protocols import StepOut
 
 
@@ -54,7 +55,7 @@ class ScaleBackbone:
     ``check`` and ``null``, and the parts of its forward declared below.
     """
 
-    features = frozenset({"scales"})
+    features = frozenset({Feature.SCALES})
     blocks: nn.ModuleList
     sizes: list[int]
     lvl_1L: Tensor

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import NOCACHE, UNWRITTEN, KVCache, Plan
 from vargen.backbones.layers.transformer import ItemTransformer
+from vargen.features import Feature
 from vargen.protocols import Layout, StepOut
 
 
@@ -115,7 +116,9 @@ class WindowBackbone(ItemTransformer):
     ``rope_table`` (rows: T condition positions, N codes, NULL) and ``grid_size``.
     """
 
-    features = frozenset({"window", "ragged", "tree_mask", "any_slot", "hidden", "static"})
+    features = frozenset(
+        {Feature.WINDOW, Feature.RAGGED, Feature.TREE_MASK, Feature.ANY_SLOT, Feature.HIDDEN, Feature.STATIC}
+    )
     cls_embedding: Any
     tok_embeddings: nn.Embedding
     norm: nn.Module

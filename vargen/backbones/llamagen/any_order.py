@@ -21,12 +21,13 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.features import Feature
 
 
 class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
     """Codes of a grid in any order, any number of them in a pass; the arguments are those of ``LlamaGenTransformer``."""
 
-    features = frozenset({"groups"})
+    features = frozenset({Feature.GROUPS})
     schedules = ("randar",)
     sampler_hint = "ParallelGroupSampler"
 

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
 from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.features import Feature
 
 
 class MaskedTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
     """Masked codes from all others; the arguments are those of ``LlamaGenTransformer``."""
 
-    features = frozenset({"masked"})
+    features = frozenset({Feature.MASKED})
     schedules = ("maskgit",)
     sampler_hint = "MaskedSampler"
 

@@ -24,6 +24,7 @@ from vargen.backbones.layers.rope import constant_rows, grid_table
 from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
 from vargen.backbones.llamagen.sizes import swiglu_dim
 from vargen.backbones.settings.continuous import CAUSAL_MAR
+from vargen.features import Feature
 from vargen.protocols import StepOut
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
@@ -56,7 +57,7 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, Stored, ModelMixi
     """
 
     config_name = "config.json"
-    features = frozenset({"continuous", "continuous_window", "ragged"})
+    features = frozenset({Feature.CONTINUOUS, Feature.CONTINUOUS_WINDOW, Feature.RAGGED})
     _supports_gradient_checkpointing = True
     _no_split_modules = ("TransformerBlock",)
 

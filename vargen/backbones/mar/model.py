@@ -34,6 +34,7 @@ from vargen.backbones.mar.layers import (
 from vargen.backbones.settings.continuous import MAR
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
+from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
@@ -72,7 +73,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
     """
 
     config_name = "config.json"
-    features = frozenset({"continuous", "masked_continuous"})
+    features = frozenset({Feature.CONTINUOUS, Feature.MASKED_CONTINUOUS})
     _supports_gradient_checkpointing = True
     _no_split_modules = ("ViTBlock",)
     gradient_checkpointing = False

@@ -28,7 +28,8 @@ from vargen.backbones.nar.sizes import infer_nar_config, nar_size_config
 from vargen.backbones.settings.discrete import NAR
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import check_family, load_original, load_strict
-from vargen.protocols import neighbors
+from vargen.features import Feature
+from vargen.orders import neighbors
 from vargen.validation.checks import checked
 
 FAMILIES = ("nar", "nar-video")
@@ -53,7 +54,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
             class_dropout_prob, attribute_dropout_prob: as in ``LlamaGenTransformer``.
     """
 
-    features = frozenset({"neighbors"})
+    features = frozenset({Feature.NEIGHBORS})
     sampler_hint = "NeighboringSampler"
     heads: tuple[tuple[str, str], ...] = IMAGE_HEADS[:1]  # while the base class builds its own
     ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them

@@ -30,7 +30,8 @@ from vargen.backbones.nbp.sizes import infer_nbp_config, nbp_size_config, offici
 from vargen.backbones.settings.discrete import NBP
 from vargen.checkpoints.bounds import check_given
 from vargen.checkpoints.reader import check_family, load_original, load_strict
-from vargen.protocols import block_order
+from vargen.features import Feature
+from vargen.orders import block_order
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
@@ -65,7 +66,7 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, Conf
         attribute_dropout_prob: mean rate of unspecifying single attributes in training.
     """
 
-    features = frozenset({"blocks"})
+    features = frozenset({Feature.BLOCKS})
     schedules = ("next_block",)
     sampler_hint = "NextBlockSampler"
     config_name = "config.json"

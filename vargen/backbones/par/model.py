@@ -22,6 +22,7 @@ from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
 from vargen.backbones.settings.discrete import PAR
 from vargen.checkpoints.bounds import check_given, read_shape
 from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.features import Feature
 from vargen.validation.checks import checked
 
 _SHARED = frozenset(inspect.signature(LlamaGenTransformer.__init__).parameters) - {"self"}
@@ -39,7 +40,7 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
             ``LlamaGenTransformer``.
     """
 
-    features = frozenset({"groups"})
+    features = frozenset({Feature.GROUPS})
     schedules = ("par",)
     sampler_hint = "ParallelGroupSampler"
     ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them

@@ -26,6 +26,7 @@ from vargen.backbones.settings.continuous import XAR
 from vargen.backbones.var.layers import LabelEmbedding
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
 from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
@@ -104,7 +105,7 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """
 
     config_name = "config.json"
-    features = frozenset({"continuous", "cells"})
+    features = frozenset({Feature.CONTINUOUS, Feature.CELLS})
 
     @checked(XAR)
     @register_to_config
