@@ -58,6 +58,41 @@ class Condition(Protocol):
         ...
 
 
+# a condition as callers give it: class ids [B], attribute ids [B, T], or caption features ([B, T, C], mask [B, T])
+ConditionInput = Tensor | tuple[Any, ...]
+
+
+@runtime_checkable
+class Model(Protocol):
+    """What pipelines and every sampler ask of a backbone, whatever the order in which it draws."""
+
+    num_codes: int  # N, codes or continuous tokens of a picture
+    features: frozenset[str]  # of ``vargen.features.Feature``
+
+    @property
+    def device(self) -> torch.device:
+        """Where conditions and codes are expected."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Dtype of the weights."""
+        ...
+
+    def prepare(self, condition: Any, *, guidance_scale: float = 1.0) -> Any:
+        """Check and embed a batch of conditions; two branches iff ``guidance_scale`` is not 1."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """What pipelines ask of a tokenizer; those of continuous tokens (diffusers' ``AutoencoderKL``) take latents for codes."""
+
+    def decode(self, codes: Any) -> Any:
+        """Codes ``[B, h, w]`` int64 to pixels ``[B, 3, H, W]`` around [-1, 1]."""
+        ...
+
+
 @runtime_checkable
 class Session(Protocol):
     """The state of one decode, opaque to samplers but for its progress."""

@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Self
 from diffusers import ConfigMixin
 from torch import Tensor
 
+from vargen.protocols import ConditionInput
 from vargen.validation.folders import Stored, check_component, one_line
 
 MAX_ROWS = 2**16  # prompts or labels at once
@@ -28,7 +29,9 @@ class Conditioner(Stored, ConfigMixin):
 
     config_name: ClassVar[str] = "conditioner_config.json"
 
-    def encode(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> Any:
+    def encode(
+        self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None
+    ) -> ConditionInput:
         """Turn prompts or class labels into a condition."""
         raise NotImplementedError
 

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 
 from vargen.features import Feature
+from vargen.protocols import Model
 
 
-def is_continuous(backbone: Any) -> bool:
+def is_continuous(backbone: Model) -> bool:
     """Whether the backbone's tokens are vectors and not codes."""
     return Feature.CONTINUOUS in Feature.of(backbone)
 

@@ -15,6 +15,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from vargen.checkpoints.resolve import resolve_model
+from vargen.conditioners.base import Conditioner
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, SamplerOutput
 from vargen.pipelines import inputs
@@ -36,7 +37,10 @@ from vargen.pipelines.editing import forced_codes, read_edit
 from vargen.pipelines.outputs import ImagePipelineOutput
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
+from vargen.pipelines.types import DrafterInput, ImageInput, LabelInput, Pictures, PromptInput, Rows
+from vargen.protocols import ConditionInput, Model, Tokenizer
 from vargen.random import image_seeds
+from vargen.samplers.base import Sampler
 from vargen.validation.folders import one_line, read_settings
 
 register_library()
@@ -76,12 +80,12 @@ class ImagePipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        tokenizer: Any,
-        backbone: Any,
-        sampler: Any,
-        conditioner: Any = None,
-        drafter: Any = None,
-        eagle: Any = None,
+        tokenizer: Tokenizer | None,
+        backbone: Model,
+        sampler: Sampler,
+        conditioner: Conditioner | None = None,
+        drafter: nn.Module | None = None,
+        eagle: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.register_modules(
@@ -149,16 +153,16 @@ class ImagePipeline(DiffusionPipeline):
         self._check_components()
 
     @property
-    def eagle(self) -> Any:
+    def eagle(self) -> nn.Module | None:
         """The drafter stored as "eagle", or None; ``load_drafter`` and ``drafter=`` take any by name."""
         return self._stored_drafters.load("eagle", self.backbone) if "eagle" in self._stored_drafters else None
 
     @eagle.setter
-    def eagle(self, drafter: Any) -> None:
+    def eagle(self, drafter: nn.Module | None) -> None:
         self._stored_drafters.put("eagle", drafter)
         self._check_components()
 
-    def _drafter_for(self, sampler: Any, wanted: Any) -> Any:
+    def _drafter_for(self, sampler: Sampler, wanted: DrafterInput) -> Any:
         """The drafter of one call: the one asked for, else one that the sampler prefers, else that of the slot."""
         if wanted is None:
             preferred = getattr(sampler, "preferred_drafter", None)
@@ -187,7 +191,9 @@ class ImagePipeline(DiffusionPipeline):
         return index
 
     @classmethod
-    def from_transformers(cls, model: nn.Module, processor: Any, *, sampler: Any = None, **options: Any) -> Self:
+    def from_transformers(
+        cls, model: nn.Module, processor: Any, *, sampler: Sampler | None = None, **options: Any
+    ) -> Self:
         """Make a pipeline of a transformers image model; see ``vargen.wrap`` for models and options.
 
         Args:
@@ -209,10 +215,10 @@ class ImagePipeline(DiffusionPipeline):
     @torch.no_grad()
     def __call__(
         self,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
-        image: Any = None,
-        mask_image: Any = None,
+        prompt: PromptInput = None,
+        class_labels: LabelInput = None,
+        image: ImageInput = None,
+        mask_image: ImageInput = None,
         num_images_per_prompt: int = 1,
         guidance_scale: float | None = None,
         temperature: float | None = None,
@@ -225,7 +231,7 @@ class ImagePipeline(DiffusionPipeline):
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         batch_size: int | None = None,
-        drafter: Any = None,
+        drafter: DrafterInput = None,
         **sampler_overrides: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Generate ``num_images_per_prompt`` images for every prompt or class label, prompt-major.
@@ -304,7 +310,7 @@ class ImagePipeline(DiffusionPipeline):
         output = ImagePipelineOutput(images=images, codes=codes, seeds=seeds, stats=drawn.stats)
         return output if return_dict else (images, codes, seeds, drawn.stats)
 
-    def encode_condition(self, prompt: Any = None, class_labels: Any = None) -> Any:
+    def encode_condition(self, prompt: PromptInput = None, class_labels: LabelInput = None) -> ConditionInput:
         """Turn prompts or class labels into the condition of the backbone, one row a prompt, on its device.
 
         Raises:
@@ -342,7 +348,7 @@ class ImagePipeline(DiffusionPipeline):
         return images
 
     def _draw(
-        self, sampler: Any, given: Any, seeds: list[int], batch_size: int, watch: Watch, drafter: Any = None
+        self, sampler: Sampler, given: Rows, seeds: list[int], batch_size: int, watch: Watch, drafter: Any = None
     ) -> SamplerOutput:
         parts: list[SamplerOutput] = []
         self._interrupt = False
@@ -360,7 +366,7 @@ class ImagePipeline(DiffusionPipeline):
         latents = torch.cat(drawn) if len(drawn) == len(parts) else None
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]), latents)
 
-    def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Watch, drafter: Any) -> SamplerOutput:
+    def _draw_rows(self, sampler: Sampler, given: Rows, seeds: list[int], watch: Watch, drafter: Any) -> SamplerOutput:
         if self._interrupt:
             return self._undrawn(seeds)
         condition, kept = given
@@ -397,7 +403,7 @@ class ImagePipeline(DiffusionPipeline):
             return SamplerOutput(None, seeds, stats, tokens)
         return SamplerOutput(tokens, seeds, stats)
 
-    def _to_images(self, drawn: SamplerOutput, output_type: str, batch_size: int) -> Any:
+    def _to_images(self, drawn: SamplerOutput, output_type: str, batch_size: int) -> Pictures:
         decode, rows = self.decode_codes, drawn.codes
         if drawn.latents is not None:  # what was summed or drawn itself: codes need not tell all of it
             decode = decode if is_continuous(self.backbone) else self.tokenizer.decode_latents

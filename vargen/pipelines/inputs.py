@@ -13,8 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vargen.conditioners.base import MAX_ROWS, check_prompt
+from vargen.conditioners.base import MAX_ROWS, Conditioner, check_prompt
 from vargen.outputs import DecodeStats, Guarantee
+from vargen.pipelines.types import LabelInput, PromptInput, Rows
+from vargen.protocols import ConditionInput
 from vargen.random import check_seeds
 from vargen.validation.checks import check_flag, shown
 
@@ -94,7 +96,7 @@ def check_dtype(modules: dict[str, nn.Module]) -> None:
             )
 
 
-def read_prompts(prompt: Any) -> list[str]:
+def read_prompts(prompt: PromptInput) -> list[str]:
     """Return the prompts as a list of non-empty strings."""
     prompts = [prompt] if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
@@ -109,7 +111,7 @@ def read_prompts(prompt: Any) -> list[str]:
     return list(prompts)
 
 
-def read_class_labels(labels: Any) -> list[int | str]:
+def read_class_labels(labels: LabelInput) -> list[int | str]:
     """Return class labels (ids, or names for conditioners that know names) as a list."""
     if isinstance(labels, Tensor):
         whole = labels.dtype in _INTEGERS and labels.ndim <= 1
@@ -142,39 +144,37 @@ def class_ids(labels: Sequence[int | str], num_classes: int | None) -> Tensor:
     return torch.tensor(labels, dtype=torch.int64)
 
 
-def repeat_condition(condition: Any, times: int) -> Any:
+def repeat_condition(condition: Rows, times: int) -> Rows:
     """Repeat every row ``times`` times, prompt-major; conditions are tensors or tuples of tensors (P first)."""
     check_count("the number of images", condition_rows(condition) * times, MAX_IMAGES)
     return _map(condition, lambda rows: rows.repeat_interleave(times, dim=0))
 
 
-def take_condition(condition: Any, rows: slice) -> Any:
+def take_condition(condition: Rows, rows: slice) -> Rows:
     """Return some rows of a condition."""
     return _map(condition, lambda tensor: tensor[rows])
 
 
-def move_condition(condition: Any, device: torch.device) -> Any:
+def move_condition(condition: Rows, device: torch.device) -> Rows:
     """Return the condition on a device."""
     return _map(condition, lambda tensor: tensor.to(device))
 
 
-def complete_condition(conditioner: Any, condition: Any, seeds: list[int]) -> Any:
+def complete_condition(conditioner: Conditioner | None, condition: ConditionInput, seeds: list[int]) -> ConditionInput:
     """Let a conditioner that can decide what prompts leave open, row i by ``seeds[i]``."""
     complete = getattr(conditioner, "complete", None)
     return condition if complete is None else complete(condition, seeds)
 
 
-def condition_rows(condition: Any) -> int:
+def condition_rows(condition: ConditionInput) -> int:
     """P, the number of rows."""
     return len(condition) if isinstance(condition, Tensor) else len(condition[0])
 
 
-def _map(condition: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    if condition is None:
-        return None
+def _map(condition: Rows, function: Callable[[Tensor], Tensor]) -> Rows:
     if isinstance(condition, Tensor):
         return function(condition)
-    parts = [_map(part, function) for part in condition]
+    parts: list[Any] = [None if part is None else _map(part, function) for part in condition]
     return type(condition)(*parts) if hasattr(condition, "_fields") else tuple(parts)  # named tuples keep their names
 
 

@@ -6,13 +6,17 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from diffusers import DiffusionPipeline
+
+from vargen.samplers.state import DecodeState
+
 _POLL_EVERY = 16  # steps between two looks at the progress on a GPU, where each look waits for it
 
 
 class DecodeInterrupted(Exception):
     """Carries the last state out of a sampler's loop."""
 
-    def __init__(self, state: Any) -> None:
+    def __init__(self, state: DecodeState) -> None:
         super().__init__("interrupted")
         self.state = state
 
@@ -21,13 +25,14 @@ class DecodeInterrupted(Exception):
 class Watch:
     """Progress bar, user callback and interruption: what the pipeline does after every forward pass."""
 
-    pipe: Any
+    pipe: DiffusionPipeline  # an ImagePipeline
     callback: Callable[..., Any] | None
     tensors: tuple[str, ...]
     bar: Any = field(default=None, init=False)
     step: int = field(default=0, init=False)
     shown: int = field(default=0, init=False)  # codes of the images in work that the bar has counted
     every: int = field(default=1, init=False)  # steps between two looks at the progress
+    stopped: bool = field(default=False, init=False)  # it has all that the caller asked for and ended the drawing
 
     def open(self, num_images: int) -> None:
         """Start the bar; it counts codes."""
@@ -37,7 +42,7 @@ class Watch:
         """Finish the bar."""
         self.bar.close()
 
-    def __call__(self, step: int, state: Any) -> None:
+    def __call__(self, step: int, state: DecodeState) -> None:
         """Do what is to be done after a forward pass; the arguments are those of a sampler's callback."""
         if step == 0:
             self.shown = 0  # a new chunk of images

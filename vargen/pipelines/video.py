@@ -12,13 +12,18 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from vargen.conditioners.base import Conditioner
 from vargen.images import to_pil
 from vargen.outputs import SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.drafters import StoredDrafters
 from vargen.pipelines.image import UNDRAWN, ImagePipeline
+from vargen.pipelines.progress import Watch
+from vargen.pipelines.types import LabelInput, PromptInput, Rows
 from vargen.pipelines.video_frames import VideoPipelineOutput, VideoWatch, check_fps, given_codes, read_frames
+from vargen.protocols import ConditionInput, Model, Tokenizer
 from vargen.random import image_seeds
+from vargen.samplers.base import Sampler
 from vargen.tokenizers.video_fsq.layers import StreamState
 from vargen.validation.checks import shown
 
@@ -51,7 +56,14 @@ class VideoPipeline(ImagePipeline):
     drafter = None
     eagle = None  # type: ignore[assignment]
 
-    def __init__(self, tokenizer: Any, backbone: Any, sampler: Any, conditioner: Any = None, fps: int = 8) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer | None,
+        backbone: Model,
+        sampler: Sampler,
+        conditioner: Conditioner | None = None,
+        fps: int = 8,
+    ) -> None:
         super(ImagePipeline, self).__init__()
         self.register_modules(tokenizer=tokenizer, backbone=backbone, sampler=sampler, conditioner=conditioner)
         self._stored_drafters = StoredDrafters()
@@ -72,8 +84,8 @@ class VideoPipeline(ImagePipeline):
     @torch.no_grad()
     def __call__(  # type: ignore[override]
         self,
-        prompt: str | Sequence[str] | None = None,
-        class_labels: int | str | Sequence[int | str] | Tensor | None = None,
+        prompt: PromptInput = None,
+        class_labels: LabelInput = None,
         frames: Any = None,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
@@ -172,7 +184,7 @@ class VideoPipeline(ImagePipeline):
             videos = videos.masked_fill(missing[:, None, -videos.shape[2] :], UNDRAWN)
         return videos
 
-    def _condition(self, prompt: Any, class_labels: Any, clips: Tensor | None) -> Any:
+    def _condition(self, prompt: PromptInput, class_labels: LabelInput, clips: Tensor | None) -> ConditionInput:
         if not getattr(self.backbone, "needs_frames", False):
             return self.encode_condition(prompt, class_labels)
         if prompt is not None or class_labels is not None:
@@ -196,7 +208,7 @@ class VideoPipeline(ImagePipeline):
             raise ValueError(f"num_frames must be one of {', '.join(map(str, allowed))}, got {shown(num_frames)}")
         return allowed.index(num_frames) + 1
 
-    def _draw_rows(self, sampler: Any, given: Any, seeds: list[int], watch: Any, drafter: Any) -> SamplerOutput:
+    def _draw_rows(self, sampler: Sampler, given: Rows, seeds: list[int], watch: Watch, drafter: Any) -> SamplerOutput:
         part = super()._draw_rows(sampler, given, seeds, watch, drafter)
         if watch.stopped:  # enough frames: nothing was cut off that the caller asked for
             part.stats.notes.clear()

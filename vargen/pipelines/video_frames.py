@@ -11,7 +11,7 @@ from html import escape
 from importlib.util import find_spec
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from vargen.files import atomic_write
 from vargen.images import from_pil
 from vargen.outputs import DecodeStats
 from vargen.pipelines.progress import DecodeInterrupted, Watch
+from vargen.samplers.state import DecodeState
 from vargen.tokenizers.video_fsq.layers import StreamState
 from vargen.validation.checks import shown
 
@@ -209,11 +210,10 @@ class VideoWatch(Watch):
     """Also hands over frames as soon as their code frame is complete, and stops when enough of them are."""
 
     wanted: int = 0  # code frames
-    stopped: bool = field(default=False, init=False)
     _stream: StreamState = field(default_factory=StreamState, init=False)
     _shown_frames: int = field(default=0, init=False)
 
-    def __call__(self, step: int, state: Any) -> None:
+    def __call__(self, step: int, state: DecodeState) -> None:
         """Do what is to be done after a forward pass."""
         if step == 0:
             self._stream, self._shown_frames, self.stopped = StreamState(), 0, False
@@ -225,7 +225,7 @@ class VideoWatch(Watch):
             new = self.pipe.decode_codes(codes.flatten(1), state=self._stream)
             new = (new.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2)
             self._shown_frames = complete
-        super().__call__(step, _WithFrames(state, new))
+        super().__call__(step, cast(DecodeState, _WithFrames(state, new)))
         if complete == self.wanted and not state.done:
             self.stopped = True
             raise DecodeInterrupted(state)
@@ -234,7 +234,7 @@ class VideoWatch(Watch):
 class _WithFrames:
     """A sampler's state with the frames that are new in this step: [b, T_new, 3, H, W] in [0, 1], or None."""
 
-    def __init__(self, state: Any, frames: Tensor | None) -> None:
+    def __init__(self, state: DecodeState, frames: Tensor | None) -> None:
         self.state, self.frames = state, frames
 
     def __getattr__(self, name: str) -> Any:

@@ -1,0 +1,17 @@
+"""Kinds of arguments of a pipeline call, as people give them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor, nn
+
+PromptInput = str | Sequence[str] | None
+LabelInput = int | str | Sequence[int | str] | Tensor | None
+ImageInput = Image.Image | Sequence[Image.Image] | Tensor | None
+DrafterInput = str | nn.Module | None  # the name of a stored drafter, or a model
+Pictures = list[Any] | Tensor | np.ndarray  # by output_type: PIL images, "pt" or "np"
+Rows = Tensor | tuple[Any, ...]  # a tensor, or a tuple of tensors and None, with a row an image
