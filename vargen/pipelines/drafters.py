@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from vargen.files import atomic_write
+from vargen.samplers.registry import DRAFTERS, find_drafter
 from vargen.validation.checks import check_choice
 from vargen.validation.classes import component_class
 from vargen.validation.folders import check_component, is_plain_name, read_settings
@@ -65,12 +66,14 @@ class StoredDrafters:
             self._entries[name] = drafter
 
     def load(self, name: str, backbone: Any) -> Any:
-        """Return a drafter, on the backbone's device and in its dtype.
+        """Return a stored drafter, on the backbone's device and in its dtype, or one that needs no model.
 
         Raises:
             ValueError: no drafter of that name; the nearest is shown.
         """
-        check_choice("drafter", name, self.names)
+        check_choice("drafter", name, [*self.names, *(free for free in DRAFTERS if free not in self)])
+        if name not in self:
+            return find_drafter(name)
         found = self._entries[name]
         if isinstance(found, Path):
             found = read_drafter(found)

@@ -257,7 +257,8 @@ class ImagePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: what ``tensors`` holds: ``"codes"`` ([b, N] of the images in work, -1
                 where not drawn), ``"num_committed"`` ([b]).
             batch_size: images decoded at a time; less memory, the same images.
-            drafter: for this call, in place of the one in the slot: the name of a stored one (``pipe.drafters``), or a model.
+            drafter: for this call, in place of the one in the slot: a model, the name of a stored one (``pipe.drafters``), or of
+                one that needs no model, such as ``"row-above"``.
             sampler_overrides: other settings of the sampler for this call, such as ``window=16``.
 
         Returns:

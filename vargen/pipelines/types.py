@@ -9,9 +9,11 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
+from vargen.samplers.drafters.base import PlainDrafter
+
 PromptInput = str | Sequence[str] | None
 LabelInput = int | str | Sequence[int | str] | Tensor | None
 ImageInput = Image.Image | Sequence[Image.Image] | Tensor | None
-DrafterInput = str | nn.Module | None  # the name of a stored drafter, or a model
+DrafterInput = str | nn.Module | PlainDrafter | None  # the name of a drafter, or one itself
 Pictures = list[Any] | Tensor | np.ndarray  # by output_type: PIL images, "pt" or "np"
 Rows = Tensor | tuple[Any, ...]  # a tensor, or a tuple of tensors and None, with a row an image
