@@ -27,9 +27,9 @@ FORCED = "tests/test_window.py::test_forced_codes_stay_with_their_image_when_oth
 MUTANTS = (
     Mutant(
         "the code behind a tree is drawn with the noise of the siblings",
-        "samplers/window/lantern.py",
-        "positions=positions.gather(1, last), stream=Stream.RESIDUAL)",
-        "positions=positions.gather(1, last))",
+        "samplers/acceptance/tree.py",
+        "positions=rows.positions.gather(1, last), stream=Stream.RESIDUAL)",
+        "positions=rows.positions.gather(1, last))",
         NOISE,
     ),
     Mutant(

@@ -98,12 +98,14 @@ def _cases() -> list[Case]:
     add(model, "lantern-tree", lantern, forwards=3, tree="naive_extend_57", lam=10.0, k=100, **base)
     add(model, "exact-chain", lantern, forwards=5, **exact, **base)
     add(model, "exact-chain-small", lantern, drafter="small", forwards=5, depth=4, **exact, **base)
-    add(model, "exact-naive", lantern, forwards=3, tree="naive_extend_57", **exact, **base)
+    speculative, rule = "SpeculativeSampler", {"rule": "recursive"}  # recorded as LanternSampler(relaxation="none")
+    add(model, "exact-naive", speculative, forwards=3, tree="naive_extend_57", **rule, **base)
     add(model, "exact-mc", lantern, forwards=3, tree="mc_sim_7b_63", **exact, **base)
     add(model, "exact-medusa-top", lantern, forwards=3, tree="medusa_2_7b_63", proposal="top", **exact, **base)
-    add(model, "exact-siblings", lantern, forwards=6, tree="siblings", branching=6, **exact, **base)
+    add(model, "exact-siblings", speculative, forwards=6, tree="siblings", num_draft_tokens=6, **rule, **base)
     dynamic = {"tree": "dynamic", "depth": 5, "branching": 4, "num_nodes": 24}
-    add(model, "exact-dynamic", lantern, forwards=4, **dynamic, **exact, **base)
+    grown = {"tree": "dynamic", "depth": 5, "branching": 4, "num_draft_tokens": 23}
+    add(model, "exact-dynamic", speculative, forwards=4, **grown, **rule, **base)
     add(model, "exact-dynamic-small", lantern, drafter="small", forwards=3, **dynamic, **exact, **base)
     again = {"proposal": "with_replacement", "tree": "reverse_balanced_25"}
     add(model, "exact-replacement", lantern, forwards=4, **again, **exact, **base)

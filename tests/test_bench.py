@@ -100,7 +100,7 @@ def test_bad_requests_are_one_line(pipe, real, tmp_path):
 
 def test_settings_are_read_from_the_name(pipe):
     sampler = read_sampler("jacobi:window=5,carry=maximal", pipe)
-    assert (sampler.window, sampler.carry) == (5, "maximal")
+    assert (sampler.window, sampler.rule) == (5, "maximal")
 
 
 def test_command_prints_a_table_of_reports(pipe, real, tmp_path):

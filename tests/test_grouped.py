@@ -66,7 +66,7 @@ def test_codes_that_top_k_removed_stay_out():
         ({"group_size": 0}, "group_size must be an integer in 2..4096, got 0"),
         ({"prob_threshold": -0.1}, "prob_threshold must be at least 0"),
         ({"distance_threshold": -1}, "distance_threshold must be at least 0"),
-        ({"carry": "gumbel"}, "carry must be one of independent, maximal"),
+        ({"carry": "gumbel"}, "rule must be one of independent, maximal"),
     ],
 )
 def test_bad_settings(settings, message):

@@ -159,6 +159,9 @@ def _cases() -> list[Case]:
     again = EXACT | {"proposal": "with_replacement"}
     dynamic = {"tree": "dynamic", "depth": 3, "branching": 2, "num_nodes": 7}
     cases += [
+        Case("SpeculativeSampler", tree, {GUMBEL}, bushy, shared=True, **TREES),
+        Case("SpeculativeSampler", tree, {GUMBEL}, {"tree": "dynamic", "num_draft_tokens": 6}, shared=True, **TREES),
+        Case("SpeculativeSampler", tree, PROPOSED, {"rule": "recursive", "tree": "siblings"}, **TREES),
         Case(LANTERN, tree, PROPOSED | {DRAFT}, again | bushy, **TREES),
         Case(LANTERN, tree, PROPOSED | {DRAFT}, again | row | {"acceptance": "k-seq"}, **TREES),
         Case(LANTERN, tree, PROPOSED, EXACT | dynamic, **TREES),

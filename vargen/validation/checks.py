@@ -25,6 +25,8 @@ MAX_BLOCKS = 2**10  # layers of one stack
 MAX_ROWS = 2**24  # rows of a table: codes, classes, attributes, words
 MAX_POSITIONS = 2**18  # of a sequence, condition included
 MAX_LISTED = 18  # names of settings in a message
+LONGEST_LIST = 250  # characters of a list of choices
+MAX_NEAR = 6  # choices shown of a longer one
 MAX_NUMBERS = 2**35  # weights and tables of a model, five times the largest published one
 
 Check = Callable[[str, Any], Any]
@@ -42,8 +44,12 @@ class Settings(NamedTuple):
 
 def nearest(word: Any, known: Iterable[Any]) -> str:
     """The known word that looks most like ``word``."""
+    return _nearest(word, known, 1)[0]
+
+
+def _nearest(word: Any, known: Iterable[Any], count: int) -> list[str]:
     text = word[:80] if isinstance(word, str) else shown(word)
-    return difflib.get_close_matches(text, [str(k) for k in known], n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(text, [str(k) for k in known], n=count, cutoff=0.0)
 
 
 def check_names(given: Iterable[Any], known: Sequence[str], owner: str) -> None:
@@ -99,6 +105,9 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
         if isinstance(value, type(word)) and value == word:
             return word
     words = ", ".join(map(str, allowed))
+    if len(words) > LONGEST_LIST:
+        near = _nearest(value, allowed, MAX_NEAR)
+        words = f"{', '.join(near)} and {len(allowed) - len(near)} more"
     raise ValueError(f"{name} must be one of {words}, got {shown(value)}; did you mean {nearest(value, allowed)!r}?")
 
 
