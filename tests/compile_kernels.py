@@ -17,15 +17,14 @@ from triton.compiler import ASTSource
 from vargen.kernels import draw, language, nearest, warp
 from vargen.kernels.tree import triton_kernels as tree_kernels
 from vargen.kernels.verify import arguments as launch
-from vargen.kernels.verify import relaxed_kernels, shift
+from vargen.kernels.verify import shift
 from vargen.kernels.verify import triton_kernels as verify_kernels
 
 POINTERS = {
     "*bf16": "logits label",
-    "*u8": "accepted marks",
+    "*u8": "accepted",
     "*i8": "kind kind_out",
     "*i16": "neighbors",
-    "*i32": "count",
     "*i64": "tokens row seeds positions iteration num_rows forced y errors committed codes token_out row_out nearest "
     "children law_of limit path num_kept used relaxed",
 }
@@ -48,13 +47,6 @@ def kernels():
         yield verify_kernels.rows_kernel, {**rows, "CARRY": carry, "HALF": 0, "CLOSE": False, "DIM": 16}
     yield verify_kernels.rows_kernel, {**rows, "CARRY": 2, **GROUP}
     yield verify_kernels.finish_kernel, {**finish, "CARRY": 2}
-    yield relaxed_kernels.relaxed_rows_kernel, {**rows, "CARRY": 2, "NEIGHBORS": 1024}
-    yield relaxed_kernels.mark_kernel, {"RING": True, "NEIGHBORS": 1024, "WINDOW": 32}
-    for residual in (0, 1, 2):
-        yield (
-            relaxed_kernels.relaxed_finish_kernel,
-            {**finish, "CARRY": 2, "GREEDY": False, "RESIDUAL": residual, "COUNT": 10},
-        )
     tree = {**LAW, **SEARCH, "FORCED": True, "SAMPLED": True, "REPLACEMENT": False, "RELAXED": True}
     for residual in (0, 1, 2):
         counts = {"COUNT": 10, "NEIGHBORS": 1024, "NOTHING": 1e-30}
@@ -82,7 +74,7 @@ def compiled(kernel, constants, capability):
     signature = {name: "constexpr" if name in constants else type_of(name) for name in kernel.arg_names}
     places = {(kernel.arg_names.index(name),): value for name, value in constants.items()}
     source = ASTSource(fn=kernel, signature=signature, constexprs=places)
-    warps = {"_shift_kernel": 1, "mark_kernel": 4, "_nearest_kernel": 8}.get(kernel.__name__, options["num_warps"])
+    warps = {"_shift_kernel": 1, "_nearest_kernel": 8}.get(kernel.__name__, options["num_warps"])
     fused = {"enable_fp_fusion": kernel is nearest._nearest_kernel}
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": warps, **fused})
 

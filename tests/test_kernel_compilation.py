@@ -25,6 +25,6 @@ def test_every_kernel_compiles(capability, tmp_path):
     )
     assert run.returncode == 0, run.stderr[-3000:]
     found = [line.split() for line in run.stdout.splitlines()]
-    assert len(found) >= 14
+    assert len(found) >= 10
     for name, registers, stack in found:
         assert int(stack) <= 1024, f"{name} spills {stack} bytes a thread with {registers} registers"

@@ -5,7 +5,6 @@ import torch
 
 from tests.windows import NEG, assert_same, scene
 from vargen.kernels.draw import draw
-from vargen.kernels.verify.relaxed import Relaxation, verify_relaxed
 from vargen.kernels.verify.verify import Draft, Label, verify_window
 
 B, W, V = 3, 2, 61
@@ -115,24 +114,6 @@ def test_views_of_a_sliced_head(on_kernel, poisoned, carry, dtype):
     strided = (view, draft.with_logits(widened(draft.logits)))
     verdict = decide(on_kernel, strided, {"carry": carry, **where, **settings})
     assert torch.equal(verdict.tokens, dense.tokens)
-
-
-@pytest.mark.parametrize(("batch", "window"), [(7, 1), (1, 63)])
-def test_relaxed_rule_on_views_and_other_row_counts(on_kernel, poisoned, batch, window):
-    settings = {"top_k": 30}
-    logits, draft, where = scene(
-        V, batch=max(batch, 2), window=max(window, 2), seed=13, dtype=torch.bfloat16, **settings
-    )
-    draft = Draft(
-        *[v[:batch, :window] for v in (draft.tokens, draft.kind, draft.prob, draft.row)], draft.logits[:, :batch]
-    )
-    where = {name: value[:batch, :window] if value.ndim == 2 else value[:batch] for name, value in where.items()}
-    where["num_rows"] = where["num_rows"].clamp(max=window)
-    table = torch.stack([torch.randperm(V - 1)[:6] for _ in range(V)])
-    table += table >= torch.arange(V)[:, None]
-    arguments = (widened(logits[:, :batch, :window]), draft, Relaxation(table, 6, delta=0.3))
-    twin = verify_relaxed(*arguments, **where, **settings)
-    assert_same(on_kernel(verify_relaxed, *arguments, **where, **settings), twin, where["num_rows"], settings)
 
 
 def test_large_codebooks_that_are_no_power_of_two(on_kernel, poisoned):

@@ -1,5 +1,4 @@
-"""PyTorch twin of ``vargen.kernels.verify.verify`` and ``vargen.kernels.verify.relaxed``: the definition that the Triton kernels are
-tested against.
+"""PyTorch twin of ``vargen.kernels.verify.verify``: the definition that the Triton kernels are tested against.
 
 p is the target law, q the draft law. Letters: G guidance branches (conditional first), B images, W window, V codes,
 R rows picked from a window.
@@ -14,7 +13,6 @@ from torch import Tensor
 
 from vargen.kernels.acceptance import accept, residual
 from vargen.kernels.draw import raise_bad_rows
-from vargen.kernels.tree.neighborhood import Relaxation, neighbor_mass, relaxed_residual
 from vargen.kernels.verify.group import group_members
 from vargen.kernels.verify.types import Draft, GroupSpec, Label, Verdict, VerifyNoise
 from vargen.kernels.warp import NEG_INF, combine, threshold
@@ -42,26 +40,24 @@ def verify_twin(
     setting: Setting,
     forced: Tensor | None,
     noise: VerifyNoise,
-    rule: GroupSpec | Relaxation | None = None,
+    group: GroupSpec | None = None,
 ) -> Verdict:
-    """Arguments and result of :func:`vargen.kernels.verify.verify.verify_window`, unchecked; ``rule`` relaxes the test."""
+    """Arguments and result of :func:`vargen.kernels.verify.verify.verify_window`, unchecked."""
     z, stats = _law(logits, setting)
     valid = torch.arange(positions.shape[1], device=z.device) < num_rows[:, None]  # B W
     free = valid if forced is None else valid & (forced < 0)
     raise_bad_rows(free & ~stats[..., 1].isfinite(), positions)
-    window = _Window(z, stats, draft, seeds, positions, iteration, setting, noise, rule)
+    window = _Window(z, stats, draft, seeds, positions, iteration, setting, noise, group)
     has = (draft.tokens >= 0) & (draft.kind != Label.NONE) & valid
     greedy = setting.temperature == 0
-    chain = carry in ("independent", "none") and (not greedy or isinstance(rule, Relaxation))
-    fresh = count = torch.zeros_like(draft.tokens)
+    chain = carry in ("independent", "none") and not greedy
+    fresh = torch.zeros_like(draft.tokens)
 
     if greedy or carry == "gumbel":
         fresh = window.argmax(greedy)
         accepted = has & (draft.tokens == fresh)
-        if isinstance(rule, Relaxation):
-            accepted |= window.relaxed_argmax(has & free, fresh)
     else:
-        accepted, count = window.test(has & free)
+        accepted = window.test(has & free)
     if forced is not None:
         accepted = accepted.where(forced < 0, has & (draft.tokens == forced))
     passed = accepted.cumprod(-1).bool()  # accepted, like all before it
@@ -77,7 +73,7 @@ def verify_twin(
     else:
         retry = has & ~accepted if carry == "maximal" else has & ~passed & _shift_right(passed)
         todo = (y < 0) & valid
-        y = y.masked_scatter(todo, window.draw(todo, retry, count))
+        y = y.masked_scatter(todo, window.draw(todo, retry))
 
     y = y.where(valid, -1)
     prob = torch.ones_like(stats[..., 0]) if greedy else window.prob(y)
@@ -97,7 +93,7 @@ class _Window:
     iteration: Tensor
     setting: Setting
     noise: VerifyNoise
-    rule: GroupSpec | Relaxation | None
+    group: GroupSpec | None
 
     def prob(self, tokens: Tensor) -> Tensor:
         """p of ``tokens [B, W]``."""
@@ -111,39 +107,21 @@ class _Window:
             return _choose(self.z, self.noise.fresh)
         return gumbel(self.seeds, self.positions, self.z.shape[-1]).add_(self.z).max(-1).indices
 
-    def test(self, tested: Tensor) -> tuple[Tensor, Tensor]:
-        """Which of the drafts ``tested [B, W]`` pass, and how many neighbours counted with each."""
+    def test(self, tested: Tensor) -> Tensor:
+        """Which of the drafts ``tested [B, W]`` pass."""
         u = self.noise.accept
         if u is None:
             u = uniform(self.seeds, self.positions, 1, Stream.ACCEPT, self.iteration)[..., 0]
-        p, q, count = self.prob(self.draft.tokens), self.draft.prob, torch.zeros_like(self.draft.tokens)
+        p, q = self.prob(self.draft.tokens), self.draft.prob
         image, row = tested.nonzero(as_tuple=True)
-        if self.rule is not None and len(image):
-            at, token, p = (image, row), self.draft.tokens[image, row], p.clone()
+        if self.group is not None and len(image):
+            at, token, p, q = (image, row), self.draft.tokens[image, row], p.clone(), q.clone()
             law = _prob(self.z[at], self.stats[image, row, 1, None])
-            if isinstance(self.rule, Relaxation):
-                added, count[at] = neighbor_mass(law, token, self.rule)
-                p[at] += added
-            else:
-                members, inside = group_members(self.z[at], law, token, self.rule)
-                mass = (law.gather(-1, members) * inside).sum(-1)
-                p[at] = mass.where(law.gather(-1, token[:, None])[:, 0] > 0, 0.0)  # a removed draft has no group
-                label, q = self.label(image, row), q.clone()
-                q[at] = (label.gather(-1, members) * inside).sum(-1)
-        return tested & accept.fn(p, q, u), count
-
-    def relaxed_argmax(self, tested: Tensor, best: Tensor) -> Tensor:
-        """Drafts that would be the argmax if they had the mass of their neighbours as well (LANTERN, greedy)."""
-        relaxation = self.rule
-        assert isinstance(relaxation, Relaxation)
-        wins = torch.zeros_like(tested)
-        at = tested.nonzero(as_tuple=True)
-        if len(at[0]):
-            law, token, top = _prob(self.z[at], self.stats[..., 1][at][:, None]), self.draft.tokens[at], best[at]
-            added, _ = neighbor_mass(law, token, relaxation)
-            own, other = law.gather(-1, token[:, None])[:, 0] + added, law.gather(-1, top[:, None])[:, 0]
-            wins[at] = (own > other) | ((own == other) & (token < top))
-        return wins
+            members, inside = group_members(self.z[at], law, token, self.group)
+            mass = (law.gather(-1, members) * inside).sum(-1)
+            p[at] = mass.where(law.gather(-1, token[:, None])[:, 0] > 0, 0.0)  # a removed draft has no group
+            q[at] = (self.label(image, row).gather(-1, members) * inside).sum(-1)
+        return tested & accept.fn(p, q, u)
 
     def label(self, image: Tensor, row: Tensor) -> Tensor:
         """Draft law of the entries (image, row): ``[R, V]`` float32; zero for NONE."""
@@ -166,7 +144,7 @@ class _Window:
             q[here] = _prob(z, stats[:, 1:]).where(z >= stats[:, :1], 0.0)
         return q
 
-    def draw(self, todo: Tensor, retry: Tensor, count: Tensor) -> Tensor:
+    def draw(self, todo: Tensor, retry: Tensor) -> Tensor:
         """Draw the rows marked ``todo [B, W]``, from the residual where ``retry``: ``[R]`` int64 in row-major order."""
         image, row = todo.nonzero(as_tuple=True)
         if not len(image):
@@ -175,7 +153,7 @@ class _Window:
         weights = self.z[image, row]  # R V, log-weights
         if again.any():
             at = again.nonzero()[:, 0]
-            left = self.residual(image[at], row[at], count).log()
+            left = self.residual(image[at], row[at]).log()
             empty = left.amax(-1, keepdim=True) == NEG_INF  # p <= q everywhere in floating point
             weights[at] = weights[at].where(empty, left)
         if noise.fresh is not None and noise.residual is not None:
@@ -186,13 +164,9 @@ class _Window:
         rows = gumbel(*where, self.z.shape[-1], stream[:, None], self.iteration[image])
         return _choose(weights, rows[:, 0])
 
-    def residual(self, image: Tensor, row: Tensor, count: Tensor) -> Tensor:
-        """Unnormalised law after the rejections (image, row): ``[R, V]``."""
-        p, q = _prob(self.z[image, row], self.stats[image, row, 1:]), self.label(image, row)
-        if not isinstance(self.rule, Relaxation):
-            return residual.fn(p, q)  # the group decides on acceptance only
-        point = self.draft.kind[image, row] == Label.POINT
-        return relaxed_residual(p, q, self.draft.tokens[image, row], count[image, row], point, self.rule)
+    def residual(self, image: Tensor, row: Tensor) -> Tensor:
+        """Unnormalised law after the rejections (image, row): ``[R, V]``; a group decides on acceptance only."""
+        return residual.fn(_prob(self.z[image, row], self.stats[image, row, 1:]), self.label(image, row))
 
 
 def _law(logits: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
