@@ -28,7 +28,7 @@ from torch import Tensor
 
 from vargen.kernels.draw import new_errors
 from vargen.kernels.verify.shift import shift_window
-from vargen.kernels.verify.verify import Draft, Verdict, verify_window
+from vargen.kernels.verify.verify import Draft, VerifyOutcome, verify_window
 
 CODES = (1024, 16384, 65536)
 WINDOWS = (1, 16, 32, 64)
@@ -66,9 +66,9 @@ class Step:
     def _drafts(self, before: Tensor) -> Draft:
         """Outcomes of the last iteration as drafts of this one, each labelled with its own row."""
         none = Draft.none(*before.shape[1:3], before.device)
-        verdict = verify_window(before, none, carry="maximal", errors=self.errors, **self.where, **self.settings)
-        row = torch.arange(before.shape[2], device=before.device).expand_as(verdict.tokens).contiguous()
-        return Draft(verdict.tokens, torch.full_like(none.kind, 3), verdict.prob, row, before, verdict.stats)
+        outcome = verify_window(before, none, carry="maximal", errors=self.errors, **self.where, **self.settings)
+        row = torch.arange(before.shape[2], device=before.device).expand_as(outcome.tokens).contiguous()
+        return Draft(outcome.tokens, torch.full_like(none.kind, 3), outcome.prob, row, before, outcome.stats)
 
     @property
     def num_bytes(self) -> int:
@@ -79,16 +79,16 @@ class Step:
         """Verification and the move of the window, as a decode calls them."""
 
         def run() -> Draft:
-            verdict = verify_window(
+            outcome = verify_window(
                 self.logits, self.draft, carry=carry, errors=self.errors, **self.where, **self.settings
             )
-            return self.shift(verdict)
+            return self.shift(outcome)
 
         return run
 
-    def shift(self, verdict: Verdict) -> Draft:
+    def shift(self, outcome: VerifyOutcome) -> Draft:
         """The drafts of the next iteration."""
-        return shift_window(verdict, self.logits, num_positions=10**6, **self.where)
+        return shift_window(outcome, self.logits, num_positions=10**6, **self.where)
 
     def eager(self) -> tuple[Tensor, ...]:
         """The same step in plain PyTorch operators, with the library's own random numbers: the released formulation."""
@@ -265,8 +265,8 @@ def measure(num_codes: int, window: int, batch: int, device: str, bandwidth: flo
         sets = max(1, min(-(-CACHE_BYTES // first.num_bytes), 64, int(room)))
     steps = [first, *(Step(num_codes, window, batch, device, dtype, seed) for seed in range(1, sets))]
     calls, missing = candidates(steps, device)
-    verdicts = [verify_window(s.logits, s.draft, carry="maximal", **s.where, **s.settings) for s in steps]
-    rejected = 1.0 - float(torch.stack([v.accepted.float().mean() for v in verdicts]).mean())
+    outcomes = [verify_window(s.logits, s.draft, carry="maximal", **s.where, **s.settings) for s in steps]
+    rejected = 1.0 - float(torch.stack([v.accepted.float().mean() for v in outcomes]).mean())
     shape = {"V": num_codes, "W": window, "B": batch, "rejected": rejected, "sets": sets}
     rows = []
     for name, group in calls.items():

@@ -1,15 +1,65 @@
 """Device functions on one row of logits, shared by the Triton kernels.
 
-A row is a pair of pointers (conditional, unconditional branch) and is held on chip when it fits one block (TILES = 1);
-longer rows are read again, from cache, in every pass. Arithmetic is float32 without fused multiply-add (kernels are
-launched with ``enable_fp_fusion=False``), so that a row means the same wherever it is read, and equals the twin's.
+A ``Row`` is held on chip when it fits one block (TILES = 1); longer rows are read again, from cache, in every pass.
+Arithmetic is float32 without fused multiply-add (kernels are launched with ``enable_fp_fusion=False``), so that a row
+means the same wherever it is read, and equals the reference's.
 
 Letters: V codes; a tile is BLOCK consecutive codes; key = order-preserving integer of a float.
 """
 
 from __future__ import annotations
 
-from vargen.kernels.language import jit, tl
+from typing import Any, NamedTuple
+
+from vargen.kernels.language import constant, jit, tl
+from vargen.random import Stream
+
+GUMBEL, ACCEPT, FRESH = constant(Stream.GUMBEL), constant(Stream.ACCEPT), constant(Stream.FRESH)
+RESIDUAL, INIT = constant(Stream.RESIDUAL), constant(Stream.INIT)
+
+
+class Logits(NamedTuple):
+    """Raw logits ``[G, B, W, V]``, contiguous in V."""
+
+    ptr: Any
+    stride_g: Any
+    stride_b: Any
+    stride_w: Any
+
+
+class Warp(NamedTuple):
+    """How rows become distributions, but for top-k, whose value must not make another kernel."""
+
+    scales_ptr: Any  # B, if guidance differs from image to image
+    scale: Any
+    inv_t: Any  # 1 / temperature
+    top_p: Any
+    V: Any
+
+
+class Row(NamedTuple):
+    """One row of logits and how it is read."""
+
+    cond: Any  # pointers to the two branches; ``uncond`` is not read unless GUIDED
+    uncond: Any
+    scale: Any
+    inv_t: Any
+    V: Any
+    GUIDED: Any
+    BLOCK: Any
+    TILES: Any
+
+
+@jit
+def row_at(
+    logits, warp, b, w, GUIDED: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
+):
+    """Row w of image b."""
+    scale = warp.scale
+    if PER_IMAGE:
+        scale = tl.load(warp.scales_ptr + b)
+    cond = logits.ptr + b * logits.stride_b + w * logits.stride_w
+    return Row(cond, cond + logits.stride_g, scale, warp.inv_t, warp.V, GUIDED, BLOCK, TILES)
 
 
 @jit
@@ -24,33 +74,33 @@ def guide(c, u, scale, inv_t, GUIDED: tl.constexpr):
 
 
 @jit
-def load_tile(cond, uncond, scale, inv_t, tile, V, GUIDED: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(row, tile, BLOCK: tl.constexpr):
     """Guided logits of one tile, ``[BLOCK]`` float32; -inf beyond V."""
     code = tile * BLOCK + tl.arange(0, BLOCK)
-    inside = code < V
-    c = tl.load(cond + code, mask=inside, other=float("-inf"))
+    inside = code < row.V
+    c = tl.load(row.cond + code, mask=inside, other=float("-inf"))
     u = c
-    if GUIDED:
-        u = tl.load(uncond + code, mask=inside, other=0.0)
-    return guide(c, u, scale, inv_t, GUIDED)
+    if row.GUIDED:
+        u = tl.load(row.uncond + code, mask=inside, other=0.0)
+    return guide(c, u, row.scale, row.inv_t, row.GUIDED)
 
 
 @jit
-def tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
+def tile_of(z, row, tile):
     """Tile of a row whose first tile is ``z``: on chip if that is all there is."""
-    if TILES > 1:
-        z = load_tile(cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK)
+    if row.TILES > 1:
+        z = load_tile(row, tile, row.BLOCK)
     return z
 
 
 @jit
-def load_code(cond, uncond, scale, inv_t, code, GUIDED: tl.constexpr):
+def load_code(row, code):
     """Guided logits of single codes (a scalar or a block of indices inside the row)."""
-    c = tl.load(cond + code)
+    c = tl.load(row.cond + code)
     u = c
-    if GUIDED:
-        u = tl.load(uncond + code)
-    return guide(c, u, scale, inv_t, GUIDED)
+    if row.GUIDED:
+        u = tl.load(row.uncond + code)
+    return guide(c, u, row.scale, row.inv_t, row.GUIDED)
 
 
 @jit
@@ -75,16 +125,14 @@ def halfway(lo, hi, step):
 
 
 @jit
-def top_k_key(
-    z, cond, uncond, scale, inv_t, V, lo, hi, k, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
-):
+def top_k_key(z, row, lo, hi, k):
     """Largest t found with #{key >= t} >= k, by bisection of [lo, hi); stops as soon as exactly k codes are above."""
     step = 0
     while hi - lo > 1:
         middle = halfway(lo, hi, step)
         count = 0
-        for tile in range(TILES):
-            x = tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
+        for tile in range(row.TILES):
+            x = tile_of(z, row, tile)
             count += tl.sum((key_of(x) >= middle).to(tl.int32), 0)
         lo = tl.where(count >= k, middle, lo)
         hi = tl.where(count == k, middle + 1, tl.where(count >= k, hi, middle))
@@ -93,21 +141,7 @@ def top_k_key(
 
 
 @jit
-def top_p_key(
-    z,
-    cond,
-    uncond,
-    scale,
-    inv_t,
-    V,
-    lo,
-    hi,
-    peak,
-    mass,
-    GUIDED: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):
+def top_p_key(z, row, lo, hi, peak, mass):
     """Smallest key with at most ``mass`` strictly above it: the code that crosses the mass is kept, with its ties."""
     step = 0
     lo -= 1  # invariant: more than `mass` lies above lo, at most `mass` above hi - 1
@@ -115,8 +149,8 @@ def top_p_key(
     while hi - lo > 1:
         middle = halfway(lo, hi, step)
         above = 0.0
-        for tile in range(TILES):
-            x = tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
+        for tile in range(row.TILES):
+            x = tile_of(z, row, tile)
             above += tl.sum(tl.where(key_of(x) > middle, tl.exp(x - peak), 0.0), 0)
         lo = tl.where(above > mass, middle, lo)
         hi = tl.where(above > mass, hi, middle)
@@ -125,50 +159,32 @@ def top_p_key(
 
 
 @jit
-def smallest_from(
-    z, cond, uncond, scale, inv_t, V, key, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
-):
+def smallest_from(z, row, key):
     """Smallest value whose key is at least ``key``."""
     tau = float("inf")
-    for tile in range(TILES):
-        x = tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
+    for tile in range(row.TILES):
+        x = tile_of(z, row, tile)
         tau = tl.minimum(tau, tl.min(tl.where(key_of(x) >= key, x, float("inf")), 0))
     return tau
 
 
 @jit
-def kept_mass(
-    z, cond, uncond, scale, inv_t, V, tau, peak, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
-):
+def kept_mass(z, row, tau, peak):
     """Sum of exp(z - peak) over the codes kept."""
     total = 0.0
-    for tile in range(TILES):
-        x = tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
+    for tile in range(row.TILES):
+        x = tile_of(z, row, tile)
         total += tl.sum(tl.where(x >= tau, tl.exp(x - peak), 0.0), 0)
     return total
 
 
 @jit
-def row_stats(
-    z,
-    cond,
-    uncond,
-    scale,
-    inv_t,
-    V,
-    k,
-    top_p,
-    GUIDED: tl.constexpr,
-    SPARSE: tl.constexpr,
-    NUCLEUS: tl.constexpr,
-    BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):
-    """Threshold and log-normaliser of the law of a row: kept are z >= tau, p = exp(z - lse). lse is not finite for bad rows."""
+def row_stats(z, row, k, top_p, SPARSE: tl.constexpr, NUCLEUS: tl.constexpr):
+    """Threshold and log-normaliser of a row: kept are z >= tau, p = exp(z - lse). lse is not finite for bad rows."""
     peak = float("-inf")
     low = float("inf")
-    for tile in range(TILES):
-        x = tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
+    for tile in range(row.TILES):
+        x = tile_of(z, row, tile)
         peak = tl.maximum(peak, tl.max(x, 0))
         low = tl.minimum(low, tl.min(tl.where(x == float("-inf"), float("inf"), x), 0))
     sane = (peak > float("-inf")) & (peak < float("inf"))
@@ -178,22 +194,22 @@ def row_stats(
             lo = key_of(low).to(tl.int64)
             hi = key_of(peak).to(tl.int64) + 1
             if SPARSE:
-                lo = top_k_key(z, cond, uncond, scale, inv_t, V, lo, hi, k, GUIDED, BLOCK, TILES)
+                lo = top_k_key(z, row, lo, hi, k)
             if NUCLEUS:
-                tau = smallest_from(z, cond, uncond, scale, inv_t, V, lo, GUIDED, BLOCK, TILES)
-                mass = top_p * kept_mass(z, cond, uncond, scale, inv_t, V, tau, peak, GUIDED, BLOCK, TILES)
+                tau = smallest_from(z, row, lo)
+                mass = top_p * kept_mass(z, row, tau, peak)
                 lo = key_of(tau).to(tl.int64)
-                lo = top_p_key(z, cond, uncond, scale, inv_t, V, lo, hi, peak, mass, GUIDED, BLOCK, TILES)
-            tau = smallest_from(z, cond, uncond, scale, inv_t, V, lo, GUIDED, BLOCK, TILES)
+                lo = top_p_key(z, row, lo, hi, peak, mass)
+            tau = smallest_from(z, row, lo)
     lse = float("inf")
     if sane:
-        lse = peak + tl.log(kept_mass(z, cond, uncond, scale, inv_t, V, tau, peak, GUIDED, BLOCK, TILES))
+        lse = peak + tl.log(kept_mass(z, row, tau, peak))
     return tau, lse
 
 
 @jit
-def law_of(z, tau, lse):
-    """Probability of logits under a row's law."""
+def prob_of(z, tau, lse):
+    """Probability of logits, given threshold and log-normaliser of their row."""
     return tl.where(z >= tau, tl.exp(z - lse), 0.0)
 
 

@@ -12,30 +12,27 @@ import torch
 from torch import Tensor
 
 from vargen.kernels import device as rows
-from vargen.kernels.language import jit, launch_options, tl, use_triton
-from vargen.kernels.warp import NEG_INF, combine, threshold
+from vargen.kernels.language import jit, tl, use_triton
+from vargen.kernels.warp import NEG_INF, WarpSettings, combine, dense_rows, threshold
 from vargen.random import Stream, gumbel
 
 NO_ERROR = (1 << 62) - 1  # what an entry of an error record holds while all rows were good
 
 
-def _draw_twin(
+def _draw_reference(
     logits: Tensor,
     seeds: Tensor,
     positions: Tensor,
-    guidance_scale: float | Tensor,
-    temperature: float,
-    top_k: int,
-    top_p: float,
+    settings: WarpSettings,
     stream: int,
     iteration: Tensor | None,
     noise: Tensor | None,
 ) -> Tensor:
-    z = combine(logits, guidance_scale, temperature)
-    if temperature == 0:
+    z = combine(logits, settings.guidance_scale, settings.temperature)
+    if settings.temperature == 0:
         best, codes = z.max(-1)
     else:
-        tau = threshold(z, top_k, top_p)
+        tau = threshold(z, settings.top_k, settings.top_p)
         if noise is None:
             score = gumbel(seeds, positions, z.shape[-1], stream, iteration).add_(z)
         else:
@@ -49,16 +46,9 @@ def _draw_twin(
 
 @jit(do_not_specialize=["k", "stream"])
 def _draw_kernel(
-    logits_ptr,  # G B W V
-    stride_g,
-    stride_b,
-    stride_w,
-    scales_ptr,  # B, if PER_IMAGE
-    scale,
-    inv_t,
+    logits,  # device.Logits
+    warp,  # device.Warp
     k,
-    top_p,
-    V,
     seeds_ptr,  # B
     positions_ptr,  # B W
     stream,
@@ -81,21 +71,18 @@ def _draw_kernel(
 ):
     w = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    cond = logits_ptr + b * stride_b + w * stride_w
-    uncond = cond + stride_g
-    if PER_IMAGE:
-        scale = tl.load(scales_ptr + b)
+    row = rows.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
     position = tl.load(positions_ptr + b * W + w)
-    z = rows.load_tile(cond, uncond, scale, inv_t, 0, V, GUIDED, BLOCK)
-    tau, lse = rows.row_stats(z, cond, uncond, scale, inv_t, V, k, top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
+    z = rows.load_tile(row, 0, BLOCK)
+    tau, lse = rows.row_stats(z, row, k, warp.top_p, SPARSE, NUCLEUS)
     best = float("-inf")
     code = 0
     for piece in range(PIECES):
-        x = rows.load_tile(cond, uncond, scale, inv_t, piece, V, GUIDED, PIECE)
+        x = rows.load_tile(row, piece, PIECE)
         if not GREEDY:
             if GIVEN:
                 at = piece * PIECE + tl.arange(0, PIECE)
-                g = tl.load(noise_ptr + (b * W + w) * V + at, mask=at < V, other=0.0)
+                g = tl.load(noise_ptr + (b * W + w) * warp.V + at, mask=at < warp.V, other=0.0)
             else:
                 step = position * 0
                 if STEPPED:
@@ -144,18 +131,13 @@ def draw(
         ValueError: a row is NaN, infinite or -inf everywhere (names image and position).
     """
     check_logits(logits)
-    if not (
-        use_triton(logits) or torch.compiler.is_compiling()
-    ):  # an operator's bookkeeping costs tens of microseconds
-        return _draw_twin(
-            logits, seeds, positions, guidance_scale, temperature, top_k, top_p, int(stream), iteration, noise
-        )
+    settings = WarpSettings(guidance_scale, temperature, top_k, top_p)
+    noised = (int(stream), iteration, noise)
+    # an operator's bookkeeping costs tens of microseconds
+    if not (use_triton(logits) or torch.compiler.is_compiling()):
+        return _draw_reference(logits, seeds, positions, settings, *noised)
     record = new_errors(logits.shape[1], logits.device) if errors is None else errors
-    per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
-    scale = 1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale)
-    codes = _draw(
-        logits, seeds, positions, record, scale, per_image, temperature, top_k, top_p, int(stream), iteration, noise
-    )
+    codes = _draw(logits, seeds, positions, record, *settings.flat(logits.device), *noised)
     if errors is None and use_triton(logits):
         raise_errors(record)
     return codes
@@ -176,38 +158,25 @@ def _draw(
     iteration: Tensor | None,
     noise: Tensor | None,
 ) -> Tensor:
+    settings = WarpSettings.of_flat(scale, scales, temperature, top_k, top_p)
     if not use_triton(logits):
-        guidance = scale if scales is None else scales
-        return _draw_twin(logits, seeds, positions, guidance, temperature, top_k, top_p, stream, iteration, noise)
-    branches, batch, window, num_codes = logits.shape
+        return _draw_reference(logits, seeds, positions, settings, stream, iteration, noise)
+    _, batch, window, num_codes = logits.shape
     codes = torch.empty(batch, window, dtype=torch.int64, device=logits.device)
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    greedy = temperature == 0
     _draw_kernel[(window, batch)](
-        logits,
-        *logits.stride()[:3],
-        logits if scales is None else scales.float().contiguous(),
-        scale,
-        1.0 if greedy else 1.0 / temperature,
-        top_k,
-        top_p,
-        num_codes,
-        seeds.contiguous(),
-        positions.contiguous(),
-        stream,
-        seeds if iteration is None else iteration.contiguous(),
-        logits if noise is None else noise.float().contiguous(),
-        codes,
-        errors,
-        window,
-        GUIDED=branches == 2,
-        PER_IMAGE=scales is not None,
-        SPARSE=not greedy and 0 < top_k < num_codes,
-        NUCLEUS=not greedy and top_p < 1,
-        GREEDY=greedy,
+        seeds_ptr=seeds.contiguous(),
+        positions_ptr=positions.contiguous(),
+        stream=stream,
+        iteration_ptr=seeds if iteration is None else iteration.contiguous(),
+        noise_ptr=logits if noise is None else noise.float().contiguous(),
+        codes_ptr=codes,
+        errors_ptr=errors,
+        W=window,
+        GREEDY=temperature == 0,
         STEPPED=iteration is not None,
         GIVEN=noise is not None,
-        **launch_options(num_codes),
+        **settings.row_arguments(dense_rows(logits)),
+        **settings.search_arguments(num_codes),
     )
     return codes
 

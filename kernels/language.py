@@ -35,15 +35,20 @@ except ImportError:
             raise RuntimeError(f"{self.fn.__name__} needs triton; install it or set VARGEN_KERNELS=torch")
 
 
+def constant(value: int) -> Any:
+    """A number that kernels know by the name of a global, for members of enums."""
+    return tl.constexpr(int(value)) if HAS_TRITON else int(value)
+
+
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read once, as Triton does when it decorates
 
 
 def use_triton(tensor: Tensor) -> bool:
     """Whether an operation on ``tensor`` runs as a Triton kernel.
 
-    The only switch is the environment variable ``VARGEN_KERNELS``: ``torch`` (or ``0``) takes the PyTorch twins,
+    The only switch is the environment variable ``VARGEN_KERNELS``: ``torch`` (or ``0``) takes the PyTorch references,
     ``triton`` the kernels, on the CPU too if ``TRITON_INTERPRET=1`` was set before Triton was imported; unset means
-    kernels on CUDA devices and twins elsewhere.
+    kernels on CUDA devices and references elsewhere.
     """
     choice = os.environ.get("VARGEN_KERNELS", "")
     if choice in ("0", "torch") or not HAS_TRITON:
@@ -68,6 +73,6 @@ def launch_options(num_codes: int) -> dict[str, Any]:
         "PIECE": piece,
         "PIECES": -(-num_codes // piece),
         "num_warps": min(max(block // 512, 1), 16),
-        # without fused multiply-add a logit is the same number wherever it is computed, in kernels and twins
+        # without fused multiply-add a logit is the same number wherever it is computed, in kernels and references
         "enable_fp_fusion": False,
     }

@@ -1,4 +1,4 @@
-"""From raw logits to the law that is sampled: guidance, temperature, top-k, top-p, in this order, in float32.
+"""From raw logits to the distribution that is sampled: guidance, temperature, top-k, top-p, in this order, in float32.
 
 Ties with the k-th value are kept; top-p keeps the token at which the cumulative probability crosses p (the rules of
 LlamaGen's sampler, arXiv:2406.06525). Letters: G guidance branches (conditional first), B images, W positions, V codes.
@@ -6,16 +6,68 @@ LlamaGen's sampler, arXiv:2406.06525). Letters: G guidance branches (conditional
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from vargen.kernels import device as rows
+from vargen.kernels import device as row_functions
 from vargen.kernels.language import jit, launch_options, tl, use_triton
 
 NEG_INF = float("-inf")
+
+
+@dataclass(frozen=True)
+class WarpSettings:
+    """The settings of ``warp_logits``; temperature 0 is greedy."""
+
+    guidance_scale: float | Tensor = 1.0
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    def flat(self, device: torch.device) -> tuple[float, Tensor | None, float, int, float]:
+        """Arguments of an operator: scale, scales (None if there is one for all), temperature, top-k, top-p."""
+        scale = self.guidance_scale
+        of_all, each = (1.0, scale.to(device)) if isinstance(scale, Tensor) else (float(scale), None)
+        return of_all, each, float(self.temperature), self.top_k, float(self.top_p)
+
+    @classmethod
+    def of_flat(
+        cls, scale: float, scales: Tensor | None, temperature: float, top_k: int, top_p: float
+    ) -> WarpSettings:
+        """Inverse of ``flat``."""
+        return cls(scale if scales is None else scales, temperature, top_k, top_p)
+
+    def row_arguments(self, logits: Tensor) -> dict[str, Any]:
+        """Arguments of kernels that read rows of ``logits [G, B, W, V]``, whose codes lie next to each other."""
+        num_codes, scale = logits.shape[-1], self.guidance_scale
+        per_image = isinstance(scale, Tensor)
+        scales = scale.float().contiguous() if isinstance(scale, Tensor) else logits
+        inverse = 1.0 / self.temperature if self.temperature else 1.0
+        return {
+            "logits": row_functions.Logits(logits, *logits.stride()[:3]),
+            "warp": row_functions.Warp(scales, 1.0 if per_image else scale, inverse, self.top_p, num_codes),
+            "GUIDED": logits.shape[0] == 2,
+            "PER_IMAGE": per_image,
+            **launch_options(num_codes),
+        }
+
+    def search_arguments(self, num_codes: int) -> dict[str, Any]:
+        """Further arguments of those that look for thresholds."""
+        sampled = self.temperature > 0
+        return {
+            "k": self.top_k,
+            "SPARSE": sampled and 0 < self.top_k < num_codes,
+            "NUCLEUS": sampled and self.top_p < 1,
+        }
+
+
+def dense_rows(logits: Tensor) -> Tensor:
+    """The same logits with codes next to each other."""
+    return logits if logits.stride(-1) == 1 else logits.contiguous()
 
 
 def warp_logits(
@@ -26,7 +78,7 @@ def warp_logits(
     top_k: int = 0,
     top_p: float = 1.0,
 ) -> Tensor:
-    """Log-weights of the law that is sampled.
+    """Log-weights of the distribution that is sampled.
 
     Args:
         logits: ``[G, B, W, V]`` of any floating type; G = 1 without, 2 with guidance.
@@ -38,16 +90,15 @@ def warp_logits(
     Returns:
         ``[B, W, V]`` float32, removed codes at -inf.
     """
+    settings = WarpSettings(guidance_scale, temperature, top_k, top_p)
     if not (use_triton(logits) or torch.compiler.is_compiling()):
-        return _warp_twin(logits, guidance_scale, temperature, top_k, top_p)
-    per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
-    scale = 1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale)
-    return _warp(logits, scale, per_image, float(temperature), top_k, float(top_p))
+        return _warp_reference(logits, settings)
+    return _warp(logits, *settings.flat(logits.device))
 
 
-def _warp_twin(logits: Tensor, guidance_scale: float | Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
-    z = combine(logits, guidance_scale, temperature)
-    tau = threshold(z, top_k, top_p) if temperature else None
+def _warp_reference(logits: Tensor, settings: WarpSettings) -> Tensor:
+    z = combine(logits, settings.guidance_scale, settings.temperature)
+    tau = threshold(z, settings.top_k, settings.top_p) if settings.temperature else None
     return z if tau is None else z.masked_fill(z < tau[..., None], NEG_INF)
 
 
@@ -111,16 +162,9 @@ def _descending(z: Tensor) -> Tensor:
 
 @jit(do_not_specialize=["k"])
 def _warp_kernel(
-    logits_ptr,  # G B W V
-    stride_g,
-    stride_b,
-    stride_w,
-    scales_ptr,  # B, if PER_IMAGE
-    scale,
-    inv_t,
+    logits,  # device.Logits
+    warp,  # device.Warp
     k,
-    top_p,
-    V,
     out_ptr,  # B W V
     W,
     GUIDED: tl.constexpr,
@@ -134,43 +178,25 @@ def _warp_kernel(
 ):
     w = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    if PER_IMAGE:
-        scale = tl.load(scales_ptr + b)
-    cond = logits_ptr + b * stride_b + w * stride_w
-    uncond = cond + stride_g
-    z = rows.load_tile(cond, uncond, scale, inv_t, 0, V, GUIDED, BLOCK)
-    tau, _ = rows.row_stats(z, cond, uncond, scale, inv_t, V, k, top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
+    row = row_functions.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
+    z = row_functions.load_tile(row, 0, BLOCK)
+    tau, _ = row_functions.row_stats(z, row, k, warp.top_p, SPARSE, NUCLEUS)
     for piece in range(PIECES):
-        x = rows.load_tile(cond, uncond, scale, inv_t, piece, V, GUIDED, PIECE)
+        x = row_functions.load_tile(row, piece, PIECE)
         code = piece * PIECE + tl.arange(0, PIECE)
-        tl.store(out_ptr + (b * W + w) * V + code, tl.where(x >= tau, x, float("-inf")), mask=code < V)
+        tl.store(out_ptr + (b * W + w) * warp.V + code, tl.where(x >= tau, x, float("-inf")), mask=code < warp.V)
 
 
 @torch.library.custom_op("vargen::warp", mutates_args=())
 def _warp(logits: Tensor, scale: float, scales: Tensor | None, temperature: float, top_k: int, top_p: float) -> Tensor:
+    settings = WarpSettings.of_flat(scale, scales, temperature, top_k, top_p)
     if not use_triton(logits):
-        z = _warp_twin(logits, scale if scales is None else scales, temperature, top_k, top_p)
+        z = _warp_reference(logits, settings)
         return z.clone() if z.data_ptr() == logits.data_ptr() else z  # an operator may not return its argument
-    branches, batch, window, num_codes = logits.shape
+    _, batch, window, num_codes = logits.shape
     out = torch.empty(batch, window, num_codes, dtype=torch.float32, device=logits.device)
-    logits = logits if logits.stride(-1) == 1 else logits.contiguous()
-    _warp_kernel[(window, batch)](
-        logits,
-        *logits.stride()[:3],
-        logits if scales is None else scales.float().contiguous(),
-        scale,
-        1.0 / temperature if temperature else 1.0,
-        top_k,
-        top_p,
-        num_codes,
-        out,
-        window,
-        GUIDED=branches == 2,
-        PER_IMAGE=scales is not None,
-        SPARSE=temperature > 0 and 0 < top_k < num_codes,
-        NUCLEUS=temperature > 0 and top_p < 1,
-        **launch_options(num_codes),
-    )
+    arguments = settings.row_arguments(dense_rows(logits)) | settings.search_arguments(num_codes)
+    _warp_kernel[(window, batch)](out_ptr=out, W=window, **arguments)
     return out
 
 

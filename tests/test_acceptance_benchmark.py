@@ -24,8 +24,8 @@ def test_eager_baseline_commits_as_much_as_the_kernels(benchmark):
     ours, eager = [], []
     for seed in range(30):
         step = benchmark.Step(256, 8, 64, "cpu", torch.float32, seed)
-        verdict = benchmark.verify_window(step.logits, step.draft, carry="maximal", **step.where, **step.settings)
-        ours.append(verdict.num_committed.double())
+        outcome = benchmark.verify_window(step.logits, step.draft, carry="maximal", **step.where, **step.settings)
+        ours.append(outcome.num_committed.double())
         eager.append(step.eager()[0].double())
     ours, eager = torch.cat(ours), torch.cat(eager)
     error = ((ours.var() + eager.var()) / len(ours)).sqrt()

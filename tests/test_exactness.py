@@ -17,7 +17,7 @@ from tests.enumeration import (
     total_variation,
 )
 from tests.toys import TabularBackbone
-from vargen.kernels.verify import reference as verify_twin
+from vargen.kernels.verify import reference
 from vargen.kernels.verify.types import Label
 from vargen.random import Stream
 from vargen.samplers.acceptance import base as rules
@@ -140,9 +140,9 @@ def old_label(patch):
     """Codes accepted behind the first rejection keep the law of their first draw (released SCD)."""
     propose = drafters.JacobiDrafter.propose
 
-    def broken(self, state, logits, verdict, slots, num_rows):
-        new, old, logits = propose(self, state, logits, verdict, slots, num_rows), state.draft, logits.clone()
-        images, columns = ((new.kind == Label.ROW) & verdict.accepted.gather(1, new.row)).nonzero(as_tuple=True)
+    def broken(self, state, logits, outcome, slots, num_rows):
+        new, old, logits = propose(self, state, logits, outcome, slots, num_rows), state.draft, logits.clone()
+        images, columns = ((new.kind == Label.ROW) & outcome.accepted.gather(1, new.row)).nonzero(as_tuple=True)
         kind, prob, stats = new.kind.clone(), new.prob.clone(), new.stats.clone()
         for i, j in zip(images.tolist(), columns.tolist(), strict=True):
             row = int(new.row[i, j])
@@ -167,7 +167,7 @@ def change_draft(change):
 
 def change_rule(name, function):
     """A mutant of an acceptance rule."""
-    return lambda patch: patch.setattr(verify_twin, name, SimpleNamespace(fn=function))
+    return lambda patch: patch.setattr(reference, name, SimpleNamespace(fn=function))
 
 
 def change_call(module, name, **changes):
@@ -186,8 +186,8 @@ def change_call(module, name, **changes):
 
 def accept_noise_for_redraws(patch):
     """The redrawn code reads the very numbers that rejected the draft."""
-    uniform = verify_twin.uniform
-    patch.setattr(verify_twin, "uniform", lambda s, p, n, stream, i: uniform(s, p, n, Stream.RESIDUAL, i))
+    uniform = reference.uniform
+    patch.setattr(reference, "uniform", lambda s, p, n, stream, i: uniform(s, p, n, Stream.RESIDUAL, i))
 
 
 def commit_more(change):

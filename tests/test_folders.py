@@ -658,7 +658,9 @@ JSON = st.recursive(
     max_leaves=6,
 )
 KINDS = (NextTokenSampler, AttributeConditioner, LlamaGenTransformer, VQTokenizer)
-SIZES = st.sampled_from([-1, 0, 1, 2, 10**6, 10**9, 2**63, [], [0, 0], [1, 2], [10**9, 10**9], [10**6] * 3, [1] * 1000])
+SIZES = st.sampled_from(
+    [-1, 0, 1, 2, 10**6, 10**9, 2**63, [], [0, 0], [1, 2], [10**9, 10**9], [10**6] * 3, [1] * 1000]
+)
 FEW = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 

@@ -5,9 +5,9 @@ import torch
 from scipy.stats import chi2
 
 from vargen.kernels.draw import draw
-from vargen.kernels.verify import reference as verify_twin
+from vargen.kernels.verify import reference
 from vargen.kernels.verify.shift import shift_window
-from vargen.kernels.verify.verify import Draft, Label, Verdict, verify_window
+from vargen.kernels.verify.verify import Draft, Label, VerifyOutcome, verify_window
 from vargen.random import Stream, random_bits
 
 V, N, W, WIDTH = 3, 5, 4, 2
@@ -49,14 +49,14 @@ def decode(carry, tail, mutate=lambda draft: draft, first_seed=11, images=IMAGES
         older = torch.cat([before[:, :1], fed[:, :-1]], 1)
         logits = logits_of[:, positions.clamp(max=N - 1), older, fed]
         where = {"seeds": seeds, "positions": positions, "iteration": step, "num_rows": rows}
-        verdict = verify_window(logits, draft, carry=carry, **where, **settings)
-        written = torch.where(column < verdict.num_committed[:, None], verdict.tokens, codes.gather(1, positions + 2))
+        outcome = verify_window(logits, draft, carry=carry, **where, **settings)
+        written = torch.where(column < outcome.num_committed[:, None], outcome.tokens, codes.gather(1, positions + 2))
         codes.scatter_(1, positions + 2, written)
         draft = shift_window(
-            verdict, logits, **where, num_positions=N, tail=tail, grid_width=WIDTH, codes=codes[:, 2 : N + 2]
+            outcome, logits, **where, num_positions=N, tail=tail, grid_width=WIDTH, codes=codes[:, 2 : N + 2]
         )
         draft = mutate(draft)
-        n, step, iterations = n + verdict.num_committed, step + 1, iterations + 1
+        n, step, iterations = n + outcome.num_committed, step + 1, iterations + 1
     return codes[:, 2 : N + 2], iterations
 
 
@@ -114,18 +114,18 @@ def test_wrong_labels_are_seen(mutate):
 def test_drawing_from_p_after_a_rejection_is_seen(monkeypatch):
     from types import SimpleNamespace
 
-    monkeypatch.setattr(verify_twin, "residual", SimpleNamespace(fn=lambda p, q: p))
+    monkeypatch.setattr(reference, "residual", SimpleNamespace(fn=lambda p, q: p))
     codes, _ = decode("independent", "uniform")
     assert p_value(codes, enumerated()) < 1e-6
 
 
-def outcome(window=6, batch=3):
+def scene(window=6, batch=3):
     torch.manual_seed(1)
     tokens = torch.randint(40, (batch, window))
     num_rows = torch.tensor([window, 3, 0][:batch])
     tokens = tokens.where(torch.arange(window) < num_rows[:, None], -1)
     committed = torch.tensor([2, 3, 0][:batch])
-    verdict = Verdict(tokens, tokens > 0, torch.rand(batch, window), committed, torch.zeros(batch, window, 2))
+    outcome = VerifyOutcome(tokens, tokens > 0, torch.rand(batch, window), committed, torch.zeros(batch, window, 2))
     where = {
         "positions": torch.tensor([[4], [13], [9]])[:batch] + torch.arange(window),
         "num_rows": num_rows,
@@ -133,16 +133,16 @@ def outcome(window=6, batch=3):
         "seeds": torch.tensor([3, 4, 5])[:batch],
         "iteration": torch.tensor([0, 7, 2])[:batch],
     }
-    return verdict, torch.zeros(1, batch, window, 40), where
+    return outcome, torch.zeros(1, batch, window, 40), where
 
 
 def test_carried_rows_keep_their_law_and_the_tail_is_uniform():
-    verdict, logits, where = outcome()
-    draft = shift_window(verdict, logits, **where)
+    outcome, logits, where = scene()
+    draft = shift_window(outcome, logits, **where)
     assert draft.kind.tolist() == [[3, 3, 3, 3, 2, 0], [0] * 6, [0] * 6]
-    assert draft.tokens[0, :4].tolist() == verdict.tokens[0, 2:].tolist()
+    assert draft.tokens[0, :4].tolist() == outcome.tokens[0, 2:].tolist()
     assert draft.row[0, :4].tolist() == [2, 3, 4, 5]
-    assert torch.equal(draft.prob[0, :4], verdict.prob[0, 2:])
+    assert torch.equal(draft.prob[0, :4], outcome.prob[0, 2:])
     word = random_bits(where["seeds"], where["positions"] + 2, 1, Stream.INIT, where["iteration"])[0, 4, 0]
     assert draft.tokens[0, 4] == word * 40 >> 32
     assert draft.prob[0, 4] == pytest.approx(1 / 40)
@@ -150,13 +150,13 @@ def test_carried_rows_keep_their_law_and_the_tail_is_uniform():
 
 
 def test_uniform_tail_is_uniform():
-    verdict, _, where = outcome(window=2, batch=1)
+    outcome, _, where = scene(window=2, batch=1)
     images = 40_000
-    verdict = Verdict(*[v.expand(images, *v.shape[1:]) for v in (verdict.tokens, verdict.accepted, verdict.prob)],
-                      torch.full((images,), 2), verdict.stats.expand(images, -1, -1))  # fmt: skip
+    outcome = VerifyOutcome(*[v.expand(images, *v.shape[1:]) for v in (outcome.tokens, outcome.accepted, outcome.prob)],
+                      torch.full((images,), 2), outcome.stats.expand(images, -1, -1))  # fmt: skip
     where = {name: v.expand(images, *v.shape[1:]) if isinstance(v, torch.Tensor) else v for name, v in where.items()}
     where["seeds"] = torch.arange(images)
-    draft = shift_window(verdict, torch.zeros(1, images, 2, 40), **where)
+    draft = shift_window(outcome, torch.zeros(1, images, 2, 40), **where)
     counts = torch.bincount(draft.tokens[:, 0], minlength=40).double()
     assert chi2.sf(float(((counts - images / 40).square() / (images / 40)).sum()), 39) > 1e-4
 
@@ -168,10 +168,10 @@ def test_left_neighbour_copies_as_in_the_released_loop(golden):
     window = 1 + carried + num_new + 1
     tokens = torch.full((1, window), -1)
     tokens[0, : 1 + carried] = torch.cat([g["prefix"][0, -1:], g["carried"][0]])
-    verdict = Verdict(tokens, tokens > 0, torch.rand(1, window), torch.tensor([1]), torch.zeros(1, window, 2))
+    outcome = VerifyOutcome(tokens, tokens > 0, torch.rand(1, window), torch.tensor([1]), torch.zeros(1, window, 2))
     origin = size - 1 - (prompt + 2)  # the released column counts from two slots behind the prompt
     draft = shift_window(
-        verdict,
+        outcome,
         torch.zeros(1, 1, window, num_codes),
         positions=origin + torch.arange(window)[None],
         num_rows=torch.tensor([1 + carried]),
@@ -189,24 +189,24 @@ def test_left_neighbour_copies_as_in_the_released_loop(golden):
 
 
 def test_codes_above_come_from_the_image_or_from_the_window():
-    verdict, logits, where = outcome()
+    outcome, logits, where = scene()
     codes = torch.arange(100, 116).expand(3, -1).clone()
-    draft = shift_window(verdict, logits, **where, tail="repeat_above", grid_width=4, codes=codes)
+    draft = shift_window(outcome, logits, **where, tail="repeat_above", grid_width=4, codes=codes)
     assert draft.kind.tolist()[0] == [3, 3, 3, 3, 1, 0]
-    assert draft.tokens[0, 4] == verdict.tokens[0, 2]  # one row up is the first carried row
-    wide = shift_window(verdict, logits, **where, tail="repeat_above", grid_width=7, codes=codes)
+    assert draft.tokens[0, 4] == outcome.tokens[0, 2]  # one row up is the first carried row
+    wide = shift_window(outcome, logits, **where, tail="repeat_above", grid_width=7, codes=codes)
     assert wide.tokens[0, 4] == codes[0, 3]
-    top = shift_window(verdict, logits, **where, tail="repeat_above", grid_width=11, codes=codes)
+    top = shift_window(outcome, logits, **where, tail="repeat_above", grid_width=11, codes=codes)
     assert top.kind[0, 4] == Label.UNIFORM
-    unknown = shift_window(verdict, logits, **where, tail="repeat_above", grid_width=1, codes=codes)
-    assert unknown.tokens[0, 4] == verdict.tokens[0, 5]
+    unknown = shift_window(outcome, logits, **where, tail="repeat_above", grid_width=1, codes=codes)
+    assert unknown.tokens[0, 4] == outcome.tokens[0, 5]
 
 
 def test_forced_positions_become_points():
-    verdict, logits, where = outcome()
-    forced = torch.full_like(verdict.tokens, -1)
+    outcome, logits, where = scene()
+    forced = torch.full_like(outcome.tokens, -1)
     forced[0, 1], forced[0, 4], forced[0, 5], forced[1, 0] = 7, 8, 9, 9
-    draft = shift_window(verdict, logits, **where, forced=forced)
+    draft = shift_window(outcome, logits, **where, forced=forced)
     assert draft.kind.tolist()[0] == [3, 1, 3, 3, 1, 0]
     assert draft.tokens[0, [1, 4]].tolist() == [7, 8]
     assert draft.prob[0, [1, 4]].tolist() == [1.0, 1.0]
@@ -218,21 +218,21 @@ def test_forced_positions_become_points():
     ("tail", "width"), [("uniform", None), ("repeat_left", 5), ("repeat_above", 3), ("repeat_above", 9)]
 )
 def test_kernel_equals_twin(on_kernel, poisoned, tail, width, forced):
-    verdict, logits, where = outcome()
+    outcome, logits, where = scene()
     where |= {"tail": tail, "grid_width": width, "codes": torch.randint(40, (3, 16))}
     if forced:
         where["forced"] = torch.where(torch.rand(3, 6) < 0.3, 17, -1)
-    twin, kernel = shift_window(verdict, logits, **where), on_kernel(shift_window, verdict, logits, **where)
+    twin, kernel = shift_window(outcome, logits, **where), on_kernel(shift_window, outcome, logits, **where)
     for name in ("tokens", "kind", "prob", "row"):
         assert torch.equal(getattr(kernel, name), getattr(twin, name)), name
         assert getattr(kernel, name).dtype == getattr(twin, name).dtype
 
 
 def test_arguments_are_named():
-    verdict, logits, where = outcome()
+    outcome, logits, where = scene()
     with pytest.raises(ValueError, match="got 'left'"):
-        shift_window(verdict, logits, **where, tail="left")
+        shift_window(outcome, logits, **where, tail="left")
     with pytest.raises(ValueError, match="grid_width"):
-        shift_window(verdict, logits, **where, tail="repeat_left")
+        shift_window(outcome, logits, **where, tail="repeat_left")
     with pytest.raises(ValueError, match="committed codes"):
-        shift_window(verdict, logits, **where, tail="repeat_above", grid_width=4)
+        shift_window(outcome, logits, **where, tail="repeat_above", grid_width=4)

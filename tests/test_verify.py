@@ -44,11 +44,11 @@ def verify_golden(g, carry, *, group=None, residual_uniform=None, draft=None):
     )
 
 
-def assert_committed(verdict, g):
-    assert torch.equal(verdict.num_committed, g["first_reject"])
+def assert_committed(outcome, g):
+    assert torch.equal(outcome.num_committed, g["first_reject"])
     for image, count in enumerate(g["first_reject"].tolist()):
         drawn = count if count < g["out_tokens"].shape[1] else count - 1  # none rejected: the last is a free draw
-        assert verdict.tokens[image, :drawn].tolist() == g["out_tokens"][image, :drawn].tolist()
+        assert outcome.tokens[image, :drawn].tolist() == g["out_tokens"][image, :drawn].tolist()
 
 
 @pytest.mark.parametrize("carry", ["independent", "maximal"])
@@ -86,7 +86,7 @@ def test_guidance_top_k_and_draws(golden):
     assert torch.allclose(law, g["probs"], atol=1e-6)
     batch, window = g["tokens"].shape
     zeros = torch.zeros(batch, dtype=torch.int64)
-    verdict = verify_window(
+    outcome = verify_window(
         logits,
         Draft.none(batch, window),
         carry="independent",
@@ -98,15 +98,15 @@ def test_guidance_top_k_and_draws(golden):
         top_k=k,
         noise=VerifyNoise(torch.zeros(batch, window), g["uniform"], g["uniform"]),
     )
-    assert torch.equal(verdict.tokens, g["tokens"])
-    assert torch.allclose(verdict.prob, g["probs"].gather(-1, g["tokens"][..., None])[..., 0], atol=1e-6)
+    assert torch.equal(outcome.tokens, g["tokens"])
+    assert torch.allclose(outcome.prob, g["probs"].gather(-1, g["tokens"][..., None])[..., 0], atol=1e-6)
 
 
 def test_gumbel_draws(golden):
     g = golden("sjd/accept", "gumbel.")
     noise = -torch.log(-torch.log(g["uniform"] + 1e-9) + 1e-9)
     zeros = torch.zeros(2, dtype=torch.int64)
-    verdict = verify_window(
+    outcome = verify_window(
         g["probs"].log()[None],
         Draft.none(2, 8),
         carry="gumbel",
@@ -116,7 +116,7 @@ def test_gumbel_draws(golden):
         num_rows=torch.full((2,), 8),
         noise=VerifyNoise(fresh=noise),
     )
-    assert torch.equal(verdict.tokens, g["tokens"])
+    assert torch.equal(outcome.tokens, g["tokens"])
 
 
 def test_plain_jacobi_stops_at_the_first_mismatch(golden):
@@ -127,7 +127,7 @@ def test_plain_jacobi_stops_at_the_first_mismatch(golden):
     logits = sure.scatter(-1, g["fresh_tokens"][..., None], 30.0)[None]
     zeros = torch.zeros(batch, dtype=torch.int64)
     for temperature in (0.0, 1.0):
-        verdict = verify_window(
+        outcome = verify_window(
             logits,
             Draft(tokens, torch.full_like(tokens, Label.POINT).to(torch.int8), torch.ones(tokens.shape), tokens * 0),
             carry="gumbel",
@@ -137,8 +137,8 @@ def test_plain_jacobi_stops_at_the_first_mismatch(golden):
             num_rows=torch.full((batch,), window),
             temperature=temperature,
         )
-        assert torch.equal(verdict.tokens, g["fresh_tokens"])
-        assert torch.equal(verdict.num_committed, g["first_mismatch"])
+        assert torch.equal(outcome.tokens, g["fresh_tokens"])
+        assert torch.equal(outcome.num_committed, g["first_mismatch"])
 
 
 @pytest.mark.parametrize("variant", ["mc", "mc_lumina"])
@@ -148,9 +148,9 @@ def test_maximal_coupling_over_the_whole_window(golden, variant):
         pad = torch.zeros_like(g["accept_uniform"][:, :1])
         g["accept_uniform"] = torch.cat([pad, g["accept_uniform"]], 1)
         g["residual_uniform"] = torch.cat([pad, g["residual_uniform"]], 1)
-    verdict = verify_golden(g, "maximal", residual_uniform=slots(g["residual_uniform"]))
-    assert torch.equal(verdict.num_committed, g["first_reject"])
-    assert torch.equal(verdict.tokens[:, :-1], g["out_tokens"][:, :-1])  # the last row is a free draw
+    outcome = verify_golden(g, "maximal", residual_uniform=slots(g["residual_uniform"]))
+    assert torch.equal(outcome.num_committed, g["first_reject"])
+    assert torch.equal(outcome.tokens[:, :-1], g["out_tokens"][:, :-1])  # the last row is a free draw
 
 
 @pytest.mark.parametrize("case", ["flat", "peaky"])
@@ -172,9 +172,9 @@ def test_grouped_acceptance(golden, case):
         assert not torch.equal(verify_golden(g, "independent").num_committed, g["first_reject"])
     for margin in (1e-5, -1e-5):  # the ratio itself: accepted just below it, rejected just above
         tested = slots(g["accept_prob"])
-        verdict = verify_golden(g | {"accept_uniform": g["accept_prob"] * (1 - margin)}, "maximal", group=spec)
+        outcome = verify_golden(g | {"accept_uniform": g["accept_prob"] * (1 - margin)}, "maximal", group=spec)
         sure = tested >= 1 + 1e-4
-        accepted = verdict.accepted[:, :-1]
+        accepted = outcome.accepted[:, :-1]
         wanted = (torch.full_like(tested, margin > 0).bool() & (tested > 0)) | sure
         decided = ((tested < 1 - 1e-4) | sure)[:, :-1]
         assert torch.equal(accepted[decided], wanted[:, :-1][decided])
@@ -195,7 +195,7 @@ def test_decoding_trace_of_the_released_loop(golden, run, carry):
         assert fed[1:].tolist() == g["window_tokens"][i, 1:window].tolist()
         logits = table[:, (n + column).clamp(max=table.shape[1] - 1), before, fed][:, None]
         by_position = [torch.cat([g[name][i, 1:window], torch.zeros(1)])[None] for name in ("u_acc", "u_res")]
-        verdict = verify_window(
+        outcome = verify_window(
             logits,
             draft,
             carry=carry,
@@ -207,29 +207,29 @@ def test_decoding_trace_of_the_released_loop(golden, run, carry):
             top_k=top_k,
             noise=VerifyNoise(by_position[0], g["u_fresh"][i, None, :window], by_position[1]),
         )
-        count = int(verdict.num_committed)
+        count = int(outcome.num_committed)
         assert count == int(g["n_committed"][i])
         if window > 1:
-            assert verdict.tokens[0].tolist() == g["row_tokens"][i, :window].tolist()
-        codes += verdict.tokens[0, :count].tolist()
+            assert outcome.tokens[0].tolist() == g["row_tokens"][i, :window].tolist()
+        codes += outcome.tokens[0, :count].tolist()
         if i + 1 < len(g["window_len"]):
-            draft = traced_draft(g, i + 1, verdict, count, logits)
+            draft = traced_draft(g, i + 1, outcome, count, logits)
     assert len(codes) == length
     assert codes == g["sequence"].tolist()
 
 
-def traced_draft(g, i, verdict, count, logits):
+def traced_draft(g, i, outcome, count, logits):
     """Carried rows with their labels, then the recorded random tokens with point labels, as in the released loop."""
     window, new = int(g["window_len"][i]), int(g["n_new_random"][i])
     carried = window - 1 - new
-    tokens = [*verdict.tokens[0, count : count + carried].tolist(), *g["u_init"][i].tolist()[-new or 99 :], -1]
+    tokens = [*outcome.tokens[0, count : count + carried].tolist(), *g["u_init"][i].tolist()[-new or 99 :], -1]
     draft = Draft(
         tokens=torch.tensor([tokens]),
         kind=torch.tensor([[Label.ROW] * carried + [Label.POINT] * new + [Label.NONE]], dtype=torch.int8),
-        prob=torch.cat([verdict.prob[:, count : count + carried], torch.ones(1, new), torch.zeros(1, 1)], 1),
+        prob=torch.cat([outcome.prob[:, count : count + carried], torch.ones(1, new), torch.zeros(1, 1)], 1),
         row=torch.tensor([[*range(count, count + carried), *[0] * (new + 1)]]),
         logits=logits,
-        stats=verdict.stats,
+        stats=outcome.stats,
     )
     recorded = g["q_of_draft"][i, 1:window]
     seen = recorded >= 0

@@ -46,9 +46,9 @@ def test_equal_laws_always_accept(on_kernel, poisoned, carry):
     p = torch.randn(1, B, W, V)
     tokens = p[0].argmin(-1)  # the least likely code of all
     prob = p[0].softmax(-1).gather(-1, tokens[..., None])[..., 0]
-    verdict = decide(on_kernel, *rows_of(carry, p, p.clone(), tokens, prob))
-    assert verdict.accepted.all()
-    assert torch.equal(verdict.tokens, tokens)
+    outcome = decide(on_kernel, *rows_of(carry, p, p.clone(), tokens, prob))
+    assert outcome.accepted.all()
+    assert torch.equal(outcome.tokens, tokens)
 
 
 @pytest.mark.parametrize("carry", CARRIES)
@@ -56,10 +56,10 @@ def test_disjoint_laws_never_accept_and_stay_in_the_targets_support(on_kernel, p
     p, q = torch.randn(2, B, W, V), torch.randn(2, B, W, V)
     p[..., :30], q[..., 30:] = NEG, NEG
     prob, tokens = q[0].softmax(-1).max(-1)
-    verdict = decide(on_kernel, *rows_of(carry, p, q, tokens, prob, guidance_scale=1.5))
-    assert not verdict.accepted.any()
-    assert verdict.num_committed.eq(1).all()
-    assert (verdict.tokens[:, 0] >= 30).all()
+    outcome = decide(on_kernel, *rows_of(carry, p, q, tokens, prob, guidance_scale=1.5))
+    assert not outcome.accepted.any()
+    assert outcome.num_committed.eq(1).all()
+    assert (outcome.tokens[:, 0] >= 30).all()
 
 
 @pytest.mark.parametrize("carry", ["gumbel", *CARRIES])
@@ -69,10 +69,10 @@ def test_a_single_atom_has_probability_one(on_kernel, poisoned, carry):
     p.scatter_(-1, atom[None, ..., None], 0.3)
     tokens = atom.clone()
     tokens[:, 1] = (atom[:, 1] + 1) % V
-    verdict = decide(on_kernel, *rows_of(carry, p, torch.zeros(1, B, W, V), tokens, torch.full((B, W), 1 / V)))
-    assert torch.equal(verdict.tokens[:, :2], atom[:, :2])
-    assert (verdict.prob[:, :2] == 1).all()
-    assert verdict.num_committed.eq(2).all()
+    outcome = decide(on_kernel, *rows_of(carry, p, torch.zeros(1, B, W, V), tokens, torch.full((B, W), 1 / V)))
+    assert torch.equal(outcome.tokens[:, :2], atom[:, :2])
+    assert (outcome.prob[:, :2] == 1).all()
+    assert outcome.num_committed.eq(2).all()
 
 
 @pytest.mark.parametrize(
@@ -83,18 +83,18 @@ def test_a_missing_draft_is_rejected_whatever_its_label(on_kernel, poisoned, car
     p = torch.randn(1, B, W, V)
     arguments, settings = rows_of(carry, p, p.clone(), torch.full((B, W), -1), torch.ones(B, W))
     draft = Draft(**{**vars(arguments[1]), "kind": torch.full((B, W), kind, dtype=torch.int8)})
-    verdict = decide(on_kernel, (p, draft), settings)
-    assert not verdict.accepted.any()
-    assert verdict.num_committed.eq(1).all()
-    assert ((verdict.tokens[:, 0] >= 0) & (verdict.tokens[:, 0] < V)).all()
+    outcome = decide(on_kernel, (p, draft), settings)
+    assert not outcome.accepted.any()
+    assert outcome.num_committed.eq(1).all()
+    assert ((outcome.tokens[:, 0] >= 0) & (outcome.tokens[:, 0] < V)).all()
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 0, "top_p": 1.0}, {"top_k": V}], ids=str)
 def test_filters_that_keep_everything_change_nothing(on_kernel, poisoned, settings):
     logits, draft, where = scene(V, window=3, seed=11)
     plain = verify_window(logits, draft, carry="maximal", **where)
-    verdict = decide(on_kernel, (logits, draft), {"carry": "maximal", **where, **settings})
-    assert torch.equal(verdict.tokens, plain.tokens)
+    outcome = decide(on_kernel, (logits, draft), {"carry": "maximal", **where, **settings})
+    assert torch.equal(outcome.tokens, plain.tokens)
 
 
 def widened(value):
@@ -112,8 +112,8 @@ def test_views_of_a_sliced_head(on_kernel, poisoned, carry, dtype):
     assert not view.is_contiguous()
     dense = verify_window(logits, draft, carry=carry, **where, **settings)
     strided = (view, draft.with_logits(widened(draft.logits)))
-    verdict = decide(on_kernel, strided, {"carry": carry, **where, **settings})
-    assert torch.equal(verdict.tokens, dense.tokens)
+    outcome = decide(on_kernel, strided, {"carry": carry, **where, **settings})
+    assert torch.equal(outcome.tokens, dense.tokens)
 
 
 def test_large_codebooks_that_are_no_power_of_two(on_kernel, poisoned):

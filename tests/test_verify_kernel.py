@@ -158,8 +158,8 @@ def test_operator_survives_compilation():
     logits, draft, where = scene(seed=7)
 
     def step(logits):
-        verdict = verify_window(logits * 1.0, draft, carry="maximal", top_k=9, **where)
-        return verdict.tokens, verdict.num_committed
+        outcome = verify_window(logits * 1.0, draft, carry="maximal", top_k=9, **where)
+        return outcome.tokens, outcome.num_committed
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(logits)
     for ours, wanted in zip(compiled, step(logits), strict=True):

@@ -7,7 +7,7 @@ import torch
 from scipy.stats import chi2
 
 from vargen.kernels.draw import draw
-from vargen.kernels.verify import reference as verify_twin
+from vargen.kernels.verify import reference
 from vargen.kernels.verify.verify import Draft, Label, VerifyNoise, verify_window
 from vargen.kernels.warp import warp_logits
 from vargen.random import Stream
@@ -32,7 +32,7 @@ def outcome_law(p, q, kind, carry="maximal", shared_noise=False):
         row=torch.zeros_like(token),
         logits=q.log().expand(1, batch, 1, V),
     )
-    verdict = verify_window(
+    outcome = verify_window(
         p.log().expand(1, batch, 1, V),
         draft,
         carry=carry,
@@ -42,8 +42,8 @@ def outcome_law(p, q, kind, carry="maximal", shared_noise=False):
         num_rows=torch.ones_like(zeros),
         noise=VerifyNoise(u, r, r),
     )
-    outcome = torch.nn.functional.one_hot(verdict.tokens[:, 0], V).double().view(V, GRID, V).mean(1)
-    return outcome, outcome.double().T @ q.double()  # given the draft; over the drafts
+    given = torch.nn.functional.one_hot(outcome.tokens[:, 0], V).double().view(V, GRID, V).mean(1)
+    return given, given.double().T @ q.double()  # given the draft; over the drafts
 
 
 def laws(seed, zeros=0):
@@ -81,7 +81,7 @@ MUTANTS = {
 @pytest.mark.parametrize("mutant", MUTANTS)
 def test_mutants_are_seen(monkeypatch, mutant):
     for name, rule in MUTANTS[mutant].items():
-        monkeypatch.setattr(verify_twin, name, SimpleNamespace(fn=rule))
+        monkeypatch.setattr(reference, name, SimpleNamespace(fn=rule))
     p, q = laws(0, 2)
     assert (outcome_law(p, q, Label.ROW)[1] - p.double()).abs().max() > 0.01
 
@@ -106,7 +106,7 @@ def test_zero_probability_is_rejected_at_u_zero_and_equal_laws_accept_at_the_lar
     )
     law = warp_logits(draft.logits)[1, 0]
     draft.prob[1, 0] = (law[4] - law.logsumexp(-1)).exp()
-    verdict = verify_window(
+    outcome = verify_window(
         p.log().expand(1, 2, 1, V),
         draft,
         carry="maximal",
@@ -116,8 +116,8 @@ def test_zero_probability_is_rejected_at_u_zero_and_equal_laws_accept_at_the_lar
         num_rows=torch.ones_like(zeros),
         noise=VerifyNoise(edge, edge, edge),
     )
-    assert verdict.accepted.tolist() == [[False], [True]]
-    assert verdict.tokens[0, 0] != 2
+    assert outcome.accepted.tolist() == [[False], [True]]
+    assert outcome.tokens[0, 0] != 2
 
 
 def philox_counts(batch, **settings):
@@ -136,7 +136,7 @@ def philox_counts(batch, **settings):
         row=torch.zeros_like(tokens),
         logits=label,
     )
-    verdict = verify_window(
+    outcome = verify_window(
         target,
         draft,
         carry="maximal",
@@ -146,7 +146,7 @@ def philox_counts(batch, **settings):
         num_rows=torch.ones(batch, dtype=torch.int64),
         **settings,
     )
-    return torch.bincount(verdict.tokens[:, 0], minlength=13), warp_logits(target[:, :1], **settings)[0, 0].softmax(-1)
+    return torch.bincount(outcome.tokens[:, 0], minlength=13), warp_logits(target[:, :1], **settings)[0, 0].softmax(-1)
 
 
 def p_value(counts, law):
@@ -164,6 +164,6 @@ def test_philox_streams_give_the_target_law(settings):
 
 
 def test_reusing_the_noise_of_the_draft_is_seen(monkeypatch):
-    monkeypatch.setattr(verify_twin, "Stream", SimpleNamespace(ACCEPT=1, FRESH=2, RESIDUAL=int(Stream.DRAFT)))
+    monkeypatch.setattr(reference, "Stream", SimpleNamespace(ACCEPT=1, FRESH=2, RESIDUAL=int(Stream.DRAFT)))
     counts, law = philox_counts(100_000)
     assert p_value(counts, law) < 1e-6

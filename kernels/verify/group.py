@@ -6,12 +6,15 @@ top-p removed is rejected whatever its neighbours weigh; the released code accep
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
 
 from vargen.kernels import device as rows
 from vargen.kernels.acceptance import near
 from vargen.kernels.language import jit, tl
+from vargen.kernels.verify.label import POINT, label_code
 from vargen.kernels.verify.types import GroupSpec
 
 
@@ -56,12 +59,19 @@ def _close(members: Tensor, inside: Tensor, token: Tensor, spec: GroupSpec) -> T
     return close | unfiltered[:, None]
 
 
+class Groups(NamedTuple):
+    """Pointer and numbers of ``types.GroupSpec``."""
+
+    embeddings: Any  # E D, if CLOSE
+    dim: Any  # D
+    prob_threshold: Any
+    distance_threshold: Any
+
+
 @jit
 def group_masses(
-    z, cond, uncond, scale, inv_t, V, tau, lse, label_cond, label_uncond, q_tau, q_lse,
-    kind, token, z_token, q_token, embeddings_ptr, group_codes, dim, prob_threshold, distance_threshold,
-    GUIDED: tl.constexpr, LABEL_GUIDED: tl.constexpr, HALF: tl.constexpr, CLOSE: tl.constexpr, DIM: tl.constexpr,
-    BLOCK: tl.constexpr, TILES: tl.constexpr,
+    z, row, tau, lse, label, token, z_token, group, group_codes, HALF: tl.constexpr, CLOSE: tl.constexpr,
+    DIM: tl.constexpr,
 ):  # fmt: skip
     """p and q of the group of ``token``; the device function of ``group_members`` and the sums over it.
 
@@ -69,12 +79,12 @@ def group_masses(
     """
     own = _order(z_token, token, tau)
     rank = 0
-    for tile in range(TILES):
-        x = rows.tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
-        code = tile * BLOCK + tl.arange(0, BLOCK)
-        rank += tl.sum(((_order(x, code, tau) < own) & (code < V)).to(tl.int32), 0)
-    p_token = rows.law_of(z_token, tau, lse)
-    q_own = tl.where(kind == 1, 1.0, q_token)
+    for tile in range(row.TILES):
+        x = rows.tile_of(z, row, tile)
+        code = tile * row.BLOCK + tl.arange(0, row.BLOCK)
+        rank += tl.sum(((_order(x, code, tau) < own) & (code < row.V)).to(tl.int32), 0)
+    p_token = rows.prob_of(z_token, tau, lse)
+    q_own = tl.where(label.kind == POINT, 1.0, label.prob)
     p_near, q_near, p_close, q_close = p_token, q_own, p_token, q_own
     unfiltered = token >= group_codes
     d = tl.arange(0, DIM)
@@ -83,22 +93,21 @@ def group_masses(
         if i == HALF:
             current = own  # the lower neighbours are done
         down = i < HALF
-        current = _next(z, cond, uncond, scale, inv_t, V, tau, current, down, GUIDED, BLOCK, TILES)
+        current = _next(z, row, tau, current, down)
         found = (rank >= HALF) & (current != 0x7FFFFFFFFFFFFFFF)
         member = tl.where(found, current & 0xFFFFFFFF, token)
-        p = rows.law_of(rows.load_code(cond, uncond, scale, inv_t, member, GUIDED), tau, lse)
-        q = tl.where(kind == 2, q_token, 0.0)
-        if kind == 3:
-            q = rows.law_of(rows.load_code(label_cond, label_uncond, scale, inv_t, member, LABEL_GUIDED), q_tau, q_lse)
-        joins = found & near(p, p_token, prob_threshold)
+        p = rows.prob_of(rows.load_code(row, member), tau, lse)
+        q = label_code(label, member)
+        joins = found & near(p, p_token, group.prob_threshold)
         p_near += tl.where(joins, p, 0.0)
         q_near += tl.where(joins, q, 0.0)
         if CLOSE:
             unfiltered = unfiltered | (found & (member >= group_codes))
             known = tl.minimum(member, group_codes - 1)
-            a = tl.load(embeddings_ptr + known * dim + d, mask=d < dim, other=0.0)
-            o = tl.load(embeddings_ptr + tl.minimum(token, group_codes - 1) * dim + d, mask=d < dim, other=0.0)
-            joins = joins & (tl.sum((a - o) * (a - o), 0) < distance_threshold)
+            a = tl.load(group.embeddings + known * group.dim + d, mask=d < group.dim, other=0.0)
+            own_code = tl.minimum(token, group_codes - 1)
+            o = tl.load(group.embeddings + own_code * group.dim + d, mask=d < group.dim, other=0.0)
+            joins = joins & (tl.sum((a - o) * (a - o), 0) < group.distance_threshold)
             p_close += tl.where(joins, p, 0.0)
             q_close += tl.where(joins, q, 0.0)
     if CLOSE:
@@ -116,17 +125,14 @@ def _order(x, code, tau):
 
 
 @jit
-def _next(
-    z, cond, uncond, scale, inv_t, V, tau, current, down,
-    GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
-):  # fmt: skip
+def _next(z, row, tau, current, down):
     """Largest order below ``current``, or smallest above it (the largest int64 if there is none)."""
     below = current * 0 - 0x7FFFFFFFFFFFFFFF
     above = current * 0 + 0x7FFFFFFFFFFFFFFF
-    for tile in range(TILES):
-        x = rows.tile_of(z, cond, uncond, scale, inv_t, tile, V, GUIDED, BLOCK, TILES)
-        code = tile * BLOCK + tl.arange(0, BLOCK)
+    for tile in range(row.TILES):
+        x = rows.tile_of(z, row, tile)
+        code = tile * row.BLOCK + tl.arange(0, row.BLOCK)
         order = _order(x, code, tau)
-        below = tl.maximum(below, tl.max(tl.where((order < current) & (code < V), order, -0x7FFFFFFFFFFFFFFF), 0))
-        above = tl.minimum(above, tl.min(tl.where((order > current) & (code < V), order, 0x7FFFFFFFFFFFFFFF), 0))
+        below = tl.maximum(below, tl.max(tl.where((order < current) & (code < row.V), order, -0x7FFFFFFFFFFFFFFF), 0))
+        above = tl.minimum(above, tl.min(tl.where((order > current) & (code < row.V), order, 0x7FFFFFFFFFFFFFFF), 0))
     return tl.where(down, below, above)

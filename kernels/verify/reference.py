@@ -1,12 +1,12 @@
-"""PyTorch twin of ``vargen.kernels.verify.verify``: the definition that the Triton kernels are tested against.
+"""Reference of ``vargen.kernels.verify.verify`` in PyTorch: the definition that the Triton kernels are tested against.
 
-p is the target law, q the draft law. Letters: G guidance branches (conditional first), B images, W window, V codes,
+p is the target distribution, q the draft's. Letters: G guidance branches (conditional first), B images, W window, V codes,
 R rows picked from a window.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -14,42 +14,29 @@ from torch import Tensor
 from vargen.kernels.acceptance import accept, residual
 from vargen.kernels.draw import raise_bad_rows
 from vargen.kernels.verify.group import group_members
-from vargen.kernels.verify.types import Draft, GroupSpec, Label, Verdict, VerifyNoise
-from vargen.kernels.warp import NEG_INF, combine, threshold
+from vargen.kernels.verify.types import Draft, GroupSpec, Label, Place, VerifyNoise, VerifyOutcome
+from vargen.kernels.warp import NEG_INF, WarpSettings, combine, threshold
 from vargen.random import Stream, gumbel, uniform
 
 
-@dataclass(frozen=True)
-class Setting:
-    """How rows become laws; the same for the target and for the labels."""
-
-    guidance_scale: float | Tensor
-    temperature: float
-    top_k: int
-    top_p: float
-
-
-def verify_twin(
+def verify_reference(
     logits: Tensor,
     draft: Draft,
     carry: str,
-    seeds: Tensor,
-    positions: Tensor,
-    iteration: Tensor,
-    num_rows: Tensor,
-    setting: Setting,
-    forced: Tensor | None,
+    place: Place,
+    settings: WarpSettings,
+    group: GroupSpec | None,
     noise: VerifyNoise,
-    group: GroupSpec | None = None,
-) -> Verdict:
+) -> VerifyOutcome:
     """Arguments and result of :func:`vargen.kernels.verify.verify.verify_window`, unchecked."""
-    z, stats = _law(logits, setting)
+    z, stats = _warped(logits, settings)
+    positions, forced, num_rows = place.positions, place.forced, place.num_rows
     valid = torch.arange(positions.shape[1], device=z.device) < num_rows[:, None]  # B W
     free = valid if forced is None else valid & (forced < 0)
     raise_bad_rows(free & ~stats[..., 1].isfinite(), positions)
-    window = _Window(z, stats, draft, seeds, positions, iteration, setting, noise, group)
+    window = _Window(z, stats, draft, place, settings, group, noise)
     has = (draft.tokens >= 0) & (draft.kind != Label.NONE) & valid
-    greedy = setting.temperature == 0
+    greedy = settings.temperature == 0
     chain = carry in ("independent", "none") and not greedy
     fresh = torch.zeros_like(draft.tokens)
 
@@ -80,7 +67,7 @@ def verify_twin(
     if forced is not None:
         prob = prob.masked_fill(forced >= 0, 1.0)
     run = (accepted & valid).cumprod(-1).sum(-1)
-    return Verdict(y, accepted & valid, prob.where(valid, 0.0), torch.minimum(run + 1, num_rows), stats)
+    return VerifyOutcome(y, accepted & valid, prob.where(valid, 0.0), torch.minimum(run + 1, num_rows), stats)
 
 
 @dataclass(frozen=True)
@@ -88,12 +75,10 @@ class _Window:
     z: Tensor  # [B, W, V] warped logits of the target, removed codes at -inf
     stats: Tensor  # [B, W, 2] threshold, log-normaliser
     draft: Draft
-    seeds: Tensor
-    positions: Tensor
-    iteration: Tensor
-    setting: Setting
-    noise: VerifyNoise
+    place: Place
+    settings: WarpSettings
     group: GroupSpec | None
+    noise: VerifyNoise
 
     def prob(self, tokens: Tensor) -> Tensor:
         """p of ``tokens [B, W]``."""
@@ -105,27 +90,28 @@ class _Window:
             return self.z.max(-1).indices
         if self.noise.fresh is not None:
             return _choose(self.z, self.noise.fresh)
-        return gumbel(self.seeds, self.positions, self.z.shape[-1]).add_(self.z).max(-1).indices
+        return gumbel(self.place.seeds, self.place.positions, self.z.shape[-1]).add_(self.z).max(-1).indices
 
     def test(self, tested: Tensor) -> Tensor:
         """Which of the drafts ``tested [B, W]`` pass."""
         u = self.noise.accept
         if u is None:
-            u = uniform(self.seeds, self.positions, 1, Stream.ACCEPT, self.iteration)[..., 0]
+            place = self.place
+            u = uniform(place.seeds, place.positions, 1, Stream.ACCEPT, place.iteration)[..., 0]
         p, q = self.prob(self.draft.tokens), self.draft.prob
         image, row = tested.nonzero(as_tuple=True)
         if self.group is not None and len(image):
             at, token, p, q = (image, row), self.draft.tokens[image, row], p.clone(), q.clone()
-            law = _prob(self.z[at], self.stats[image, row, 1, None])
-            members, inside = group_members(self.z[at], law, token, self.group)
-            mass = (law.gather(-1, members) * inside).sum(-1)
-            p[at] = mass.where(law.gather(-1, token[:, None])[:, 0] > 0, 0.0)  # a removed draft has no group
+            probs = _prob(self.z[at], self.stats[image, row, 1, None])
+            members, inside = group_members(self.z[at], probs, token, self.group)
+            mass = (probs.gather(-1, members) * inside).sum(-1)
+            p[at] = mass.where(probs.gather(-1, token[:, None])[:, 0] > 0, 0.0)  # a removed draft has no group
             q[at] = (self.label(image, row).gather(-1, members) * inside).sum(-1)
         return tested & accept.fn(p, q, u)
 
     def label(self, image: Tensor, row: Tensor) -> Tensor:
-        """Draft law of the entries (image, row): ``[R, V]`` float32; zero for NONE."""
-        draft, setting = self.draft, self.setting
+        """Draft distribution of the entries (image, row): ``[R, V]`` float32; zero for NONE."""
+        draft, settings = self.draft, self.settings
         kind, token, prob = draft.kind[image, row], draft.tokens[image, row], draft.prob[image, row]
         q = prob.where(kind == Label.UNIFORM, 0.0)[:, None].expand(-1, self.z.shape[-1]).contiguous()
         q.scatter_add_(1, token.clamp(min=0)[:, None], (kind == Label.POINT).float()[:, None])
@@ -134,13 +120,13 @@ class _Window:
             raise ValueError("draft has ROW labels but no logits; pass the logits that the tokens were drawn from")
         if len(here) and draft.logits is not None:
             image, source = image[here], draft.row[image, row][here]
-            scale = setting.guidance_scale
+            scale = settings.guidance_scale
             scale = scale[image] if isinstance(scale, Tensor) else scale
             raw = draft.logits[:, image, source]  # G R V
             if draft.stats is None:
-                z, stats = _law(raw, Setting(scale, setting.temperature, setting.top_k, setting.top_p))
+                z, stats = _warped(raw, replace(settings, guidance_scale=scale))
             else:
-                z, stats = combine(raw, scale, setting.temperature), draft.stats[image, source]
+                z, stats = combine(raw, scale, settings.temperature), draft.stats[image, source]
             q[here] = _prob(z, stats[:, 1:]).where(z >= stats[:, :1], 0.0)
         return q
 
@@ -160,19 +146,19 @@ class _Window:
             pick = again.view(-1, *[1] * (noise.fresh.ndim - 2))
             return _choose(weights, noise.residual[image, row].where(pick, noise.fresh[image, row]))
         stream = torch.where(again, int(Stream.RESIDUAL), int(Stream.FRESH))
-        where = (self.seeds[image], self.positions[image, row, None])
-        rows = gumbel(*where, self.z.shape[-1], stream[:, None], self.iteration[image])
+        seeds, positions = self.place.seeds[image], self.place.positions[image, row, None]
+        rows = gumbel(seeds, positions, self.z.shape[-1], stream[:, None], self.place.iteration[image])
         return _choose(weights, rows[:, 0])
 
     def residual(self, image: Tensor, row: Tensor) -> Tensor:
-        """Unnormalised law after the rejections (image, row): ``[R, V]``; a group decides on acceptance only."""
+        """Unnormalised distribution after the rejections (image, row): ``[R, V]``; a group decides on acceptance only."""
         return residual.fn(_prob(self.z[image, row], self.stats[image, row, 1:]), self.label(image, row))
 
 
-def _law(logits: Tensor, setting: Setting) -> tuple[Tensor, Tensor]:
+def _warped(logits: Tensor, settings: WarpSettings) -> tuple[Tensor, Tensor]:
     """Warped logits ``[..., V]``, removed codes at -inf, and their (threshold, log-normaliser) ``[..., 2]``."""
-    z = combine(logits, setting.guidance_scale, setting.temperature)
-    tau = threshold(z, setting.top_k, setting.top_p) if setting.temperature else None
+    z = combine(logits, settings.guidance_scale, settings.temperature)
+    tau = threshold(z, settings.top_k, settings.top_p) if settings.temperature else None
     if tau is None:
         tau = torch.full_like(z[..., 0], NEG_INF)
     else:

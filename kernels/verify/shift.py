@@ -1,6 +1,6 @@
 """Move the window over what was committed: outcomes behind the commit become drafts, new drafts fill the tail.
 
-Every new draft gets the law it was really drawn from: a copied token a POINT label, a uniform draw a UNIFORM one
+Every new draft is labelled with the distribution it was really drawn from: a copied token a POINT label, a uniform draw a UNIFORM one
 (never worse than the point label of the released code). Letters: G guidance branches, B images, N positions, W window,
 V codes.
 """
@@ -12,15 +12,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from vargen.kernels.device import INIT
 from vargen.kernels.language import jit, tl, triton, use_triton
-from vargen.kernels.verify.types import Draft, Label, Verdict
+from vargen.kernels.verify.label import NONE, POINT, ROW, UNIFORM
+from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
 from vargen.random import Stream, random_bits
 
 Tail = Literal["uniform", "repeat_left", "repeat_above"]
 
 
 def shift_window(
-    verdict: Verdict,
+    outcome: VerifyOutcome,
     logits: Tensor,
     *,
     positions: Tensor,
@@ -36,7 +38,7 @@ def shift_window(
     """Drafts of the next iteration.
 
     Args:
-        verdict: outcome of this iteration.
+        outcome: outcome of this iteration.
         logits: ``[G, B, W, V]`` raw logits of this iteration; kept by the draft as label logits (not copied).
         positions: ``[B, W]`` int64 positions of this iteration's rows (consecutive).
         num_rows: ``[B]`` int64, rows that counted in this iteration.
@@ -62,14 +64,14 @@ def shift_window(
         raise ValueError(f"tail {tail!r} needs grid_width")
     if tail == "repeat_above" and codes is None:
         raise ValueError("tail 'repeat_above' needs the committed codes")
-    outcome = (verdict.tokens, verdict.prob, verdict.num_committed)
+    found = (outcome.tokens, outcome.prob, outcome.num_committed)
     place = (positions, num_rows, num_positions, seeds, iteration)
     filler = (tail, grid_width or 1, codes, forced, logits.shape[-1])
-    run = _shift if use_triton(logits) or torch.compiler.is_compiling() else _shift_twin
-    return Draft(*run(*outcome, *place, *filler), logits, verdict.stats)  # type: ignore[arg-type, call-arg]
+    run = _shift if use_triton(logits) or torch.compiler.is_compiling() else _shift_reference
+    return Draft(*run(*found, *place, *filler), logits, outcome.stats)  # type: ignore[arg-type, call-arg]
 
 
-def _shift_twin(
+def _shift_reference(
     tokens: Tensor,
     prob: Tensor,
     committed: Tensor,
@@ -176,7 +178,7 @@ def _shift_kernel(
 
     zero = (j * 0).to(tl.uint32)
     step = zero + tl.load(iteration_ptr + b).to(tl.uint32)
-    word, _, _, _ = tl.philox(tl.load(seeds_ptr + b), target.to(tl.uint32), zero, zero + 4, step)  # Stream.INIT
+    word, _, _, _ = tl.philox(tl.load(seeds_ptr + b), target.to(tl.uint32), zero, zero + INIT, step)
     filled = (word.to(tl.int64) * num_codes) >> 32
     copied = fresh & (j < 0)
     if LEFT:
@@ -192,13 +194,13 @@ def _shift_kernel(
         filled = tl.where(copied, tl.where(slot >= 0, known, old), filled)
     token = tl.where(carried, token, tl.where(fresh, filled, -1))
     prob = tl.where(carried, prob, tl.where(fresh, tl.where(copied, 1.0, uniform_prob), 0.0))
-    kind = tl.where(carried, 3, tl.where(fresh, tl.where(copied, 1, 2), 0))  # Label
+    kind = tl.where(carried, ROW, tl.where(fresh, tl.where(copied, POINT, UNIFORM), NONE))
     if FORCED:
         forced = tl.load(forced_ptr + here, mask=j < W, other=-1)
         pinned = (forced >= 0) & (carried | fresh)
         token = tl.where(pinned, forced, token)
         prob = tl.where(pinned, 1.0, prob)
-        kind = tl.where(pinned, 1, kind)
+        kind = tl.where(pinned, POINT, kind)
     tl.store(token_out + here, token, mask=j < W)
     tl.store(kind_out + here, kind.to(tl.int8), mask=j < W)
     tl.store(prob_out + here, prob, mask=j < W)
@@ -222,7 +224,7 @@ def _shift(
     num_codes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if not use_triton(tokens):
-        return _shift_twin(
+        return _shift_reference(
             tokens, prob, committed, positions, num_rows, num_positions, seeds, iteration, tail, grid_width,
             codes, forced, num_codes,
         )  # fmt: skip

@@ -1,116 +1,138 @@
-"""Triton kernels of ``vargen.kernels.verify.verify``: one program per row decides, one per image counts and mends.
+"""Triton kernels of ``vargen.kernels.verify.verify``: one program a row decides, one an image counts and completes.
 
-Launch 1 reads every row once: law, test, draw. Launch 2 finds the first rejection; for the carries that need the
+Launch 1 reads every row once: distribution, test, draw. Launch 2 finds the first rejection; for the carries that need the
 residual of that row only, it reads the two rows again (their thresholds and normalisers are stored). A second launch
 in place of a last-arriver inside the first needs no memory fence and costs microseconds inside a CUDA graph.
 
-p target, q draft. Letters: G guidance branches, B images, W window, V codes.
+p target, q draft. Letters: G guidance branches, B images, W window, V codes, E embeddings of D numbers.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from vargen.kernels import device as rows
 from vargen.kernels.acceptance import accept, residual
-from vargen.kernels.language import jit, tl
+from vargen.kernels.language import constant, jit, tl
 from vargen.kernels.verify.group import group_masses
+from vargen.kernels.verify.label import ROW, LabelRow, label_tile
+from vargen.kernels.verify.types import CARRIES
 
-# carries, as numbers the kernels know
-GUMBEL, MAXIMAL, INDEPENDENT, NONE = range(4)
+GUMBEL, MAXIMAL, INDEPENDENT, NONE = (constant(number) for number in range(len(CARRIES)))  # in the order of CARRIES
+
+
+class Drafts(NamedTuple):
+    """Pointers ``[B, W]`` of ``types.Draft``, with the raw logits and the statistics of its labels."""
+
+    tokens: Any
+    kind: Any
+    prob: Any
+    row: Any
+    logits: Any  # device.Logits, W' rows
+    stats: Any  # B W' 2
+
+
+class Places(NamedTuple):
+    """Pointers of ``types.Place``."""
+
+    seeds: Any  # B
+    positions: Any  # B W
+    iteration: Any  # B
+    num_rows: Any  # B
+    forced: Any  # B W, if FORCED
+
+
+class Given(NamedTuple):
+    """Pointers of ``types.VerifyNoise``, if GIVEN."""
+
+    accept: Any  # B W
+    fresh: Any  # B W V
+    residual: Any  # B W V
+
+
+class Outcomes(NamedTuple):
+    """Pointers ``[B, W]`` of ``types.VerifyOutcome``, and p of the draft tokens."""
+
+    tokens: Any
+    accepted: Any
+    prob: Any
+    draft_prob: Any
+    stats: Any  # B W 2
+
+
+@jit
+def label_at(
+    drafts, label_rows, warp, b, at, GUIDED: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
+    """The label of entry ``at`` of image b; its row and statistics mean something for ROW labels only."""
+    kind = tl.load(drafts.kind + at).to(tl.int32)
+    source = tl.where(kind == ROW, tl.load(drafts.row + at), 0)
+    row = rows.row_at(drafts.logits, warp, b, source, GUIDED, PER_IMAGE, BLOCK, TILES)
+    stats = drafts.stats + 2 * (b * label_rows + source)
+    token, prob = tl.load(drafts.tokens + at), tl.load(drafts.prob + at)
+    return LabelRow(kind, token, prob, row, tl.load(stats), tl.load(stats + 1))
 
 
 @jit
 def draw_row(
-    cond,
-    uncond,
-    scale,
-    inv_t,
-    V,
-    tau,
-    lse,
-    label_cond,
-    label_uncond,
-    q_tau,
-    q_lse,
-    kind,
-    token,
-    q_token,
-    retry,
-    seed,
-    position,
-    iteration,
-    fresh_ptr,
-    residual_ptr,
-    GUIDED: tl.constexpr,
-    LABEL_GUIDED: tl.constexpr,
-    GIVEN: tl.constexpr,
-    PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
-):
+    row, tau, lse, label, retry, seed, position, iteration, fresh_ptr, residual_ptr, GIVEN: tl.constexpr,
+    PIECE: tl.constexpr, PIECES: tl.constexpr,
+):  # fmt: skip
     """Draw from (p - q)+ where ``retry`` (from p if that is empty), else from p."""
     best = float("-inf")
     code = 0
     fresh_best = float("-inf")
     fresh_code = 0
-    stream = tl.where(retry, 3, 2)  # Stream.RESIDUAL, Stream.FRESH
+    stream = tl.where(retry, rows.RESIDUAL, rows.FRESH)
     for piece in range(PIECES):
-        x = rows.load_tile(cond, uncond, scale, inv_t, piece, V, GUIDED, PIECE)
+        x = rows.load_tile(row, piece, PIECE)
         at = piece * PIECE + tl.arange(0, PIECE)
         if GIVEN:
-            g = tl.load(fresh_ptr + at, mask=at < V, other=0.0)
-            g = tl.where(retry, tl.load(residual_ptr + at, mask=at < V, other=0.0), g)
+            g = tl.load(fresh_ptr + at, mask=at < row.V, other=0.0)
+            g = tl.where(retry, tl.load(residual_ptr + at, mask=at < row.V, other=0.0), g)
         else:
             g = rows.gumbel_tile(seed, position, stream, iteration, piece, PIECE)
-        q = tl.where(kind == 2, q_token, tl.where((kind == 1) & (at == token), 1.0, 0.0))  # Label.UNIFORM, Label.POINT
-        if kind == 3:  # Label.ROW
-            label = rows.load_tile(label_cond, label_uncond, scale, inv_t, piece, V, LABEL_GUIDED, PIECE)
-            q = rows.law_of(label, q_tau, q_lse)
-        left = residual(rows.law_of(x, tau, lse), q)
+        left = residual(rows.prob_of(x, tau, lse), label_tile(label, piece, PIECE))
         best, code = rows.better(best, code, tl.where(left > 0, tl.log(left) + g, float("-inf")), piece, PIECE)
         kept = tl.where(x >= tau, x + g, float("-inf"))
         fresh_best, fresh_code = rows.better(fresh_best, fresh_code, kept, piece, PIECE)
     return tl.where(retry & (best > float("-inf")), code, fresh_code)
 
 
+@jit
+def best_code(
+    row, tau, seed, position, fresh_ptr, GREEDY: tl.constexpr, GIVEN: tl.constexpr, PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):  # fmt: skip
+    """The most likely code, or the draw with the noise of the position."""
+    best = float("-inf")
+    code = 0
+    for piece in range(PIECES):
+        x = rows.load_tile(row, piece, PIECE)
+        if not GREEDY:
+            if GIVEN:
+                at = piece * PIECE + tl.arange(0, PIECE)
+                g = tl.load(fresh_ptr + at, mask=at < row.V, other=0.0)
+            else:
+                g = rows.gumbel_tile(seed, position, position * 0 + rows.GUMBEL, position * 0, piece, PIECE)
+            x = tl.where(x >= tau, x + g, float("-inf"))
+        best, code = rows.better(best, code, x, piece, PIECE)
+    return code
+
+
 @jit(do_not_specialize=["k", "label_rows", "group_codes"])
 def rows_kernel(
-    logits_ptr,  # G B W V
-    stride_g,
-    stride_b,
-    stride_w,
-    label_ptr,  # G B W' V, raw logits of the labels
-    label_stride_g,
-    label_stride_b,
-    label_stride_w,
-    label_stats_ptr,  # B W' 2
-    label_rows,
-    tokens_ptr,  # B W, and the three below
-    kind_ptr,
-    prob_ptr,
-    row_ptr,
-    scales_ptr,  # B, if PER_IMAGE
-    scale,
-    inv_t,
+    logits,  # device.Logits
+    warp,  # device.Warp
     k,
-    top_p,
-    V,
-    seeds_ptr,  # B
-    positions_ptr,  # B W
-    iteration_ptr,  # B
-    num_rows_ptr,  # B
-    forced_ptr,  # B W, if FORCED
-    uniform_ptr,  # B W, if GIVEN
-    fresh_ptr,  # B W V, if GIVEN
-    residual_ptr,  # B W V, if GIVEN
-    embeddings_ptr,  # E D, if CLOSE
+    drafts,  # Drafts
+    label_rows,  # W'
+    places,  # Places
+    given,  # Given
+    group,  # group.Groups, if HALF
     group_codes,  # E
-    group_dim,  # D
-    prob_threshold,
-    distance_threshold,
-    y_ptr,  # B W, and the three below
-    accepted_ptr,
-    y_prob_ptr,
-    draft_prob_ptr,
-    stats_ptr,  # B W 2
+    outcomes,  # Outcomes
     errors_ptr,  # B
     W,
     CARRY: tl.constexpr,
@@ -130,129 +152,80 @@ def rows_kernel(
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Decide one row: its law, the test of its draft, and its outcome as far as the row alone knows it."""
+    """Decide one row: its distribution, the test of its draft, and its outcome as far as the row alone knows it."""
     w = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
     here = b * W + w
-    token = tl.load(tokens_ptr + here)
-    kind = tl.load(kind_ptr + here).to(tl.int32)
-    has = (token >= 0) & (kind > 0)
-    if w >= tl.load(num_rows_ptr + b):
-        tl.store(y_ptr + here, -1)
-        tl.store(accepted_ptr + here, 0)
-        tl.store(y_prob_ptr + here, 0.0)
+    token = tl.load(drafts.tokens + here)
+    has = (token >= 0) & (tl.load(drafts.kind + here).to(tl.int32) > 0)
+    if w >= tl.load(places.num_rows + b):
+        tl.store(outcomes.tokens + here, -1)
+        tl.store(outcomes.accepted + here, 0)
+        tl.store(outcomes.prob + here, 0.0)
         return
     if FORCED:
-        forced = tl.load(forced_ptr + here)
+        forced = tl.load(places.forced + here)
         if forced >= 0:
-            tl.store(y_ptr + here, forced)
-            tl.store(accepted_ptr + here, (has & (token == forced)).to(tl.uint8))
-            tl.store(y_prob_ptr + here, 1.0)
-            tl.store(draft_prob_ptr + here, 1.0)
+            tl.store(outcomes.tokens + here, forced)
+            tl.store(outcomes.accepted + here, (has & (token == forced)).to(tl.uint8))
+            tl.store(outcomes.prob + here, 1.0)
+            tl.store(outcomes.draft_prob + here, 1.0)
             return
-    if PER_IMAGE:
-        scale = tl.load(scales_ptr + b)
-    cond = logits_ptr + b * stride_b + w * stride_w
-    uncond = cond + stride_g
-    z = rows.load_tile(cond, uncond, scale, inv_t, 0, V, GUIDED, BLOCK)
-    tau, lse = rows.row_stats(z, cond, uncond, scale, inv_t, V, k, top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
-    tl.store(stats_ptr + 2 * here, tau)
-    tl.store(stats_ptr + 2 * here + 1, lse)
-    position = tl.load(positions_ptr + here)
+    row = rows.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
+    z = rows.load_tile(row, 0, BLOCK)
+    tau, lse = rows.row_stats(z, row, k, warp.top_p, SPARSE, NUCLEUS)
+    tl.store(outcomes.stats + 2 * here, tau)
+    tl.store(outcomes.stats + 2 * here + 1, lse)
+    position = tl.load(places.positions + here)
     if (lse == float("inf")) | (lse == float("-inf")):
         tl.atomic_min(errors_ptr + b, position)
 
-    seed = tl.load(seeds_ptr + b)
-    y = token * 0
-    if GREEDY or CARRY == 0:
-        best = float("-inf")
-        code = 0
-        for piece in range(PIECES):
-            x = rows.load_tile(cond, uncond, scale, inv_t, piece, V, GUIDED, PIECE)
-            if not GREEDY:
-                if GIVEN:
-                    at = piece * PIECE + tl.arange(0, PIECE)
-                    g = tl.load(fresh_ptr + here * V + at, mask=at < V, other=0.0)
-                else:
-                    g = rows.gumbel_tile(seed, position, position * 0, position * 0, piece, PIECE)  # Stream.GUMBEL
-                x = tl.where(x >= tau, x + g, float("-inf"))
-            best, code = rows.better(best, code, x, piece, PIECE)
-        y = code.to(tl.int64)  # type: ignore[attr-defined]
-        tl.store(accepted_ptr + here, (has & (y == token)).to(tl.uint8))
+    seed = tl.load(places.seeds + b)
+    fresh_ptr = given.fresh + here * warp.V
+    if GREEDY or CARRY == GUMBEL:
+        y = best_code(row, tau, seed, position, fresh_ptr, GREEDY, GIVEN, PIECE, PIECES).to(tl.int64)
+        tl.store(outcomes.accepted + here, (has & (y == token)).to(tl.uint8))
     else:
-        iteration = tl.load(iteration_ptr + b)
-        q_token = tl.load(prob_ptr + here)
-        source = tl.where(kind == 3, tl.load(row_ptr + here), 0)
-        label_cond = label_ptr + b * label_stride_b + source * label_stride_w
-        label_uncond = label_cond + label_stride_g
-        q_tau = tl.load(label_stats_ptr + 2 * (b * label_rows + source))
-        q_lse = tl.load(label_stats_ptr + 2 * (b * label_rows + source) + 1)
+        iteration = tl.load(places.iteration + b)
+        label = label_at(drafts, label_rows, warp, b, here, LABEL_GUIDED, PER_IMAGE, BLOCK, TILES)
         drafted = tl.maximum(token, 0)
-        z_token = rows.load_code(cond, uncond, scale, inv_t, drafted, GUIDED)
-        p_token = rows.law_of(z_token, tau, lse)
+        z_token = rows.load_code(row, drafted)
+        p_token = rows.prob_of(z_token, tau, lse)
         p = p_token
-        q = q_token
+        q = label.prob
         if HALF > 0:  # noqa: SIM102 - known when the kernel is compiled
             if has:
-                p, q = group_masses(
-                    z, cond, uncond, scale, inv_t, V, tau, lse, label_cond, label_uncond, q_tau, q_lse,
-                    kind, drafted, z_token, q_token, embeddings_ptr, group_codes, group_dim,
-                    prob_threshold, distance_threshold, GUIDED, LABEL_GUIDED, HALF, CLOSE, DIM, BLOCK, TILES,
-                )  # fmt: skip
+                p, q = group_masses(z, row, tau, lse, label, drafted, z_token, group, group_codes, HALF, CLOSE, DIM)
         if GIVEN:
-            u = tl.load(uniform_ptr + here)
+            u = tl.load(given.accept + here)
         else:
-            u = rows.uniform_of(seed, position, 1, iteration)  # Stream.ACCEPT
+            u = rows.uniform_of(seed, position, rows.ACCEPT, iteration)
         kept = has & accept(p, q, u)
-        tl.store(accepted_ptr + here, kept.to(tl.uint8))
-        tl.store(draft_prob_ptr + here, p_token)
+        tl.store(outcomes.accepted + here, kept.to(tl.uint8))
+        tl.store(outcomes.draft_prob + here, p_token)
         y = drafted
-        retry = has & (CARRY == 1)
-        if (CARRY == 2) | ((CARRY == 1) & (kept == 0)):
+        retry = has & (CARRY == MAXIMAL)
+        if ((kept == 0) & (CARRY == MAXIMAL)) | (CARRY == INDEPENDENT):
             y = draw_row(
-                cond, uncond, scale, inv_t, V, tau, lse, label_cond, label_uncond, q_tau, q_lse,
-                kind, token, q_token, retry, seed, position, iteration, fresh_ptr + here * V, residual_ptr + here * V,
-                GUIDED, LABEL_GUIDED, GIVEN, PIECE, PIECES,
+                row, tau, lse, label, retry, seed, position, iteration, fresh_ptr, given.residual + here * warp.V,
+                GIVEN, PIECE, PIECES,
             ).to(tl.int64)  # fmt: skip
-    tl.store(y_ptr + here, y)
+    tl.store(outcomes.tokens + here, y)
     y_prob = 1.0
     if not GREEDY:
-        y_prob = rows.law_of(rows.load_code(cond, uncond, scale, inv_t, y, GUIDED), tau, lse)
-    tl.store(y_prob_ptr + here, y_prob)
+        y_prob = rows.prob_of(rows.load_code(row, y), tau, lse)
+    tl.store(outcomes.prob + here, y_prob)
 
 
 @jit(do_not_specialize=["label_rows"])
 def finish_kernel(
-    logits_ptr,
-    stride_g,
-    stride_b,
-    stride_w,
-    label_ptr,
-    label_stride_g,
-    label_stride_b,
-    label_stride_w,
-    label_stats_ptr,
-    label_rows,
-    tokens_ptr,
-    kind_ptr,
-    prob_ptr,
-    row_ptr,
-    scales_ptr,
-    scale,
-    inv_t,
-    V,
-    seeds_ptr,
-    positions_ptr,
-    iteration_ptr,
-    num_rows_ptr,
-    forced_ptr,
-    fresh_ptr,
-    residual_ptr,
-    y_ptr,
-    accepted_ptr,
-    y_prob_ptr,
-    draft_prob_ptr,
-    stats_ptr,
+    logits,  # device.Logits
+    warp,  # device.Warp
+    drafts,  # Drafts
+    label_rows,  # W'
+    places,  # Places
+    given,  # Given
+    outcomes,  # Outcomes
     committed_ptr,  # B
     W,
     CARRY: tl.constexpr,
@@ -267,53 +240,67 @@ def finish_kernel(
     PIECE: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Count what an image commits; with carries that stop at the first rejection, mend that row."""
+    """Count what an image commits; with carries that stop at the first rejection, draw that row."""
     b = tl.program_id(0).to(tl.int64)
-    num_rows = tl.load(num_rows_ptr + b)
+    num_rows = tl.load(places.num_rows + b)
     j = tl.arange(0, WINDOW)
-    row = b * W + j
-    accepted = tl.load(accepted_ptr + row, mask=j < W, other=0) != 0
+    here = b * W + j
+    accepted = tl.load(outcomes.accepted + here, mask=j < W, other=0) != 0
     first = tl.min(tl.where((j < num_rows) & (accepted == 0), j, W), 0)  # first rejection
     tl.store(committed_ptr + b, tl.minimum((first + 1).to(tl.int64), num_rows))
-    if CARRY >= 2:
+    if CARRY >= INDEPENDENT:  # NONE too: they stop at the first rejection
         at = b * W + tl.minimum(first, W - 1)
-        token = tl.load(tokens_ptr + at)
-        kind = tl.load(kind_ptr + at).to(tl.int32)
-        has = (token >= 0) & (kind > 0)
-        mend = (first < num_rows) & (has | (CARRY == 3))
+        has = (tl.load(drafts.tokens + at) >= 0) & (tl.load(drafts.kind + at).to(tl.int32) > 0)
+        drawn = (first < num_rows) & (has | (CARRY == NONE))
         if FORCED:
-            mend = mend & (tl.load(forced_ptr + at) < 0)
+            drawn = drawn & (tl.load(places.forced + at) < 0)
         passed = accepted & (j < first)
         behind = (j > first) | (j >= num_rows)
-        inside = (j < W) & (j != tl.where(mend, first, -1))  # the mended row is written once, below
-        y = tl.where(
-            passed, tl.load(tokens_ptr + row, mask=j < W, other=-1), tl.load(y_ptr + row, mask=j < W, other=-1)
-        )
-        prob = tl.load(y_prob_ptr + row, mask=j < W, other=0.0)
-        prob = tl.where(passed, tl.load(draft_prob_ptr + row, mask=passed, other=0.0), prob)
-        if CARRY == 3:
+        inside = (j < W) & (j != tl.where(drawn, first, -1))  # the row drawn below is written once
+        y = tl.load(outcomes.tokens + here, mask=j < W, other=-1)
+        y = tl.where(passed, tl.load(drafts.tokens + here, mask=j < W, other=-1), y)
+        prob = tl.load(outcomes.prob + here, mask=j < W, other=0.0)
+        prob = tl.where(passed, tl.load(outcomes.draft_prob + here, mask=passed, other=0.0), prob)
+        if CARRY == NONE:
             y = tl.where(behind, -1, y)
             prob = tl.where(behind, 0.0, prob)
-        tl.store(y_ptr + row, y, mask=inside)
-        tl.store(y_prob_ptr + row, prob, mask=inside)
-        tl.store(accepted_ptr + row, passed.to(tl.uint8), mask=j < W)
-        if mend:
-            if PER_IMAGE:
-                scale = tl.load(scales_ptr + b)
-            cond = logits_ptr + b * stride_b + first * stride_w
-            uncond = cond + stride_g
-            source = tl.where(kind == 3, tl.load(row_ptr + at), 0)
-            label_cond = label_ptr + b * label_stride_b + source * label_stride_w
-            q_tau = tl.load(label_stats_ptr + 2 * (b * label_rows + source))
-            q_lse = tl.load(label_stats_ptr + 2 * (b * label_rows + source) + 1)
-            tau = tl.load(stats_ptr + 2 * at)
-            lse = tl.load(stats_ptr + 2 * at + 1)
+        tl.store(outcomes.tokens + here, y, mask=inside)
+        tl.store(outcomes.prob + here, prob, mask=inside)
+        tl.store(outcomes.accepted + here, passed.to(tl.uint8), mask=j < W)
+        if drawn:
+            row = rows.row_at(logits, warp, b, first, GUIDED, PER_IMAGE, BLOCK, TILES)
+            label = label_at(drafts, label_rows, warp, b, at, LABEL_GUIDED, PER_IMAGE, BLOCK, TILES)
+            tau = tl.load(outcomes.stats + 2 * at)
+            lse = tl.load(outcomes.stats + 2 * at + 1)
             code = draw_row(
-                cond, uncond, scale, inv_t, V, tau, lse, label_cond, label_cond + label_stride_g, q_tau, q_lse,
-                kind, token, tl.load(prob_ptr + at), has, tl.load(seeds_ptr + b), tl.load(positions_ptr + at),
-                tl.load(iteration_ptr + b), fresh_ptr + at * V, residual_ptr + at * V,
-                GUIDED, LABEL_GUIDED, GIVEN, PIECE, PIECES,
+                row, tau, lse, label, has, tl.load(places.seeds + b), tl.load(places.positions + at),
+                tl.load(places.iteration + b), given.fresh + at * warp.V, given.residual + at * warp.V,
+                GIVEN, PIECE, PIECES,
             )  # fmt: skip
-            tl.store(y_ptr + at, code.to(tl.int64))
-            z_code = rows.load_code(cond, uncond, scale, inv_t, code, GUIDED)
-            tl.store(y_prob_ptr + at, rows.law_of(z_code, tau, lse))
+            tl.store(outcomes.tokens + at, code.to(tl.int64))
+            tl.store(outcomes.prob + at, rows.prob_of(rows.load_code(row, code), tau, lse))
+
+
+@jit(do_not_specialize=["k"])
+def stats_kernel(
+    logits,  # device.Logits
+    warp,  # device.Warp
+    k,
+    stats_ptr,  # B W 2
+    W,
+    GUIDED: tl.constexpr,
+    PER_IMAGE: tl.constexpr,
+    SPARSE: tl.constexpr,
+    NUCLEUS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+    PIECE: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Threshold and log-normaliser of every row, for labels that come without them."""
+    w = tl.program_id(0)
+    b = tl.program_id(1).to(tl.int64)
+    row = rows.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
+    tau, lse = rows.row_stats(rows.load_tile(row, 0, BLOCK), row, k, warp.top_p, SPARSE, NUCLEUS)
+    tl.store(stats_ptr + 2 * (b * W + w), tau)
+    tl.store(stats_ptr + 2 * (b * W + w) + 1, lse)

@@ -1,8 +1,8 @@
-"""What a window decoder carries from one iteration to the next: drafts with the laws they were drawn from, verdicts.
+"""What a window decoder carries from one iteration to the next: drafts with their distributions, outcomes.
 
-Everything is indexed by target position (Teng et al., 2024, arXiv:2410.01699, with the label rule that keeps the law
-exact): entry j of a draft is the proposal for the very position whose law is row j of this iteration's logits, and it
-is stored with the law from which it was drawn, given everything about earlier positions only.
+Everything is indexed by target position (Teng et al., 2024, arXiv:2410.01699, with the label rule that keeps
+the distribution exact): entry j of a draft is the proposal for the very position whose distribution is row j of this
+iteration's logits, and it is stored with the one from which it was drawn, given everything about earlier positions only.
 
 Letters: G guidance branches (conditional first), B images, W window, V codes.
 """
@@ -11,21 +11,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
 from enum import IntEnum
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 Carry = Literal["gumbel", "maximal", "independent", "none"]
+CARRIES: tuple[Carry, ...] = get_args(Carry)
 
 
 class Label(IntEnum):
-    """The law a draft token was drawn from."""
+    """The distribution a draft token was drawn from."""
 
     NONE = 0  # no proposal
     POINT = 1  # all mass on the token: copies, forced tokens, deterministic drafters
     UNIFORM = 2  # the same probability (the entry's ``prob``) for every code
-    ROW = 3  # the warped law of row ``row`` of ``Draft.logits``
+    ROW = 3  # the warped row ``row`` of ``Draft.logits``
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,22 @@ class Draft:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Place:
+    """Which positions the rows of a window are, and what keys their noise."""
+
+    seeds: Tensor  # [B] int64
+    positions: Tensor  # [B, W] int64
+    iteration: Tensor  # [B] int64
+    num_rows: Tensor  # [B] int64 in [0, W], how many rows count
+    forced: Tensor | None = None  # [B, W] int64, -1 where free
+
+
+@dataclass(frozen=True)
+class VerifyOutcome:
     """Outcome of every row of a window.
 
     ``tokens[b, : num_committed[b]]`` become permanent; the rows behind them are proposals for the next window, drawn
-    from the law of their row. Rows that do not count (``j >= num_rows[b]``) hold -1.
+    from the distribution of their row. Rows that do not count (``j >= num_rows[b]``) hold -1.
     """
 
     tokens: Tensor  # [B, W] int64

@@ -4,26 +4,24 @@ Three ways to carry a row that cannot be committed yet, all exact (Teng et al., 
 2025, arXiv:2510.24211): ``independent`` redraws it, ``maximal`` continues the accept-or-residual step at every row,
 ``gumbel`` reuses the noise of the position and commits while the draw repeats the draft.
 
-p is the target law, q the draft law. Letters: G guidance branches (conditional first), B images, W window, V codes.
+p is the target distribution, q the draft's. Letters: G guidance branches (conditional first), B images, W window, V codes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from vargen.kernels.draw import check_logits, new_errors, raise_errors
-from vargen.kernels.language import triton, use_triton
-from vargen.kernels.verify import triton_kernels as kernels
-from vargen.kernels.verify.arguments import WindowLaunch
-from vargen.kernels.verify.reference import Setting, verify_twin
-from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Label, Verdict, VerifyNoise
+from vargen.kernels.language import use_triton
+from vargen.kernels.verify.arguments import launch
+from vargen.kernels.verify.reference import verify_reference
+from vargen.kernels.verify.types import CARRIES, Carry, Draft, GroupSpec, Label, Place, VerifyNoise, VerifyOutcome
+from vargen.kernels.warp import WarpSettings
 
-__all__ = ["Carry", "Draft", "GroupSpec", "Label", "Verdict", "VerifyNoise", "verify_window"]
-
-CARRIES = ("gumbel", "maximal", "independent", "none")  # in the order of the kernels' numbers
+__all__ = ["Carry", "Draft", "GroupSpec", "Label", "VerifyNoise", "VerifyOutcome", "verify_window"]
 
 
 def verify_window(
@@ -43,11 +41,11 @@ def verify_window(
     group: GroupSpec | None = None,
     noise: VerifyNoise | None = None,
     errors: Tensor | None = None,
-) -> Verdict:
+) -> VerifyOutcome:
     """Decide every row of a window.
 
     Args:
-        logits: ``[G, B, W, V]``; row j is the law of position ``positions[b, j]``, given the drafts before it.
+        logits: ``[G, B, W, V]``; row j is the distribution of position ``positions[b, j]``, given the drafts before it.
         draft: proposals, entry j for the same position.
         carry: ``"gumbel"``, ``"maximal"``, ``"independent"``, or ``"none"`` for chains whose rows behind the first
             rejection are thrown away (draft models; those rows then hold -1).
@@ -58,8 +56,8 @@ def verify_window(
         guidance_scale, temperature, top_k, top_p: as in :func:`vargen.kernels.warp.warp_logits`; temperature 0 is
             greedy: the argmax is emitted and a draft is accepted when it is the argmax.
         forced: ``[B, W]`` int64 codes that a position must hold, -1 where it is free.
-        group: grouped acceptance; changes the law. Not with ``"gumbel"``.
-        noise: explicit noise in place of Philox (uniforms in place of Gumbel rows always run the twin).
+        group: grouped acceptance; changes the distribution. Not with ``"gumbel"``.
+        noise: explicit noise in place of Philox (uniforms in place of Gumbel rows always run the reference).
         errors: record of bad rows, as in :func:`vargen.kernels.draw.draw`.
 
     Returns:
@@ -69,36 +67,34 @@ def verify_window(
         ValueError: unknown carry, unfitting shapes, labels without logits; NaN, infinite or all -inf rows.
     """
     check_logits(logits)
-    check_window(logits, draft, carry, positions, forced)
+    _check_window(logits, draft, carry, positions, forced)
     if group is not None and carry == "gumbel":
         raise ValueError(
             "grouped acceptance needs carry 'independent' or 'maximal', got 'gumbel', which has no ratio test"
         )
     noise = noise or VerifyNoise()
+    settings = WarpSettings(guidance_scale, temperature, top_k, top_p)
     inverse = noise.fresh is not None and noise.fresh.ndim == 2
     if inverse or not (use_triton(logits) or torch.compiler.is_compiling()):
-        setting = Setting(guidance_scale, temperature, top_k, top_p)
-        return verify_twin(logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, noise, group)
+        place = Place(seeds, positions, iteration, num_rows, forced)
+        return verify_reference(logits, draft, carry, place, settings, group, noise)
     record = new_errors(logits.shape[1], logits.device) if errors is None else errors
-    per_image = guidance_scale.to(logits.device) if isinstance(guidance_scale, Tensor) else None
     spec = group or GroupSpec(size=0)
-    verdict = _verify(
+    outcome = _verify(
         logits,
         *(draft.tokens, draft.kind, draft.prob, draft.row, draft.logits, draft.stats),
         carry,
-        *(seeds, positions, iteration, num_rows, record),
-        1.0 if isinstance(guidance_scale, Tensor) else float(guidance_scale),
-        per_image,
-        *(float(temperature), top_k, float(top_p), forced),
+        *(seeds, positions, iteration, num_rows, forced, record),
+        *settings.flat(logits.device),
         *(spec.size, spec.prob_threshold, spec.distance_threshold, spec.embeddings),
         *(noise.accept, noise.fresh, noise.residual),
     )
     if errors is None and use_triton(logits):
         raise_errors(record)
-    return Verdict(*verdict)
+    return VerifyOutcome(*outcome)
 
 
-def check_window(logits: Tensor, draft: Draft, carry: str, positions: Tensor, forced: Tensor | None) -> None:
+def _check_window(logits: Tensor, draft: Draft, carry: str, positions: Tensor, forced: Tensor | None) -> None:
     """Check that a window's arguments fit one another."""
     shape = logits.shape[1:3]
     if carry not in CARRIES:
@@ -124,13 +120,13 @@ def _verify(
     positions: Tensor,
     iteration: Tensor,
     num_rows: Tensor,
+    forced: Tensor | None,
     errors: Tensor,
     scale: float,
     scales: Tensor | None,
     temperature: float,
     top_k: int,
     top_p: float,
-    forced: Tensor | None,
     group_size: int,
     prob_threshold: float,
     distance_threshold: float,
@@ -139,19 +135,16 @@ def _verify(
     fresh: Tensor | None,
     residual: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    draft = Draft(tokens, kind, prob, row, label_logits, label_stats)
-    group = GroupSpec(group_size, prob_threshold, distance_threshold, embeddings) if group_size else None
-    noise = VerifyNoise(accept, fresh, residual)
-    setting = Setting(scale if scales is None else scales, temperature, top_k, top_p)
-    if not use_triton(logits):
-        verdict = verify_twin(
-            logits, draft, carry, seeds, positions, iteration, num_rows, setting, forced, noise, group
-        )
-    else:
-        verdict = _launch(
-            logits, draft, carry, seeds, positions, iteration, num_rows, errors, setting, forced, group, noise
-        )
-    return verdict.tokens, verdict.accepted, verdict.prob, verdict.num_committed, verdict.stats
+    parts = (
+        Draft(tokens, kind, prob, row, label_logits, label_stats),
+        cast(Carry, carry),
+        Place(seeds, positions, iteration, num_rows, forced),
+        WarpSettings.of_flat(scale, scales, temperature, top_k, top_p),
+        GroupSpec(group_size, prob_threshold, distance_threshold, embeddings) if group_size else None,
+        VerifyNoise(accept, fresh, residual),
+    )
+    found = launch(logits, *parts, errors) if use_triton(logits) else verify_reference(logits, *parts)
+    return found.tokens, found.accepted, found.prob, found.num_committed, found.stats
 
 
 @_verify.register_fake
@@ -163,45 +156,3 @@ def _(logits: Tensor, tokens: Tensor, kind: Tensor, prob: Tensor, row: Tensor, *
         tokens.new_empty(tokens.shape[0]),
         tokens.new_empty((*tokens.shape, 2), dtype=torch.float32),
     )
-
-
-def _launch(
-    logits: Tensor,
-    draft: Draft,
-    carry: str,
-    seeds: Tensor,
-    positions: Tensor,
-    iteration: Tensor,
-    num_rows: Tensor,
-    errors: Tensor,
-    setting: Setting,
-    forced: Tensor | None,
-    group: GroupSpec | None,
-    noise: VerifyNoise,
-) -> Verdict:
-    run = WindowLaunch.of(logits, draft, seeds, positions, iteration, num_rows, setting, forced, noise)
-    batch, window = draft.tokens.shape
-    number = CARRIES.index(carry)
-    kernels.rows_kernel[(window, batch)](
-        **run.rows, errors_ptr=errors, CARRY=number, **_group_arguments(group, run.verdict.stats)
-    )
-    kernels.finish_kernel[(batch,)](**run.finish, CARRY=0 if setting.temperature == 0 else number)
-    return run.result()
-
-
-def _group_arguments(group: GroupSpec | None, filler: Tensor) -> dict[str, Any]:
-    size, prob_threshold, distance_threshold, table = (
-        (0, 0.0, 0.0, None)
-        if group is None
-        else (group.size, group.prob_threshold, group.distance_threshold, group.embeddings)
-    )
-    return {
-        "embeddings_ptr": filler if table is None else table.float().contiguous(),
-        "group_codes": 0 if table is None else table.shape[0],
-        "group_dim": 0 if table is None else table.shape[1],
-        "prob_threshold": prob_threshold,
-        "distance_threshold": distance_threshold,
-        "HALF": size // 2,
-        "CLOSE": table is not None,
-        "DIM": 16 if table is None else triton.next_power_of_2(table.shape[1]),
-    }

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
-from vargen.kernels.verify.types import Carry, Draft, GroupSpec, Verdict, VerifyNoise
+from vargen.kernels.verify.types import Carry, Draft, GroupSpec, VerifyNoise, VerifyOutcome
 from vargen.kernels.verify.verify import verify_window
 from vargen.random import GumbelCache
 
@@ -78,7 +78,7 @@ class WindowRule:
         """Itself: without a proposal a row is drawn."""
         return self
 
-    def decide(self, rows: Rows, draft: Draft, noise: Noise) -> Verdict:
+    def decide(self, rows: Rows, draft: Draft, noise: Noise) -> VerifyOutcome:
         """Decide a window."""
         return verify_window(
             rows.logits,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vargen.features import Feature
-from vargen.kernels.verify.types import Draft, Label, Verdict
+from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
 
 
 class Drafter(Protocol):
@@ -24,13 +24,13 @@ class Drafter(Protocol):
     num_forwards: int  # forward passes of a drafting model, 0 without one
     in_tree: bool  # whether it proposes trees
 
-    def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
+    def propose(self, state: Any, logits: Tensor, outcome: VerifyOutcome, slots: Tensor, num_rows: Tensor) -> Draft:
         """Propose codes for the ``state.width`` slots behind the permanent ones.
 
         Args:
             state: the decoder's state after the commit.
             logits: ``[G, A, w, V]`` of the iteration that was just decided.
-            verdict: its outcome.
+            outcome: what was decided.
             slots: ``[A, w]`` int64 slots of its rows.
             num_rows: ``[A]`` int64 how many of its rows counted.
         """
@@ -68,7 +68,7 @@ class PlainDrafter:
     def select(self, rows: Tensor) -> None:
         """Nothing is kept an image."""
 
-    def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
+    def propose(self, state: Any, logits: Tensor, outcome: VerifyOutcome, slots: Tensor, num_rows: Tensor) -> Draft:
         """Propose the guesses, for which a distribution is a point; the last slot of an image needs no proposal."""
         ahead = state.next_slots()
         draft = Draft.none(len(ahead), state.width, logits.device)

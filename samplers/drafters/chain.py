@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.draw import draw
-from vargen.kernels.verify.types import Draft, Label, Verdict
+from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
 from vargen.kernels.warp import warp_logits
 from vargen.random import Stream as Noise
 from vargen.samplers.drafters.base import force
@@ -37,7 +37,7 @@ class ChainDrafter:
         """Keep these images."""
         self.model.select(self.session, rows)
 
-    def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
+    def propose(self, state: Any, logits: Tensor, outcome: VerifyOutcome, slots: Tensor, num_rows: Tensor) -> Draft:
         """Draft code after code; each pass feeds one code, which stays until the target has judged the window."""
         draft = Draft.none(len(state.rows), state.width, logits.device)
         slots = state.next_slots()  # a w

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.draw import draw
-from vargen.kernels.verify.types import Draft, Verdict
+from vargen.kernels.verify.types import Draft, VerifyOutcome
 from vargen.kernels.warp import combine
 from vargen.samplers.drafters.base import force
 from vargen.samplers.drafters.jacobi import JacobiDrafter, shared_guesses
@@ -41,10 +41,10 @@ class CorrectingDrafter:
         self.shift.select(rows)
         self.old = self.old[rows]
 
-    def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
+    def propose(self, state: Any, logits: Tensor, outcome: VerifyOutcome, slots: Tensor, num_rows: Tensor) -> Draft:
         """Draft the next window in ``num_sweeps`` passes of the drafter, and one more over the result."""
-        draft = self.shift.propose(state, logits, verdict, slots, num_rows)
-        source = verdict.num_committed[:, None] + torch.arange(state.width, device=logits.device)  # a w'
+        draft = self.shift.propose(state, logits, outcome, slots, num_rows)
+        source = outcome.num_committed[:, None] + torch.arange(state.width, device=logits.device)  # a w'
         seen = (source < num_rows[:, None])[..., None]
         index = source.clamp(max=slots.shape[1] - 1)[..., None].expand(-1, -1, logits.shape[-1])
         # where the target has looked: its stale scores without what the drafter thinks of their old context

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vargen.kernels.draw import draw
 from vargen.kernels.verify.shift import shift_window
-from vargen.kernels.verify.types import Draft, Label, Verdict
+from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
 
 Init = Literal["uniform", "repeat_left", "repeat_above"]
 INITS = ("uniform", "repeat_left", "repeat_above")
@@ -42,11 +42,11 @@ class JacobiDrafter:
         """Keep these images."""
         self.guesses = None if self.guesses is None else self.guesses[rows]
 
-    def propose(self, state: Any, logits: Tensor, verdict: Verdict, slots: Tensor, num_rows: Tensor) -> Draft:
+    def propose(self, state: Any, logits: Tensor, outcome: VerifyOutcome, slots: Tensor, num_rows: Tensor) -> Draft:
         """Shift the outcome of the iteration by what was committed and fill the tail."""
-        following = (slots + verdict.num_committed[:, None]).clamp(max=state.layout.num_slots - 1)  # a w
+        following = (slots + outcome.num_committed[:, None]).clamp(max=state.layout.num_slots - 1)  # a w
         draft = shift_window(
-            verdict,
+            outcome,
             logits,
             positions=slots,
             num_rows=num_rows,

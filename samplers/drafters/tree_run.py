@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vargen.features import Feature
-from vargen.kernels.verify.types import Verdict
+from vargen.kernels.verify.types import VerifyOutcome
 from vargen.kernels.warp import warp_logits
 from vargen.random import Stream, gumbel, uniform
 from vargen.samplers.acceptance.tree import TreeOutcome
@@ -67,17 +67,17 @@ class TreeRun:
         return self.model.num_forwards
 
     def commit(self, count: Tensor) -> None:
-        """Nothing yet: ``propose`` reads what became permanent from the verdict."""
+        """Nothing yet: ``propose`` reads what became permanent from the outcome."""
 
     def select(self, rows: Tensor) -> None:
         """Keep these images."""
         self.model.select(rows)
 
-    def propose(self, state: Any, logits: Tensor, verdict: Any, slots: Tensor, num_rows: Tensor) -> TreeDraft:
+    def propose(self, state: Any, logits: Tensor, outcome: Any, slots: Tensor, num_rows: Tensor) -> TreeDraft:
         """Extend the draft model by the permanent codes and fill a tree behind them."""
         if state.width == 1:  # the last slot of all images: nothing will be decided behind it
             return TreeDraft(self._shape(1, logits.device), state.last_codes())
-        root = self.model.extend(*self._news(state, verdict))
+        root = self.model.extend(*self._news(state, outcome))
         s = self.sampler
         if s.tree == "dynamic":
             return self._likeliest(state, root)
@@ -118,13 +118,13 @@ class TreeRun:
             "relaxed_share": relaxed / max(kept, 1),
         }
 
-    def _news(self, state: Any, verdict: Any) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _news(self, state: Any, outcome: Any) -> tuple[Tensor, Tensor | None, Tensor]:
         """Permanent codes ``[A, w]``, the hidden states before them ``[G, A, w, D]`` and how many count ``[A]``."""
-        num = verdict.num_committed
-        if not isinstance(verdict, Verdict):
-            hidden = verdict.hidden.permute(2, 0, 1, 3) if self.model.reads_hidden else None
-            return verdict.tokens, hidden, num
-        codes = verdict.tokens[:, :1]  # of the prefill
+        num = outcome.num_committed
+        if not isinstance(outcome, VerifyOutcome):
+            hidden = outcome.hidden.permute(2, 0, 1, 3) if self.model.reads_hidden else None
+            return outcome.tokens, hidden, num
+        codes = outcome.tokens[:, :1]  # of the prefill
         if not self.model.reads_hidden:
             return codes, None, num
         hidden, state.hidden = state.hidden, None

@@ -1,0 +1,41 @@
+"""Labels in kernels: the distribution q that a draft token was drawn from, whatever its kind. Letters: V codes."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from vargen.kernels import device as rows
+from vargen.kernels.language import constant, jit, tl
+from vargen.kernels.verify.types import Label
+
+NONE, POINT, UNIFORM, ROW = (constant(kind) for kind in Label)
+
+
+class LabelRow(NamedTuple):
+    """One entry of a draft."""
+
+    kind: Any  # Label
+    token: Any
+    prob: Any  # q of the token
+    row: Any  # device.Row that is the label (ROW only), with its threshold and log-normaliser
+    tau: Any
+    lse: Any
+
+
+@jit
+def label_tile(label, piece, PIECE: tl.constexpr):
+    """q of a piece of the codes."""
+    at = piece * PIECE + tl.arange(0, PIECE)
+    q = tl.where(label.kind == UNIFORM, label.prob, tl.where((label.kind == POINT) & (at == label.token), 1.0, 0.0))
+    if label.kind == ROW:
+        q = rows.prob_of(rows.load_tile(label.row, piece, PIECE), label.tau, label.lse)
+    return q
+
+
+@jit
+def label_code(label, code):
+    """q of a code other than the token."""
+    q = tl.where(label.kind == UNIFORM, label.prob, 0.0)
+    if label.kind == ROW:
+        q = rows.prob_of(rows.load_code(label.row, code), label.tau, label.lse)
+    return q
