@@ -38,28 +38,23 @@ class Warp(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One row of logits and how it is read."""
+    """One row of logits. What the compiler must know stays outside: a tuple that a function returns holds no constants."""
 
     cond: Any  # pointers to the two branches; ``uncond`` is not read unless GUIDED
     uncond: Any
     scale: Any
     inv_t: Any
     V: Any
-    GUIDED: Any
-    BLOCK: Any
-    TILES: Any
 
 
 @jit
-def row_at(
-    logits, warp, b, w, GUIDED: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr
-):
+def row_at(logits, warp, b, w, PER_IMAGE: tl.constexpr):
     """Row w of image b."""
     scale = warp.scale
     if PER_IMAGE:
         scale = tl.load(warp.scales_ptr + b)
     cond = logits.ptr + b * logits.stride_b + w * logits.stride_w
-    return Row(cond, cond + logits.stride_g, scale, warp.inv_t, warp.V, GUIDED, BLOCK, TILES)
+    return Row(cond, cond + logits.stride_g, scale, warp.inv_t, warp.V)
 
 
 @jit
@@ -74,33 +69,33 @@ def guide(c, u, scale, inv_t, GUIDED: tl.constexpr):
 
 
 @jit
-def load_tile(row, tile, BLOCK: tl.constexpr):
+def load_tile(row, tile, GUIDED: tl.constexpr, BLOCK: tl.constexpr):
     """Guided logits of one tile, ``[BLOCK]`` float32; -inf beyond V."""
     code = tile * BLOCK + tl.arange(0, BLOCK)
     inside = code < row.V
     c = tl.load(row.cond + code, mask=inside, other=float("-inf"))
     u = c
-    if row.GUIDED:
+    if GUIDED:
         u = tl.load(row.uncond + code, mask=inside, other=0.0)
-    return guide(c, u, row.scale, row.inv_t, row.GUIDED)
+    return guide(c, u, row.scale, row.inv_t, GUIDED)
 
 
 @jit
-def tile_of(z, row, tile):
+def tile_of(z, row, tile, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Tile of a row whose first tile is ``z``: on chip if that is all there is."""
-    if row.TILES > 1:
-        z = load_tile(row, tile, row.BLOCK)
+    if TILES > 1:
+        z = load_tile(row, tile, GUIDED, BLOCK)
     return z
 
 
 @jit
-def load_code(row, code):
+def load_code(row, code, GUIDED: tl.constexpr):
     """Guided logits of single codes (a scalar or a block of indices inside the row)."""
     c = tl.load(row.cond + code)
     u = c
-    if row.GUIDED:
+    if GUIDED:
         u = tl.load(row.uncond + code)
-    return guide(c, u, row.scale, row.inv_t, row.GUIDED)
+    return guide(c, u, row.scale, row.inv_t, GUIDED)
 
 
 @jit
@@ -125,14 +120,14 @@ def halfway(lo, hi, step):
 
 
 @jit
-def top_k_key(z, row, lo, hi, k):
+def top_k_key(z, row, lo, hi, k, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Largest t found with #{key >= t} >= k, by bisection of [lo, hi); stops as soon as exactly k codes are above."""
     step = 0
     while hi - lo > 1:
         middle = halfway(lo, hi, step)
         count = 0
-        for tile in range(row.TILES):
-            x = tile_of(z, row, tile)
+        for tile in range(TILES):
+            x = tile_of(z, row, tile, GUIDED, BLOCK, TILES)
             count += tl.sum((key_of(x) >= middle).to(tl.int32), 0)
         lo = tl.where(count >= k, middle, lo)
         hi = tl.where(count == k, middle + 1, tl.where(count >= k, hi, middle))
@@ -141,7 +136,7 @@ def top_k_key(z, row, lo, hi, k):
 
 
 @jit
-def top_p_key(z, row, lo, hi, peak, mass):
+def top_p_key(z, row, lo, hi, peak, mass, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Smallest key with at most ``mass`` strictly above it: the code that crosses the mass is kept, with its ties."""
     step = 0
     lo -= 1  # invariant: more than `mass` lies above lo, at most `mass` above hi - 1
@@ -149,8 +144,8 @@ def top_p_key(z, row, lo, hi, peak, mass):
     while hi - lo > 1:
         middle = halfway(lo, hi, step)
         above = 0.0
-        for tile in range(row.TILES):
-            x = tile_of(z, row, tile)
+        for tile in range(TILES):
+            x = tile_of(z, row, tile, GUIDED, BLOCK, TILES)
             above += tl.sum(tl.where(key_of(x) > middle, tl.exp(x - peak), 0.0), 0)
         lo = tl.where(above > mass, middle, lo)
         hi = tl.where(above > mass, hi, middle)
@@ -159,32 +154,35 @@ def top_p_key(z, row, lo, hi, peak, mass):
 
 
 @jit
-def smallest_from(z, row, key):
+def smallest_from(z, row, key, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Smallest value whose key is at least ``key``."""
     tau = float("inf")
-    for tile in range(row.TILES):
-        x = tile_of(z, row, tile)
+    for tile in range(TILES):
+        x = tile_of(z, row, tile, GUIDED, BLOCK, TILES)
         tau = tl.minimum(tau, tl.min(tl.where(key_of(x) >= key, x, float("inf")), 0))
     return tau
 
 
 @jit
-def kept_mass(z, row, tau, peak):
+def kept_mass(z, row, tau, peak, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Sum of exp(z - peak) over the codes kept."""
     total = 0.0
-    for tile in range(row.TILES):
-        x = tile_of(z, row, tile)
+    for tile in range(TILES):
+        x = tile_of(z, row, tile, GUIDED, BLOCK, TILES)
         total += tl.sum(tl.where(x >= tau, tl.exp(x - peak), 0.0), 0)
     return total
 
 
 @jit
-def row_stats(z, row, k, top_p, SPARSE: tl.constexpr, NUCLEUS: tl.constexpr):
+def row_stats(
+    z, row, k, top_p, GUIDED: tl.constexpr, SPARSE: tl.constexpr, NUCLEUS: tl.constexpr, BLOCK: tl.constexpr,
+    TILES: tl.constexpr,
+):  # fmt: skip
     """Threshold and log-normaliser of a row: kept are z >= tau, p = exp(z - lse). lse is not finite for bad rows."""
     peak = float("-inf")
     low = float("inf")
-    for tile in range(row.TILES):
-        x = tile_of(z, row, tile)
+    for tile in range(TILES):
+        x = tile_of(z, row, tile, GUIDED, BLOCK, TILES)
         peak = tl.maximum(peak, tl.max(x, 0))
         low = tl.minimum(low, tl.min(tl.where(x == float("-inf"), float("inf"), x), 0))
     sane = (peak > float("-inf")) & (peak < float("inf"))
@@ -194,16 +192,16 @@ def row_stats(z, row, k, top_p, SPARSE: tl.constexpr, NUCLEUS: tl.constexpr):
             lo = key_of(low).to(tl.int64)
             hi = key_of(peak).to(tl.int64) + 1
             if SPARSE:
-                lo = top_k_key(z, row, lo, hi, k)
+                lo = top_k_key(z, row, lo, hi, k, GUIDED, BLOCK, TILES)
             if NUCLEUS:
-                tau = smallest_from(z, row, lo)
-                mass = top_p * kept_mass(z, row, tau, peak)
+                tau = smallest_from(z, row, lo, GUIDED, BLOCK, TILES)
+                mass = top_p * kept_mass(z, row, tau, peak, GUIDED, BLOCK, TILES)
                 lo = key_of(tau).to(tl.int64)
-                lo = top_p_key(z, row, lo, hi, peak, mass)
-            tau = smallest_from(z, row, lo)
+                lo = top_p_key(z, row, lo, hi, peak, mass, GUIDED, BLOCK, TILES)
+            tau = smallest_from(z, row, lo, GUIDED, BLOCK, TILES)
     lse = float("inf")
     if sane:
-        lse = peak + tl.log(kept_mass(z, row, tau, peak))
+        lse = peak + tl.log(kept_mass(z, row, tau, peak, GUIDED, BLOCK, TILES))
     return tau, lse
 
 

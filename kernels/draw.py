@@ -71,14 +71,14 @@ def _draw_kernel(
 ):
     w = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    row = rows.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
+    row = rows.row_at(logits, warp, b, w, PER_IMAGE)
     position = tl.load(positions_ptr + b * W + w)
-    z = rows.load_tile(row, 0, BLOCK)
-    tau, lse = rows.row_stats(z, row, k, warp.top_p, SPARSE, NUCLEUS)
+    z = rows.load_tile(row, 0, GUIDED, BLOCK)
+    tau, lse = rows.row_stats(z, row, k, warp.top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
     best = float("-inf")
     code = 0
     for piece in range(PIECES):
-        x = rows.load_tile(row, piece, PIECE)
+        x = rows.load_tile(row, piece, GUIDED, PIECE)
         if not GREEDY:
             if GIVEN:
                 at = piece * PIECE + tl.arange(0, PIECE)

@@ -35,9 +35,10 @@ except ImportError:
             raise RuntimeError(f"{self.fn.__name__} needs triton; install it or set VARGEN_KERNELS=torch")
 
 
-def constant(value: int) -> Any:
-    """A number that kernels know by the name of a global, for members of enums."""
-    return tl.constexpr(int(value)) if HAS_TRITON else int(value)
+def constant(value: float) -> Any:
+    """A number that kernels know by the name of a global, a member of an enum for example."""
+    plain = int(value) if isinstance(value, int) else value
+    return tl.constexpr(plain) if HAS_TRITON else plain
 
 
 INTERPRET = os.environ.get("TRITON_INTERPRET", "0") == "1"  # read once, as Triton does when it decorates

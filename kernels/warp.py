@@ -178,11 +178,11 @@ def _warp_kernel(
 ):
     w = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    row = row_functions.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
-    z = row_functions.load_tile(row, 0, BLOCK)
-    tau, _ = row_functions.row_stats(z, row, k, warp.top_p, SPARSE, NUCLEUS)
+    row = row_functions.row_at(logits, warp, b, w, PER_IMAGE)
+    z = row_functions.load_tile(row, 0, GUIDED, BLOCK)
+    tau, _ = row_functions.row_stats(z, row, k, warp.top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
     for piece in range(PIECES):
-        x = row_functions.load_tile(row, piece, PIECE)
+        x = row_functions.load_tile(row, piece, GUIDED, PIECE)
         code = piece * PIECE + tl.arange(0, PIECE)
         tl.store(out_ptr + (b * W + w) * warp.V + code, tl.where(x >= tau, x, float("-inf")), mask=code < warp.V)
 

@@ -14,23 +14,35 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from vargen.kernels import draw, language, nearest, warp
+from vargen.kernels import device, draw, language, nearest, warp
+from vargen.kernels.tree import lantern
 from vargen.kernels.tree import triton_kernels as tree_kernels
-from vargen.kernels.verify import arguments as launch
-from vargen.kernels.verify import shift
+from vargen.kernels.verify import group, shift
 from vargen.kernels.verify import triton_kernels as verify_kernels
 
 POINTERS = {
-    "*bf16": "logits label",
     "*u8": "accepted",
     "*i8": "kind kind_out",
-    "*i16": "neighbors",
-    "*i64": "tokens row seeds positions iteration num_rows forced y errors committed codes token_out row_out nearest "
-    "children law_of limit path num_kept used relaxed",
+    "*i16": "table",
+    "*i64": "tokens row seeds positions iteration num_rows forced errors committed codes token_out row_out nearest "
+    "children row_of limit path num_accepted num_uniforms num_relaxed",
 }
 FLOATS = ["scale", "inv_t", "top_p", "constant", "factor", "uniform_prob", "prob_threshold", "distance_threshold"]
+GROUPS = {
+    "logits": device.Logits("*bf16", "i64", "i64", "i64"),
+    "warp": device.Warp("*fp32", "fp32", "fp32", "fp32", "i32"),
+    "drafts": verify_kernels.Drafts,
+    "places": verify_kernels.Places,
+    "given": verify_kernels.Given,
+    "outcomes": verify_kernels.Outcomes,
+    "group": group.Groups("*fp32", "i32", "fp32", "fp32"),
+    "nodes": tree_kernels.Nodes("*i64", "i32", "*i64", "i32", "i32", "*fp32", "i32", "*i64"),
+    "slots": tree_kernels.Slots("*fp32", "i32", "*i64", "*i64", "*i64"),
+    "neighbors": lantern.Neighbors("*i16", "fp32", "fp32"),
+    "found": tree_kernels.Path,
+}
 NUM_CODES = 16384
-LAW = {"GUIDED": True, "PER_IMAGE": True}
+ROWS = {"GUIDED": True, "PER_IMAGE": True}
 SEARCH = {"SPARSE": True, "NUCLEUS": True}
 WINDOW = {"LABEL_GUIDED": True, "FORCED": True, "GIVEN": False}
 GROUP = {"HALF": 7, "CLOSE": True, "DIM": 16}
@@ -38,32 +50,35 @@ GROUP = {"HALF": 7, "CLOSE": True, "DIM": 16}
 
 def kernels():
     """(kernel, compile-time arguments) in the variants that use the most."""
-    rows = {**LAW, **SEARCH, **WINDOW, "GREEDY": False}
-    finish = {**LAW, **WINDOW, "WINDOW": 32}
-    yield warp._warp_kernel, {**LAW, **SEARCH}
-    yield draw._draw_kernel, {**LAW, **SEARCH, "GREEDY": False, "STEPPED": True, "GIVEN": False}
-    yield launch._stats_kernel, {**LAW, **SEARCH}
+    rows = {**ROWS, **SEARCH, **WINDOW, "GREEDY": False}
+    yield warp._warp_kernel, {**ROWS, **SEARCH}
+    yield draw._draw_kernel, {**ROWS, **SEARCH, "GREEDY": False, "STEPPED": True, "GIVEN": False}
+    yield verify_kernels.stats_kernel, {**ROWS, **SEARCH}
     for carry in (0, 1, 2):
         yield verify_kernels.rows_kernel, {**rows, "CARRY": carry, "HALF": 0, "CLOSE": False, "DIM": 16}
     yield verify_kernels.rows_kernel, {**rows, "CARRY": 2, **GROUP}
-    yield verify_kernels.finish_kernel, {**finish, "CARRY": 2}
-    tree = {**LAW, **SEARCH, "FORCED": True, "SAMPLED": True, "REPLACEMENT": False, "RELAXED": True}
-    for residual in (0, 1, 2):
-        counts = {"COUNT": 10, "NEIGHBORS": 1024, "NOTHING": 1e-30}
-        yield tree_kernels.walk_kernel, {**tree, **counts, "RESIDUAL": residual}
+    yield verify_kernels.finish_kernel, {**ROWS, **WINDOW, "WINDOW": 32, "CARRY": 2}
+    tree = {**ROWS, **SEARCH, "FORCED": True, "SAMPLED": True, "REPLACEMENT": False, "RELAXED": True}
+    for rule in (0, 1, 2):
+        yield tree_kernels.tree_kernel, {**tree, "COUNT": 10, "REACH": 1024, "RULE": rule}
     yield shift._shift_kernel, {"LEFT": False, "ABOVE": True, "FORCED": True, "WINDOW": 32}
     yield nearest._nearest_kernel, {"ROWS": 64, "CODES": 64, "CHANNELS": 32, "V": NUM_CODES, "C": 256}
 
 
 def type_of(name):
     """Type of a run-time argument, by its name."""
+    if name in GROUPS:
+        members = GROUPS[name]
+        return members if isinstance(members, tuple) else members(*(type_of(f"{m}_ptr") for m in members._fields))
     stem = name.removesuffix("_ptr")
+    if stem == "logits":  # those of the labels, inside a group
+        return GROUPS["logits"]
     for kind, names in POINTERS.items():
         if stem in names.split() and (name.endswith("_ptr") or name.endswith("_out")):
             return kind
     if name.endswith(("_ptr", "_out")):
         return "*fp32"
-    return "i64" if "stride" in name else "fp32" if name in FLOATS else "i32"
+    return "fp32" if name in FLOATS else "i32"
 
 
 def compiled(kernel, constants, capability):

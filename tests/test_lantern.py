@@ -17,13 +17,13 @@ from tests.tiny import tiny_backbone, tiny_tokenizer
 from tests.toys import perturbed
 from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
 from tests.tree_toys import TreeSpatial, TreeTabular
+from vargen.kernels.tree import reference
+from vargen.kernels.tree.lantern import Relaxation, aggregate, aggregate_all
+from vargen.kernels.tree.reference import target_of, verify_tree_reference
 from vargen.samplers.acceptance import codebook_neighbors as neighbors
-from vargen.samplers.acceptance import recursive as walk
 from vargen.samplers.acceptance.codebook_neighbors import nearest_codes, neighbor_table
-from vargen.samplers.acceptance.greedy import walk_greedy
-from vargen.samplers.acceptance.lantern import Relaxation, aggregate, aggregate_all
-from vargen.samplers.acceptance.recursive import laws_of, walk_tree
-from vargen.samplers.acceptance.typical import walk_typical
+from vargen.samplers.acceptance.greedy import verify_greedy
+from vargen.samplers.acceptance.typical import verify_typical
 from vargen.samplers.base import Sampler
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.window.lantern import LanternSampler
@@ -135,7 +135,7 @@ def assert_walked(found, rows, trial, label, law=True):
     assert row == int(trial[f"{label}.best_candidate"])
     if law:
         assert int(found.num_uniforms) == int(trial[f"{label}.num_uniforms"])
-        torch.testing.assert_close(found.law[0], trial[f"{label}.sample_p"], rtol=0, atol=1e-6)
+        torch.testing.assert_close(found.distribution[0], trial[f"{label}.sample_p"], rtol=0, atol=1e-6)
 
 
 @pytest.fixture
@@ -150,34 +150,36 @@ def test_dynamic_trees_are_walked_as_released(golden, table, number):
     assert torch.equal(tree.rows(), trial["retrieve_indices"])
     draft = TreeDraft(tree, trial["tree_tokens"][None])
     for warp, settings in json.loads(metadata("accept_dynamic")["processors"]).items():
-        law = laws_of(released_warp(trial["node_logits"], *settings)[None, None])
+        law = target_of(released_warp(trial["node_logits"], *settings)[None, None])
         for label, relaxation in relaxations("accept_dynamic", table, "upstream"):
-            found = walk_tree(law, draft, trial["uniforms"][None], relaxation=relaxation)
+            found = verify_tree_reference(law, draft.proposals, trial["uniforms"][None], relaxation=relaxation)
             assert_walked(found, trial["retrieve_indices"], trial, f"{warp}.{label}")
 
 
 def fixed_draft(trial, deterministic=False):
     tree = Tree.named("naive_extend_57")
     inner = [node for level in tree.inner() for node in level]
-    law_of = torch.full((58,), -1)
-    law_of[inner] = torch.arange(len(inner))
+    row_of = torch.full((58,), -1)
+    row_of[inner] = torch.arange(len(inner))
     rows, probs = tree.rows(), torch.zeros(1, 58)
     probs[0, rows[rows >= 0]] = trial["candidate_probs"][rows >= 0]
     tokens = trial["tree_tokens"][None]
     return (
         TreeDraft(tree, tokens)
         if deterministic
-        else TreeDraft(tree, tokens, trial["draft_full_probs_rows"][None], law_of, probs=probs)
+        else TreeDraft(tree, tokens, trial["draft_full_probs_rows"][None], row_of, probs=probs)
     )
 
 
 @pytest.mark.parametrize("number", range(6))
 def test_fixed_trees_are_walked_as_released(golden, table, number):
     trial = golden("lantern/accept_static", f"trial{number:02}.")
-    law = laws_of(released_warp(trial["node_logits"], *json.loads(metadata("accept_static")["processor"]))[None, None])
+    law = target_of(
+        released_warp(trial["node_logits"], *json.loads(metadata("accept_static")["processor"]))[None, None]
+    )
     draft = fixed_draft(trial)
     for label, relaxation in relaxations("accept_static", table, "upstream"):
-        found = walk_tree(law, draft, trial["uniforms"][None], relaxation=relaxation)
+        found = verify_tree_reference(law, draft.proposals, trial["uniforms"][None], relaxation=relaxation)
         assert_walked(found, draft.tree.rows(), trial, label)
 
 
@@ -190,9 +192,9 @@ def test_lumina_trees_are_walked_as_released(golden, table, version, number):
     shifted = torch.zeros(trial["node_logits"].shape[1], table.shape[1], dtype=torch.int64)
     shifted[offset : offset + len(table)] = table + offset
     draft = fixed_draft(trial, deterministic=version == "v2")
-    law = laws_of(trial["node_logits"][None, None])
+    law = target_of(trial["node_logits"][None, None])
     for label, relaxation in relaxations("accept_lumina", shifted, "upstream-lumina"):
-        found = walk_tree(law, draft, trial["uniforms"][None], relaxation=relaxation)
+        found = verify_tree_reference(law, draft.proposals, trial["uniforms"][None], relaxation=relaxation)
         assert_walked(found, draft.tree.rows(), trial, f"{version}.{label}")
 
 
@@ -203,7 +205,7 @@ def test_greedy_walks_are_the_released_ones(golden, table, number):
     assert torch.equal(tree.rows(), trial["retrieve_indices"])
     draft = TreeDraft(tree, trial["tree_tokens"][None])
     for label, relaxation in relaxations("accept_greedy", table, "paper"):
-        found = walk_greedy(trial["node_logits"][None], draft, relaxation=relaxation)
+        found = verify_greedy(trial["node_logits"][None], draft, relaxation=relaxation)
         assert_walked(found, trial["retrieve_indices"], trial, label, law=False)
         assert int(found.tokens[0, int(found.num_accepted)]) == int(trial[f"{label}.next_logits"].argmax())
 
@@ -215,7 +217,9 @@ def test_typical_acceptance_is_the_released_one(golden, number):
     draft = TreeDraft(Tree.from_parents(inputs["parents"][None], 5, 10), inputs["tree_tokens"][None])
     settings = ast.literal_eval(metadata("accept_typical")["configs_temperature_threshold_alpha"])
     for i, (temperature, epsilon, alpha) in enumerate(settings):
-        found = walk_typical(inputs["node_logits"][None], draft, temperature=temperature, epsilon=epsilon, alpha=alpha)
+        found = verify_typical(
+            inputs["node_logits"][None], draft, temperature=temperature, epsilon=epsilon, alpha=alpha
+        )
         assert_walked(found, inputs["retrieve_indices"], trial, f"cfg{i}", law=False)
 
 
@@ -378,7 +382,7 @@ def test_greedy_emits_only_what_the_limit_allows():
     draft = TreeDraft(Tree.chain(3), torch.randint(16, (300, 4), generator=generator))
     table = nearest_codes(torch.randn(16, 2, generator=generator), 15)
     for relaxation in (Relaxation(table, 6, lam=4.0), Relaxation(table, 6, delta=0.1)):
-        found = walk_greedy(logits, draft, relaxation=relaxation)
+        found = verify_greedy(logits, draft, relaxation=relaxation)
         assert int(found.num_relaxed.sum()) > 0
         for i, count in enumerate(found.num_accepted.tolist()):
             for j in range(count):
@@ -430,7 +434,7 @@ def test_exact_trees_follow_the_law(name):
 
 @pytest.mark.slow
 def test_the_exact_law_needs_the_residual(monkeypatch):
-    monkeypatch.setattr(walk, "after_rejection", lambda p, q, token, found, relaxation: p)
+    monkeypatch.setattr(reference, "after_rejection", lambda p, q, token, found, relaxation: p)
     assert p_value(LanternSampler(relaxation="none", tree="mc_sim_7b_63")) < FALSE_ALARM
 
 

@@ -60,17 +60,17 @@ def test_shared_noise_in_a_tree_is_exact(tree, monkeypatch):
 
 def test_enumeration_sees_a_tree_that_keeps_any_child(monkeypatch):
     rule = shared_noise_tree.SharedNoiseTree
-    walk = rule.walk
+    find_path = rule.find_path
 
     def broken(self, rows, draft, noise):
-        found = walk(self, rows, draft, noise)
+        found = find_path(self, rows, draft, noise)
         if draft.tokens.shape[1] == 1:
             return found
         kept = draft.tokens[:, 1]  # the first child, whatever was drawn
         found.tokens[:, 0] = kept.where((kept >= 0) & (rows.num_rows > 1), found.tokens[:, 0])
         return found
 
-    monkeypatch.setattr(rule, "walk", broken)
+    monkeypatch.setattr(rule, "find_path", broken)
     with pytest.raises(AssertionError):
         test_shared_noise_in_a_tree_is_exact(TREES[1], monkeypatch)
 

@@ -1,11 +1,12 @@
-"""The walk down a tree on chip against its twin: same uniforms, same path, same law behind it."""
+"""Tree verification, kernel against reference: same uniforms, same path, same distribution behind it."""
 
 import pytest
 import torch
 
 from tests.tree_toys import TreeTabular
-from vargen.samplers.acceptance.lantern import RESIDUALS, Relaxation
-from vargen.samplers.acceptance.recursive import walk_logits
+from vargen.kernels.tree import verify
+from vargen.kernels.tree.lantern import RESIDUALS, Relaxation
+from vargen.kernels.tree.verify import verify_tree
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.window.lantern import LanternSampler
 
@@ -18,13 +19,13 @@ SIZE = 67  # no power of two
 
 
 def scene(name, proposal, *, batch=6, guided=True, seed=0, sharpness=1.5):
-    """Raw logits, proposals drawn from laws near the target's, and what the walk needs beside them."""
+    """Raw logits, proposals drawn near the target's distributions, and what verification needs beside them."""
     torch.manual_seed(seed)
     tree = Tree.from_paths([[int(digit) for digit in word] for word in SHAPES[name].split()])
     n, inner = tree.num_nodes, [node for level in tree.inner() for node in level]
     logits = sharpness * torch.randn(1 + guided, batch, n, SIZE)
-    law_of = torch.full((n,), -1)
-    law_of[inner] = torch.arange(len(inner))
+    row_of = torch.full((n,), -1)
+    row_of[inner] = torch.arange(len(inner))
     near = logits[0][:, inner] + 0.7 * torch.randn(batch, len(inner), SIZE)
     laws = near.softmax(-1)
     tokens = torch.zeros(batch, n, dtype=torch.int64)
@@ -41,7 +42,7 @@ def scene(name, proposal, *, batch=6, guided=True, seed=0, sharpness=1.5):
         tree,
         tokens,
         laws if sampled else None,
-        law_of if sampled else None,
+        row_of if sampled else None,
         replacement=proposal == "with_replacement",
     )
     limit = torch.full((batch,), tree.max_depth + 1)
@@ -56,12 +57,14 @@ def table(width, seed=0):
 
 
 def compare(on_kernel, arguments, options, settings):
-    twin = walk_logits(*arguments, **options, **settings)
-    kernel = on_kernel(walk_logits, *arguments, **options, **settings)
+    logits, draft, uniforms = arguments
+    arguments = (logits, draft.proposals, uniforms)
+    reference = verify_tree(*arguments, **options, **settings)
+    kernel = on_kernel(verify_tree, *arguments, **options, **settings)
     for name in ("path", "tokens", "num_accepted", "num_uniforms", "num_relaxed"):
-        assert torch.equal(getattr(kernel, name), getattr(twin, name)), name
-    torch.testing.assert_close(kernel.law, twin.law, rtol=1e-4, atol=1e-6)
-    return twin
+        assert torch.equal(getattr(kernel, name), getattr(reference, name)), name
+    torch.testing.assert_close(kernel.distribution, reference.distribution, rtol=1e-4, atol=1e-6)
+    return reference
 
 
 EXACT = [
@@ -73,12 +76,12 @@ EXACT = [
 
 
 @pytest.mark.parametrize(("proposal", "warp"), EXACT, ids=str)
-def test_exact_walks_equal_the_twin(on_kernel, poisoned, proposal, warp):
+def test_exact_trees_equal_the_reference(on_kernel, poisoned, proposal, warp):
     tested = kept = 0
     for number, name in enumerate(SHAPES):
         *arguments, options = scene(name, proposal, guided=bool(warp), seed=number)
-        walk = compare(on_kernel, arguments, options, warp)
-        tested, kept = tested + int(walk.num_uniforms.sum()), kept + int(walk.num_accepted.sum())
+        found = compare(on_kernel, arguments, options, warp)
+        tested, kept = tested + int(found.num_uniforms.sum()), kept + int(found.num_accepted.sum())
     assert 0 < kept < tested
 
 
@@ -87,7 +90,7 @@ RELAXED += [(proposal, residual) for proposal in ("top", "without_replacement") 
 
 
 @pytest.mark.parametrize(("proposal", "residual"), RELAXED)
-def test_relaxed_walks_equal_the_twin(on_kernel, poisoned, proposal, residual):
+def test_relaxed_trees_equal_the_reference(on_kernel, poisoned, proposal, residual):
     relaxed = 0
     for number, limit in enumerate(({"delta": 0.3}, {"lam": 9.0})):
         seed = 2 * RESIDUALS.index(residual) + number + 20
@@ -98,7 +101,7 @@ def test_relaxed_walks_equal_the_twin(on_kernel, poisoned, proposal, residual):
     assert relaxed > 0
 
 
-def test_fixed_codes_and_dynamic_shapes_equal_the_twin(on_kernel):
+def test_fixed_codes_and_dynamic_shapes_equal_the_reference(on_kernel):
     logits, draft, uniforms, options = scene("tree", "top", seed=40)
     forced = torch.full_like(options["positions"], -1)
     forced[0, 0], forced[4, 1], forced[5, 0] = draft.tokens[0, 1], 3, 5
@@ -109,7 +112,7 @@ def test_fixed_codes_and_dynamic_shapes_equal_the_twin(on_kernel):
     compare(on_kernel, (logits, TreeDraft(tree, draft.tokens), uniforms), options, {})
 
 
-def test_a_law_without_a_rest_is_kept(on_kernel):
+def test_a_distribution_without_a_rest_is_kept(on_kernel):
     """The target holds nothing but what was rejected."""
     tree = Tree.chain(1)
     logits = torch.full((1, 2, 2, SIZE), -40.0)
@@ -117,19 +120,50 @@ def test_a_law_without_a_rest_is_kept(on_kernel):
     draft = TreeDraft(
         tree, torch.tensor([[0, 5], [0, 6]]), logits[0, :, :1].softmax(-1).clone(), torch.tensor([0, -1])
     )
-    draft.laws[1] = torch.nn.functional.one_hot(torch.tensor(6), SIZE)
+    draft.distributions[1] = torch.nn.functional.one_hot(torch.tensor(6), SIZE)
     options = {"limit": torch.tensor([2, 2]), "positions": torch.zeros(2, 2, dtype=torch.int64)}
     uniforms = torch.tensor([[1.0, 0.0], [0.5, 0.0]])  # 1 rejects even what is certain
-    walk = compare(on_kernel, (logits, draft, uniforms), options, {})
-    assert walk.num_accepted.tolist() == [0, 0]
-    assert walk.law[:, 5].tolist() == [1.0, 1.0]
+    found = compare(on_kernel, (logits, draft, uniforms), options, {})
+    assert found.num_accepted.tolist() == [0, 0]
+    assert found.distribution[:, 5].tolist() == [1.0, 1.0]
 
 
 def test_bad_rows_are_named(on_kernel):
-    *arguments, options = scene("chain", "top", seed=50)
-    arguments[0][:, 4] = float("nan")
+    logits, draft, uniforms, options = scene("chain", "top", seed=50)
+    logits[:, 4] = float("nan")
     with pytest.raises(ValueError, match="image 4 at position 0 are NaN"):
-        on_kernel(walk_logits, *arguments, **options)
+        on_kernel(verify_tree, logits, draft.proposals, uniforms, **options)
+
+
+def compiled(function, *tensors):
+    return torch.compile(function, fullgraph=True, backend="aot_eager")(*tensors)
+
+
+@pytest.mark.parametrize("relaxed", [False, True])
+def test_operator_survives_compilation(relaxed):
+    logits, draft, uniforms, options = scene("tree", "without_replacement", seed=60)
+    relaxation = Relaxation(table(9), 7, lam=9.0, residual="upstream") if relaxed else None
+
+    def step(logits, uniforms):
+        found = verify_tree(logits * 1.0, draft.proposals, uniforms, relaxation=relaxation, top_k=20, **options)
+        return found.path, found.tokens, found.num_accepted, found.distribution, found.num_uniforms, found.num_relaxed
+
+    for ours, wanted in zip(compiled(step, logits, uniforms), step(logits, uniforms), strict=True):
+        assert torch.equal(ours, wanted)
+    done = {**options, "limit": torch.zeros_like(options["limit"])}  # every image is finished
+    left = compiled(lambda x: verify_tree(x, draft.proposals, uniforms, **done).distribution, logits)
+    assert left.shape == (len(uniforms), SIZE)
+
+
+def test_operator_keeps_its_promises(monkeypatch):
+    """Schema, fake and mutation, as torch checks them."""
+    logits, draft, uniforms, options = scene("tree", "without_replacement", seed=61)
+    calls = []
+    monkeypatch.setattr(verify, "_verify_tree", lambda *given: calls.append(given) or [None] * 6)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    verify_tree(logits, draft.proposals, uniforms, **options)
+    monkeypatch.undo()
+    torch.library.opcheck(verify._verify_tree, calls[0])
 
 
 @pytest.mark.parametrize(

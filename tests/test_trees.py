@@ -8,11 +8,11 @@ import torch
 
 from tests.enumeration import sequence_law, total_variation
 from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
-from vargen.samplers.acceptance import lantern as aggregate
-from vargen.samplers.acceptance import recursive as walk
-from vargen.samplers.acceptance.greedy import walk_greedy
-from vargen.samplers.acceptance.recursive import laws_of, walk_tree
-from vargen.samplers.acceptance.typical import walk_typical
+from vargen.kernels.tree import reference
+from vargen.kernels.tree.reference import target_of, verify_tree_reference
+from vargen.samplers.acceptance.greedy import verify_greedy
+from vargen.samplers.acceptance.k_seq import k_seq_factor
+from vargen.samplers.acceptance.typical import verify_typical
 from vargen.samplers.drafters.tree import NAMED_TREES, Tree, TreeDraft
 
 EXACT = 1e-12
@@ -144,7 +144,7 @@ def test_k_seq_divides_by_the_root_and_reaches_its_acceptance():
     for count in (1, 2, 5, 10):
         p, q = (torch.from_numpy(rng.dirichlet([0.5] * 12, size=20)) for _ in range(2))
         number = torch.full((20,), count)
-        rho = aggregate.k_seq_factor(p, q, number)
+        rho = k_seq_factor(p, q, number)
         beta = torch.minimum(q, p / rho[:, None]).sum(-1)
         accepted = 1 - (1 - beta) ** count
         torch.testing.assert_close(accepted, rho * beta, rtol=0, atol=1e-9)
@@ -162,7 +162,7 @@ MUTANTS = {
 
 @pytest.mark.parametrize("name", MUTANTS)
 def test_enumeration_catches_wrong_residuals(monkeypatch, name):
-    monkeypatch.setattr(walk, "after_rejection", MUTANTS[name])
+    monkeypatch.setattr(reference, "after_rejection", MUTANTS[name])
     target, draft = laws_with_zeros(4, 3, 11), laws_with_zeros(4, 3, 12)
     law = emitted_law(target, draft, SHAPES["pair"], "without_replacement", 2)
     assert total_variation(law, sequence_law(target, 2)) > 1e-2
@@ -200,8 +200,8 @@ def random_draft(batch, tree, size, seed=0):
 def test_a_walk_reports_the_path_it_took():
     tree = Tree.named("mc_sim_7b_63")
     draft, logits = random_draft(64, tree, 5)
-    found = walk_tree(
-        laws_of(logits), draft, torch.rand(64, tree.num_nodes, generator=torch.Generator().manual_seed(1))
+    found = verify_tree_reference(
+        target_of(logits), draft.proposals, torch.rand(64, tree.num_nodes, generator=torch.Generator().manual_seed(1))
     )
     assert len(set(found.num_accepted.tolist())) > 2
     for i, count in enumerate(found.num_accepted.tolist()):
@@ -218,47 +218,51 @@ def test_an_image_does_not_depend_on_its_batch():
     draft, logits = random_draft(9, tree, 5)
     uniforms = torch.rand(9, tree.num_nodes, generator=torch.Generator().manual_seed(1))
     limit = torch.tensor([3, 9, 1, 0, 2, 9, 4, 5, 6])
-    together = walk_tree(laws_of(logits), draft, uniforms, limit=limit)
+    together = verify_tree_reference(target_of(logits), draft.proposals, uniforms, limit=limit)
     for i in range(9):
         one = torch.tensor([i])
-        alone = walk_tree(laws_of(logits[:, one]), draft.select(one), uniforms[one], limit=limit[one])
+        alone = verify_tree_reference(
+            target_of(logits[:, one]), draft.select(one).proposals, uniforms[one], limit=limit[one]
+        )
         for name in ("path", "tokens", "num_accepted", "num_uniforms"):
             assert torch.equal(getattr(alone, name), getattr(together, name)[one])
         if limit[i]:
-            assert torch.equal(alone.law, together.law[one])
+            assert torch.equal(alone.distribution, together.distribution[one])
         assert int(together.num_accepted[i]) <= max(int(limit[i]) - 1, 0)
 
 
 def test_a_code_is_tested_once_among_deterministic_siblings():
     draft = TreeDraft(shape("0", "1", "2"), torch.tensor([[0, 3, 3, 1]]))
-    found = walk_tree(laws_of(torch.zeros(1, 1, 4, 8)), draft, torch.full((1, 4), 0.99))
+    found = verify_tree_reference(target_of(torch.zeros(1, 1, 4, 8)), draft.proposals, torch.full((1, 4), 0.99))
     assert int(found.num_uniforms) == 2
-    assert found.law[0, 3] == 0
-    assert found.law[0, 1] == 0
+    assert found.distribution[0, 3] == 0
+    assert found.distribution[0, 1] == 0
 
 
 def test_missing_proposals_are_passed_by():
     draft = TreeDraft(shape("0", "1", "00"), torch.tensor([[0, -1, -1, -1]]))
-    found = walk_tree(laws_of(torch.zeros(1, 1, 4, 8)), draft, torch.zeros(1, 4))
+    found = verify_tree_reference(target_of(torch.zeros(1, 1, 4, 8)), draft.proposals, torch.zeros(1, 4))
     assert int(found.num_uniforms) == int(found.num_accepted) == 0
-    torch.testing.assert_close(found.law, torch.full((1, 8), 1 / 8))
+    torch.testing.assert_close(found.distribution, torch.full((1, 8), 1 / 8))
 
 
 def test_impossible_codes_are_never_accepted():
     logits = torch.zeros(1, 1, 2, 4)
     logits[..., 2] = float("-inf")
-    found = walk_tree(laws_of(logits), TreeDraft(shape("0"), torch.tensor([[0, 2]])), torch.zeros(1, 2))
+    found = verify_tree_reference(
+        target_of(logits), TreeDraft(shape("0"), torch.tensor([[0, 2]])).proposals, torch.zeros(1, 2)
+    )
     assert int(found.num_accepted) == 0
-    assert found.law[0, 2] == 0
+    assert found.distribution[0, 2] == 0
 
 
 def test_a_law_without_a_rest_is_kept():
     """p <= q everywhere although rejected happens by rounding only; the law before the test is used again."""
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25]])
     draft = TreeDraft(shape("0"), torch.tensor([[0, 1]]), (2 * p)[None], torch.tensor([0, -1]))
-    found = walk_tree(lambda images, nodes: p, draft, torch.tensor([[0.9, 0.9]]))
+    found = verify_tree_reference(lambda images, nodes: p, draft.proposals, torch.tensor([[0.9, 0.9]]))
     assert int(found.num_accepted) == 0
-    torch.testing.assert_close(found.law, p)
+    torch.testing.assert_close(found.distribution, p)
 
 
 # ------------------------------------------------------------------------------------------------------- longest path
@@ -267,7 +271,7 @@ def test_a_law_without_a_rest_is_kept():
 def test_greedy_keeps_what_the_target_would_choose():
     tree = Tree.named("naive_extend_57")
     draft, logits = random_draft(200, tree, 3)
-    found = walk_greedy(logits[0], draft)
+    found = verify_greedy(logits[0], draft)
     best = logits[0].argmax(-1)
     for i in range(200):
         expected, node = [], 0
@@ -293,16 +297,16 @@ def test_greedy_stops_at_the_last_slot():
     logits = torch.zeros(2, 5, 3)
     logits[..., 1] = 1.0
     draft = TreeDraft(tree, torch.ones(2, 5, dtype=torch.int64))
-    found = walk_greedy(logits, draft, limit=torch.tensor([3, 9]))
+    found = verify_greedy(logits, draft, limit=torch.tensor([3, 9]))
     assert found.num_accepted.tolist() == [2, 4]
     assert found.tokens.tolist() == [[1, 1, 1, -1, -1], [1, 1, 1, 1, 1]]
 
 
 def test_typical_acceptance_cuts_the_law_behind_the_path():
     logits = torch.tensor([[[3.0, 2.9, -4.0, -4.0], [3.0, 2.9, -4.0, -4.0]]])
-    found = walk_typical(logits, TreeDraft(shape("0"), torch.tensor([[0, 1]])))
+    found = verify_typical(logits, TreeDraft(shape("0"), torch.tensor([[0, 1]])))
     assert int(found.num_accepted) == 1
-    assert bool((found.law[0, :2] > 0).all())
-    assert bool((found.law[0, 2:] == 0).all())
-    refused = walk_typical(logits, TreeDraft(shape("0"), torch.tensor([[0, 3]])))
+    assert bool((found.distribution[0, :2] > 0).all())
+    assert bool((found.distribution[0, 2:] == 0).all())
+    refused = verify_typical(logits, TreeDraft(shape("0"), torch.tensor([[0, 3]])))
     assert int(refused.num_accepted) == 0

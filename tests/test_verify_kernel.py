@@ -5,6 +5,7 @@ import torch
 
 from tests.windows import assert_same, scene
 from vargen.kernels.draw import new_errors, raise_errors
+from vargen.kernels.verify import verify
 from vargen.kernels.verify.verify import Draft, GroupSpec, VerifyNoise, verify_window
 
 CARRIES = ["gumbel", "maximal", "independent", "none"]
@@ -164,3 +165,14 @@ def test_operator_survives_compilation():
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")(logits)
     for ours, wanted in zip(compiled, step(logits), strict=True):
         assert torch.equal(ours, wanted)
+
+
+def test_operator_keeps_its_promises(monkeypatch):
+    """Schema, fake and mutation, as torch checks them."""
+    logits, draft, where = scene(seed=7)
+    calls = []
+    monkeypatch.setattr(verify, "_verify", lambda *given: calls.append(given) or [None] * 5)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    verify_window(logits, draft, carry="maximal", top_k=9, **where)
+    monkeypatch.undo()
+    torch.library.opcheck(verify._verify, calls[0])

@@ -1,6 +1,6 @@
-"""Exact laws of what a walk down a tree emits: every draft and every outcome of every test, without sampling.
+"""Exact distributions of what tree verification emits: every draft and every outcome of every test, without sampling.
 
-The walk itself makes all decisions. It is run with uniforms that reject, tells the chance of each test it made, and is run
+Verification itself makes all decisions. It is run with uniforms that reject, tells the chance of each test it made, and is run
 again with one more test accepted, until all outcomes are covered.
 
 Letters: V codes, n nodes, M weighted drafts. A law is a dictionary from sequences to probabilities.
@@ -14,7 +14,8 @@ from itertools import permutations, product
 import numpy as np
 import torch
 
-from vargen.samplers.acceptance.recursive import walk_tree
+from vargen.kernels.tree.reference import verify_tree_reference
+from vargen.samplers.acceptance.k_seq import visit_k_seq
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 
 REJECT, ACCEPT = 1.0 - 2.0**-53, 0.0
@@ -63,12 +64,12 @@ def prefix_of(tree, codes, node):
 
 
 def emitted_law(target_law, draft_law, tree, proposal, length, *, relaxation=None, k_seq=False, forced=None):
-    """Law of the first ``length`` codes: those that one walk emits, continued with the target's own law."""
+    """Law of the first ``length`` codes: those that one tree emits, continued with the target's own law."""
     drafts = all_drafts(tree, draft_law, proposal)
     n, size = tree.num_nodes, len(target_law(()))
     inner = [node for level in tree.inner() for node in level]
-    law_of = torch.full((n,), -1)
-    law_of[inner] = torch.arange(len(inner))
+    row_of = torch.full((n,), -1)
+    row_of[inner] = torch.arange(len(inner))
     tokens = torch.full((len(drafts), n), -1)
     laws = torch.zeros(len(drafts), len(inner), size, dtype=torch.float64)
     targets = torch.zeros(len(drafts), n, size, dtype=torch.float64)
@@ -80,26 +81,26 @@ def emitted_law(target_law, draft_law, tree, proposal, length, *, relaxation=Non
                 prefix = prefix_of(tree, codes, node)
                 targets[m, node] = torch.from_numpy(np.asarray(target_law(prefix)))
                 if node in inner:
-                    laws[m, law_of[node]] = torch.from_numpy(np.asarray(draft_law(prefix)))
+                    laws[m, row_of[node]] = torch.from_numpy(np.asarray(draft_law(prefix)))
     draft = TreeDraft(
-        tree, tokens, None if proposal == "top" else laws, law_of, replacement=proposal == "with_replacement"
+        tree, tokens, None if proposal == "top" else laws, row_of, replacement=proposal == "with_replacement"
     )
     weights = torch.tensor([weight for _, weight in drafts], dtype=torch.float64)
     joint = defaultdict(float)
-    for walk, weight in all_walks(draft, targets, weights, relaxation, k_seq, forced):
+    for found, weight in all_outcomes(draft, targets, weights, relaxation, k_seq, forced):
         for i in range(len(weight)):
-            done = tuple(walk.tokens[i, : int(walk.num_accepted[i])].tolist())
+            done = tuple(found.tokens[i, : int(found.num_accepted[i])].tolist())
             if len(done) >= length:
                 joint[done[:length]] += float(weight[i])
                 continue
-            for code, p in enumerate(walk.law[i].tolist()):
+            for code, p in enumerate(found.distribution[i].tolist()):
                 if p > 0:
                     continue_law(joint, (*done, code), float(weight[i]) * p, target_law, length)
     return dict(joint)
 
 
-def all_walks(draft, targets, weights, relaxation, k_seq=False, forced=None):
-    """Yield (walks, weights) that together cover every outcome of every test."""
+def all_outcomes(draft, targets, weights, relaxation, k_seq=False, forced=None):
+    """Yield (paths, weights) that together cover every outcome of every test."""
     n = draft.tree.num_nodes
     rows = torch.arange(len(weights))
     decided = torch.zeros(len(weights), dtype=torch.int64)
@@ -108,26 +109,26 @@ def all_walks(draft, targets, weights, relaxation, k_seq=False, forced=None):
         part = TreeDraft(
             draft.tree,
             draft.tokens[rows],
-            None if draft.laws is None else draft.laws[rows],
-            draft.law_of,
+            None if draft.distributions is None else draft.distributions[rows],
+            draft.row_of,
             draft.replacement,
         )
         here = targets[rows]
-        walk = walk_tree(
+        found = verify_tree_reference(
             lambda images, nodes, here=here: here[images, nodes],
-            part,
+            part.proposals,
             uniforms,
             relaxation=relaxation,
-            k_seq=k_seq,
+            visit=visit_k_seq if k_seq else None,
             forced=None if forced is None else forced.expand(len(rows), -1),
             record=True,
         )
-        chances = walk.chances
+        chances = found.chances
         column = torch.arange(n)
-        open_test = (column >= decided[:, None]) & (column < walk.num_uniforms[:, None])
+        open_test = (column >= decided[:, None]) & (column < found.num_uniforms[:, None])
         lost = torch.where(open_test & (chances < 1.0), 1.0 - chances, 1.0)
         before = torch.cat([torch.ones(len(rows), 1, dtype=torch.float64), lost.cumprod(1)[:, :-1]], 1)
-        yield walk, weights * lost.prod(1)
+        yield found, weights * lost.prod(1)
         parent, test = (open_test & (chances > 0.0) & (chances < 1.0)).nonzero(as_tuple=True)
         weights = weights[parent] * before[parent, test] * chances[parent, test]
         uniforms = uniforms[parent].clone()

@@ -70,8 +70,9 @@ class Groups(NamedTuple):
 
 @jit
 def group_masses(
-    z, row, tau, lse, label, token, z_token, group, group_codes, HALF: tl.constexpr, CLOSE: tl.constexpr,
-    DIM: tl.constexpr,
+    z, row, tau, lse, label, token, z_token, group, group_codes,
+    GUIDED: tl.constexpr, LABEL_GUIDED: tl.constexpr, HALF: tl.constexpr, CLOSE: tl.constexpr, DIM: tl.constexpr,
+    BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     """p and q of the group of ``token``; the device function of ``group_members`` and the sums over it.
 
@@ -79,9 +80,9 @@ def group_masses(
     """
     own = _order(z_token, token, tau)
     rank = 0
-    for tile in range(row.TILES):
-        x = rows.tile_of(z, row, tile)
-        code = tile * row.BLOCK + tl.arange(0, row.BLOCK)
+    for tile in range(TILES):
+        x = rows.tile_of(z, row, tile, GUIDED, BLOCK, TILES)
+        code = tile * BLOCK + tl.arange(0, BLOCK)
         rank += tl.sum(((_order(x, code, tau) < own) & (code < row.V)).to(tl.int32), 0)
     p_token = rows.prob_of(z_token, tau, lse)
     q_own = tl.where(label.kind == POINT, 1.0, label.prob)
@@ -93,11 +94,11 @@ def group_masses(
         if i == HALF:
             current = own  # the lower neighbours are done
         down = i < HALF
-        current = _next(z, row, tau, current, down)
+        current = _next(z, row, tau, current, down, GUIDED, BLOCK, TILES)
         found = (rank >= HALF) & (current != 0x7FFFFFFFFFFFFFFF)
         member = tl.where(found, current & 0xFFFFFFFF, token)
-        p = rows.prob_of(rows.load_code(row, member), tau, lse)
-        q = label_code(label, member)
+        p = rows.prob_of(rows.load_code(row, member, GUIDED), tau, lse)
+        q = label_code(label, member, LABEL_GUIDED)
         joins = found & near(p, p_token, group.prob_threshold)
         p_near += tl.where(joins, p, 0.0)
         q_near += tl.where(joins, q, 0.0)
@@ -125,13 +126,13 @@ def _order(x, code, tau):
 
 
 @jit
-def _next(z, row, tau, current, down):
+def _next(z, row, tau, current, down, GUIDED: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr):
     """Largest order below ``current``, or smallest above it (the largest int64 if there is none)."""
     below = current * 0 - 0x7FFFFFFFFFFFFFFF
     above = current * 0 + 0x7FFFFFFFFFFFFFFF
-    for tile in range(row.TILES):
-        x = rows.tile_of(z, row, tile)
-        code = tile * row.BLOCK + tl.arange(0, row.BLOCK)
+    for tile in range(TILES):
+        x = rows.tile_of(z, row, tile, GUIDED, BLOCK, TILES)
+        code = tile * BLOCK + tl.arange(0, BLOCK)
         order = _order(x, code, tau)
         below = tl.maximum(below, tl.max(tl.where((order < current) & (code < row.V), order, -0x7FFFFFFFFFFFFFFF), 0))
         above = tl.minimum(above, tl.min(tl.where((order > current) & (code < row.V), order, 0x7FFFFFFFFFFFFFFF), 0))

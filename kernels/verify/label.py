@@ -23,19 +23,19 @@ class LabelRow(NamedTuple):
 
 
 @jit
-def label_tile(label, piece, PIECE: tl.constexpr):
+def label_tile(label, piece, GUIDED: tl.constexpr, PIECE: tl.constexpr):
     """q of a piece of the codes."""
     at = piece * PIECE + tl.arange(0, PIECE)
     q = tl.where(label.kind == UNIFORM, label.prob, tl.where((label.kind == POINT) & (at == label.token), 1.0, 0.0))
     if label.kind == ROW:
-        q = rows.prob_of(rows.load_tile(label.row, piece, PIECE), label.tau, label.lse)
+        q = rows.prob_of(rows.load_tile(label.row, piece, GUIDED, PIECE), label.tau, label.lse)
     return q
 
 
 @jit
-def label_code(label, code):
+def label_code(label, code, GUIDED: tl.constexpr):
     """q of a code other than the token."""
     q = tl.where(label.kind == UNIFORM, label.prob, 0.0)
     if label.kind == ROW:
-        q = rows.prob_of(rows.load_code(label.row, code), label.tau, label.lse)
+        q = rows.prob_of(rows.load_code(label.row, code, GUIDED), label.tau, label.lse)
     return q

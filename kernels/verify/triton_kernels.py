@@ -61,14 +61,11 @@ class Outcomes(NamedTuple):
 
 
 @jit
-def label_at(
-    drafts, label_rows, warp, b, at, GUIDED: tl.constexpr, PER_IMAGE: tl.constexpr, BLOCK: tl.constexpr,
-    TILES: tl.constexpr,
-):  # fmt: skip
+def label_at(drafts, label_rows, warp, b, at, PER_IMAGE: tl.constexpr):
     """The label of entry ``at`` of image b; its row and statistics mean something for ROW labels only."""
     kind = tl.load(drafts.kind + at).to(tl.int32)
     source = tl.where(kind == ROW, tl.load(drafts.row + at), 0)
-    row = rows.row_at(drafts.logits, warp, b, source, GUIDED, PER_IMAGE, BLOCK, TILES)
+    row = rows.row_at(drafts.logits, warp, b, source, PER_IMAGE)
     stats = drafts.stats + 2 * (b * label_rows + source)
     token, prob = tl.load(drafts.tokens + at), tl.load(drafts.prob + at)
     return LabelRow(kind, token, prob, row, tl.load(stats), tl.load(stats + 1))
@@ -76,8 +73,8 @@ def label_at(
 
 @jit
 def draw_row(
-    row, tau, lse, label, retry, seed, position, iteration, fresh_ptr, residual_ptr, GIVEN: tl.constexpr,
-    PIECE: tl.constexpr, PIECES: tl.constexpr,
+    row, tau, lse, label, retry, seed, position, iteration, fresh_ptr, residual_ptr,
+    GUIDED: tl.constexpr, LABEL_GUIDED: tl.constexpr, GIVEN: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """Draw from (p - q)+ where ``retry`` (from p if that is empty), else from p."""
     best = float("-inf")
@@ -86,14 +83,14 @@ def draw_row(
     fresh_code = 0
     stream = tl.where(retry, rows.RESIDUAL, rows.FRESH)
     for piece in range(PIECES):
-        x = rows.load_tile(row, piece, PIECE)
+        x = rows.load_tile(row, piece, GUIDED, PIECE)
         at = piece * PIECE + tl.arange(0, PIECE)
         if GIVEN:
             g = tl.load(fresh_ptr + at, mask=at < row.V, other=0.0)
             g = tl.where(retry, tl.load(residual_ptr + at, mask=at < row.V, other=0.0), g)
         else:
             g = rows.gumbel_tile(seed, position, stream, iteration, piece, PIECE)
-        left = residual(rows.prob_of(x, tau, lse), label_tile(label, piece, PIECE))
+        left = residual(rows.prob_of(x, tau, lse), label_tile(label, piece, LABEL_GUIDED, PIECE))
         best, code = rows.better(best, code, tl.where(left > 0, tl.log(left) + g, float("-inf")), piece, PIECE)
         kept = tl.where(x >= tau, x + g, float("-inf"))
         fresh_best, fresh_code = rows.better(fresh_best, fresh_code, kept, piece, PIECE)
@@ -102,14 +99,14 @@ def draw_row(
 
 @jit
 def best_code(
-    row, tau, seed, position, fresh_ptr, GREEDY: tl.constexpr, GIVEN: tl.constexpr, PIECE: tl.constexpr,
-    PIECES: tl.constexpr,
+    row, tau, seed, position, fresh_ptr,
+    GREEDY: tl.constexpr, GUIDED: tl.constexpr, GIVEN: tl.constexpr, PIECE: tl.constexpr, PIECES: tl.constexpr,
 ):  # fmt: skip
     """The most likely code, or the draw with the noise of the position."""
     best = float("-inf")
     code = 0
     for piece in range(PIECES):
-        x = rows.load_tile(row, piece, PIECE)
+        x = rows.load_tile(row, piece, GUIDED, PIECE)
         if not GREEDY:
             if GIVEN:
                 at = piece * PIECE + tl.arange(0, PIECE)
@@ -171,9 +168,9 @@ def rows_kernel(
             tl.store(outcomes.prob + here, 1.0)
             tl.store(outcomes.draft_prob + here, 1.0)
             return
-    row = rows.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
-    z = rows.load_tile(row, 0, BLOCK)
-    tau, lse = rows.row_stats(z, row, k, warp.top_p, SPARSE, NUCLEUS)
+    row = rows.row_at(logits, warp, b, w, PER_IMAGE)
+    z = rows.load_tile(row, 0, GUIDED, BLOCK)
+    tau, lse = rows.row_stats(z, row, k, warp.top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES)
     tl.store(outcomes.stats + 2 * here, tau)
     tl.store(outcomes.stats + 2 * here + 1, lse)
     position = tl.load(places.positions + here)
@@ -183,19 +180,22 @@ def rows_kernel(
     seed = tl.load(places.seeds + b)
     fresh_ptr = given.fresh + here * warp.V
     if GREEDY or CARRY == GUMBEL:
-        y = best_code(row, tau, seed, position, fresh_ptr, GREEDY, GIVEN, PIECE, PIECES).to(tl.int64)
+        y = best_code(row, tau, seed, position, fresh_ptr, GREEDY, GUIDED, GIVEN, PIECE, PIECES).to(tl.int64)
         tl.store(outcomes.accepted + here, (has & (y == token)).to(tl.uint8))
     else:
         iteration = tl.load(places.iteration + b)
-        label = label_at(drafts, label_rows, warp, b, here, LABEL_GUIDED, PER_IMAGE, BLOCK, TILES)
+        label = label_at(drafts, label_rows, warp, b, here, PER_IMAGE)
         drafted = tl.maximum(token, 0)
-        z_token = rows.load_code(row, drafted)
+        z_token = rows.load_code(row, drafted, GUIDED)
         p_token = rows.prob_of(z_token, tau, lse)
         p = p_token
         q = label.prob
         if HALF > 0:  # noqa: SIM102 - known when the kernel is compiled
             if has:
-                p, q = group_masses(z, row, tau, lse, label, drafted, z_token, group, group_codes, HALF, CLOSE, DIM)
+                p, q = group_masses(
+                    z, row, tau, lse, label, drafted, z_token, group, group_codes,
+                    GUIDED, LABEL_GUIDED, HALF, CLOSE, DIM, BLOCK, TILES,
+                )  # fmt: skip
         if GIVEN:
             u = tl.load(given.accept + here)
         else:
@@ -208,12 +208,12 @@ def rows_kernel(
         if ((kept == 0) & (CARRY == MAXIMAL)) | (CARRY == INDEPENDENT):
             y = draw_row(
                 row, tau, lse, label, retry, seed, position, iteration, fresh_ptr, given.residual + here * warp.V,
-                GIVEN, PIECE, PIECES,
+                GUIDED, LABEL_GUIDED, GIVEN, PIECE, PIECES,
             ).to(tl.int64)  # fmt: skip
     tl.store(outcomes.tokens + here, y)
     y_prob = 1.0
     if not GREEDY:
-        y_prob = rows.prob_of(rows.load_code(row, y), tau, lse)
+        y_prob = rows.prob_of(rows.load_code(row, y, GUIDED), tau, lse)
     tl.store(outcomes.prob + here, y_prob)
 
 
@@ -268,17 +268,17 @@ def finish_kernel(
         tl.store(outcomes.prob + here, prob, mask=inside)
         tl.store(outcomes.accepted + here, passed.to(tl.uint8), mask=j < W)
         if drawn:
-            row = rows.row_at(logits, warp, b, first, GUIDED, PER_IMAGE, BLOCK, TILES)
-            label = label_at(drafts, label_rows, warp, b, at, LABEL_GUIDED, PER_IMAGE, BLOCK, TILES)
+            row = rows.row_at(logits, warp, b, first, PER_IMAGE)
+            label = label_at(drafts, label_rows, warp, b, at, PER_IMAGE)
             tau = tl.load(outcomes.stats + 2 * at)
             lse = tl.load(outcomes.stats + 2 * at + 1)
             code = draw_row(
                 row, tau, lse, label, has, tl.load(places.seeds + b), tl.load(places.positions + at),
                 tl.load(places.iteration + b), given.fresh + at * warp.V, given.residual + at * warp.V,
-                GIVEN, PIECE, PIECES,
+                GUIDED, LABEL_GUIDED, GIVEN, PIECE, PIECES,
             )  # fmt: skip
             tl.store(outcomes.tokens + at, code.to(tl.int64))
-            tl.store(outcomes.prob + at, rows.prob_of(rows.load_code(row, code), tau, lse))
+            tl.store(outcomes.prob + at, rows.prob_of(rows.load_code(row, code, GUIDED), tau, lse))
 
 
 @jit(do_not_specialize=["k"])
@@ -300,7 +300,9 @@ def stats_kernel(
     """Threshold and log-normaliser of every row, for labels that come without them."""
     w = tl.program_id(0)
     b = tl.program_id(1).to(tl.int64)
-    row = rows.row_at(logits, warp, b, w, GUIDED, PER_IMAGE, BLOCK, TILES)
-    tau, lse = rows.row_stats(rows.load_tile(row, 0, BLOCK), row, k, warp.top_p, SPARSE, NUCLEUS)
+    row = rows.row_at(logits, warp, b, w, PER_IMAGE)
+    tau, lse = rows.row_stats(
+        rows.load_tile(row, 0, GUIDED, BLOCK), row, k, warp.top_p, GUIDED, SPARSE, NUCLEUS, BLOCK, TILES
+    )
     tl.store(stats_ptr + 2 * (b * W + w), tau)
     tl.store(stats_ptr + 2 * (b * W + w) + 1, lse)

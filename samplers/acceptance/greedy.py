@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vargen.kernels.tree.lantern import Relaxation, aggregate
+from vargen.kernels.tree.types import AcceptedPath
 from vargen.samplers.acceptance.base import Noise, Rows
-from vargen.samplers.acceptance.lantern import Relaxation, aggregate
-from vargen.samplers.acceptance.recursive import Walk
 from vargen.samplers.acceptance.tree import TreeRule, guided
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 
@@ -27,34 +27,34 @@ class Greedy(TreeRule):
 
     relaxation: Relaxation | None = None
 
-    def walk(self, rows: Rows, draft: TreeDraft, noise: Noise) -> Walk:
+    def find_path(self, rows: Rows, draft: TreeDraft, noise: Noise) -> AcceptedPath:
         """Find the longest path of choices."""
-        return walk_greedy(
+        return verify_greedy(
             guided(rows, draft), draft, limit=rows.num_rows, relaxation=self.relaxation, forced=rows.forced
         )
 
-    def choose_behind(self, found: Walk, rows: Rows, noise: Noise) -> Tensor:
-        """The walk has chosen the token behind the path already."""
+    def choose_behind(self, found: AcceptedPath, rows: Rows, noise: Noise) -> Tensor:
+        """The token behind the path is chosen already."""
         return found.tokens
 
 
-def walk_greedy(
+def verify_greedy(
     logits: Tensor,
     draft: TreeDraft,
     *,
     limit: Tensor | None = None,
     relaxation: Relaxation | None = None,
     forced: Tensor | None = None,
-) -> Walk:
+) -> AcceptedPath:
     """Keep the longest path of proposals that the target would choose itself.
 
-    A proposal is accepted when it is the largest entry of its parent's law, with its own entry replaced by the aggregated
-    mass. The code behind the path is the largest entry of the law, unrelaxed.
+    A proposal is accepted when it is the most likely code behind its parent, with its own entry replaced by the aggregated
+    mass. The code behind the path is the most likely one, unrelaxed.
 
     Args:
         logits: ``[B, n, V]`` guided logits; temperature and truncation do not touch an argmax.
         draft: proposals.
-        limit: ``[B]`` int64 slots left, see ``walk_tree``; None = more than D.
+        limit: ``[B]`` int64 slots left, see ``vargen.kernels.tree.verify``; None = more than D.
         relaxation: LANTERN; None is exact.
         forced: ``[B, D + 1]`` int64 code that a slot must hold, -1 where free.
     """
@@ -92,7 +92,7 @@ def longest_path(
     best: Tensor | None,
     limit: Tensor | None,
     score: Tensor | None = None,
-) -> Walk:
+) -> AcceptedPath:
     """The deepest node whose whole path is accepted; the highest score, then the earliest path, among equals."""
     tree: Tree = draft.tree
     batch, n = draft.tokens.shape
@@ -114,8 +114,8 @@ def longest_path(
     column = torch.arange(width, device=end.device)
     tokens = draft.tokens.gather(1, path).roll(-1, 1).where(column < count[:, None], -1)
     relaxed = (on_path & ~exact & ~root).sum(-1)
-    law = torch.zeros(batch, 0, device=end.device)
+    nothing = torch.zeros(batch, 0, device=end.device)
     if best is not None:  # the choice behind the path
         choice = best.gather(1, end[:, None])
         tokens = torch.where(column == count[:, None], choice, tokens)
-    return Walk(path, tokens, count, law, torch.zeros_like(count), relaxed)
+    return AcceptedPath(path, tokens, count, nothing, torch.zeros_like(count), relaxed)

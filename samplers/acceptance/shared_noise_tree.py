@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.draw import draw
+from vargen.kernels.tree.types import AcceptedPath
 from vargen.samplers.acceptance.base import Noise, Rows
-from vargen.samplers.acceptance.recursive import Walk
 from vargen.samplers.acceptance.tree import TreeRule
 from vargen.samplers.drafters.tree import TreeDraft
 
@@ -23,7 +23,7 @@ from vargen.samplers.drafters.tree import TreeDraft
 class SharedNoiseTree(TreeRule):
     """The rule over trees."""
 
-    def walk(self, rows: Rows, draft: TreeDraft, noise: Noise) -> Walk:
+    def find_path(self, rows: Rows, draft: TreeDraft, noise: Noise) -> AcceptedPath:
         """Draw the token behind a node, go to the child that holds it, and so on; one draw a level."""
         image = torch.arange(len(draft.tokens), device=draft.tokens.device)
         node, count = torch.zeros_like(image), torch.zeros_like(image)
@@ -42,10 +42,10 @@ class SharedNoiseTree(TreeRule):
         column = torch.arange(len(path), device=image.device)
         found = torch.stack(path, 1).where(column <= count[:, None], 0)
         none = torch.zeros_like(count)
-        return Walk(found, torch.stack(tokens, 1), count, rows.logits.new_zeros(len(image), 0), none, none)
+        return AcceptedPath(found, torch.stack(tokens, 1), count, rows.logits.new_zeros(len(image), 0), none, none)
 
-    def choose_behind(self, found: Walk, rows: Rows, noise: Noise) -> Tensor:
-        """The walk has drawn the token behind the path already."""
+    def choose_behind(self, found: AcceptedPath, rows: Rows, noise: Noise) -> Tensor:
+        """The token behind the path is drawn already."""
         return found.tokens
 
     def _draw(self, rows: Rows, noise: Noise, image: Tensor, node: Tensor, level: int) -> Tensor:

@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.draw import draw, raise_bad_rows
+from vargen.kernels.tree.types import AcceptedPath
 from vargen.kernels.warp import combine
-from vargen.random import Stream, uniform
+from vargen.random import Stream
 from vargen.samplers.acceptance.base import Noise, Rows
-from vargen.samplers.acceptance.lantern import Relaxation
-from vargen.samplers.acceptance.recursive import Walk, walk_logits
 from vargen.samplers.acceptance.shared_noise import SharedNoise
 from vargen.samplers.drafters.tree import TreeDraft
 
@@ -47,7 +46,7 @@ class TreeRule:
 
     def decide(self, rows: Rows, draft: TreeDraft, noise: Noise) -> TreeOutcome:
         """Decide a tree."""
-        found = self.walk(rows, draft, noise)
+        found = self.find_path(rows, draft, noise)
         tokens = self.choose_behind(found, rows, noise)
         committed = torch.minimum(found.num_accepted + 1, rows.num_rows)
         states = tokens[:, :0]
@@ -57,45 +56,21 @@ class TreeRule:
         counts = (found.num_accepted, found.num_uniforms, found.num_relaxed)
         return TreeOutcome(tokens, committed, found.path, states, *counts)
 
-    def walk(self, rows: Rows, draft: TreeDraft, noise: Noise) -> Walk:
+    def find_path(self, rows: Rows, draft: TreeDraft, noise: Noise) -> AcceptedPath:
         """Find the path of proposals that are kept."""
         raise NotImplementedError
 
-    def choose_behind(self, found: Walk, rows: Rows, noise: Noise) -> Tensor:
+    def choose_behind(self, found: AcceptedPath, rows: Rows, noise: Noise) -> Tensor:
         """``[A, w]`` tokens of the path with the one behind it, drawn from the distribution that is left.
 
         It has noise of its own: that of the tests and of the proposals is spent.
         """
         w = rows.positions.shape[1]
         last = found.num_accepted.clamp(max=w - 1)[:, None]
-        left = found.law.log()[None, :, None]
+        left = found.distribution.log()[None, :, None]
         code = draw(left, seeds=noise.keys, positions=rows.positions.gather(1, last), stream=Stream.RESIDUAL)
         column = torch.arange(w, device=code.device)
         return torch.where(column == found.num_accepted[:, None], code, found.tokens)
-
-
-@dataclass(frozen=True)
-class Recursive(TreeRule):
-    """Test siblings one after the other on what each rejection leaves; with ``relaxation`` it is LANTERN."""
-
-    k_seq: ClassVar[bool] = False
-
-    relaxation: Relaxation | None = None
-
-    def walk(self, rows: Rows, draft: TreeDraft, noise: Noise) -> Walk:
-        """Test from the root on."""
-        uniforms = uniform(noise.keys, rows.positions[:, :1], draft.tree.num_nodes, Stream.ACCEPT)[:, 0]
-        return walk_logits(
-            rows.logits,
-            draft,
-            uniforms,
-            positions=rows.positions,
-            limit=rows.num_rows,
-            relaxation=self.relaxation,
-            forced=rows.forced,
-            k_seq=self.k_seq,
-            **rows.warp,
-        )
 
 
 def guided(rows: Rows, draft: TreeDraft) -> Tensor:

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from vargen.kernels.tree.types import AcceptedPath
 from vargen.kernels.warp import combine
 from vargen.samplers.acceptance.base import Noise, Rows
 from vargen.samplers.acceptance.greedy import longest_path
-from vargen.samplers.acceptance.recursive import Walk
 from vargen.samplers.acceptance.tree import TreeRule
 from vargen.samplers.drafters.tree import TreeDraft
 
@@ -22,14 +22,14 @@ ENTROPY_FLOOR = 1e-5  # of the probability inside the logarithm, as released
 
 @dataclass(frozen=True)
 class Typical(TreeRule):
-    """The thresholds are those of ``walk_typical``."""
+    """The thresholds are those of ``verify_typical``."""
 
     epsilon: float = 0.09
     alpha: float = 0.3
 
-    def walk(self, rows: Rows, draft: TreeDraft, noise: Noise) -> Walk:
+    def find_path(self, rows: Rows, draft: TreeDraft, noise: Noise) -> AcceptedPath:
         """Find the longest path of likely proposals."""
-        return walk_typical(
+        return verify_typical(
             combine(rows.logits, rows.warp["guidance_scale"], 0),
             draft,
             temperature=rows.warp["temperature"],
@@ -40,7 +40,7 @@ class Typical(TreeRule):
         )
 
 
-def walk_typical(
+def verify_typical(
     logits: Tensor,
     draft: TreeDraft,
     *,
@@ -49,19 +49,19 @@ def walk_typical(
     alpha: float = 0.3,
     limit: Tensor | None = None,
     forced: Tensor | None = None,
-) -> Walk:
+) -> AcceptedPath:
     """Keep the longest path of proposals with ``p(x) > min(epsilon, alpha * exp(-entropy))``.
 
     Args:
         logits: ``[B, n, V]`` guided logits.
         draft: proposals of a deterministic drafter.
         temperature: divides the logits; positive.
-        epsilon: threshold of peaked laws.
+        epsilon: threshold of peaked distributions.
         alpha: share of the typical probability of flat ones.
-        limit, forced: as in ``walk_greedy``.
+        limit, forced: as in ``verify_greedy``.
 
     Returns:
-        The walk; the law of the code behind the path is cut at the same threshold.
+        The path; the distribution of the code behind it is cut at the same threshold.
     """
     p = (logits / temperature).softmax(-1)
     if forced is not None:
@@ -74,10 +74,10 @@ def walk_typical(
     accepted = (own > threshold.gather(1, above)) & (draft.tokens >= 0)
     score = own.log().masked_fill(draft.tree.parents.expand_as(own) < 0, 0.0)
     seen = draft.tree.mask.expand(len(score), -1, -1)
-    walk = longest_path(draft, accepted, accepted, None, limit, torch.where(seen, score[:, None], 0.0).sum(-1))
-    node = walk.path.gather(1, walk.num_accepted.clamp(max=walk.path.shape[1] - 1)[:, None])
-    law = p.gather(1, node[..., None].expand(-1, -1, p.shape[-1]))[:, 0]
-    typical = law > threshold.gather(1, node)
-    law = torch.where(typical.any(-1, keepdim=True), law * typical, law)
-    walk.law = law / law.sum(-1, keepdim=True)
-    return walk
+    found = longest_path(draft, accepted, accepted, None, limit, torch.where(seen, score[:, None], 0.0).sum(-1))
+    node = found.path.gather(1, found.num_accepted.clamp(max=found.path.shape[1] - 1)[:, None])
+    left = p.gather(1, node[..., None].expand(-1, -1, p.shape[-1]))[:, 0]
+    typical = left > threshold.gather(1, node)
+    left = torch.where(typical.any(-1, keepdim=True), left * typical, left)
+    found.distribution = left / left.sum(-1, keepdim=True)
+    return found

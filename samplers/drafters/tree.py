@@ -3,7 +3,7 @@
 Node 0 is the last permanent code, which is fed but not proposed; every other node proposes a code for the slot behind its
 parent's. Parents come before children and depths never fall, so that the first nodes of a tree form a tree.
 
-Letters: B images, n nodes, D depth of the deepest node, C most children of a node, R draft laws, V codes.
+Letters: B images, n nodes, D depth of the deepest node, C most children of a node, R draft rows, V codes.
 """
 
 from __future__ import annotations
@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from vargen.kernels.tree.types import TreeProposals
 
 # Paths of child numbers, one word a node, as published: `naive_extend_57` and the others with LANTERN (arXiv:2410.03355,
 # arXiv:2502.06352), `mc_sim_7b_63` with EAGLE (arXiv:2401.15077), `medusa_2_7b_63` with Medusa (arXiv:2401.10774).
@@ -154,31 +156,30 @@ class Tree:
 
 @dataclass(frozen=True)
 class TreeDraft:
-    """Proposals on a tree, with the laws from which they were drawn.
-
-    The children of a node are draws from row ``law_of[node]`` of ``laws``, given the codes on the way to the node:
-    without replacement in the order in which they are tested, or independent ones if ``replacement``. Without ``laws``
-    they are whatever a deterministic drafter proposes.
-    """
+    """Proposals on a tree, see ``TreeProposals`` for the fields."""
 
     tree: Tree
     tokens: Tensor  # [B, n] int64, -1 where there is no proposal; entry 0 is not read
-    laws: Tensor | None = None  # [B, R, V] float32 probabilities
-    law_of: Tensor | None = None  # [n] int64, -1 for leaves
+    distributions: Tensor | None = None
+    row_of: Tensor | None = None
     replacement: bool = False
-    probs: Tensor | None = (
-        None  # [B, n] probability of each token when it was drawn, 0 = never test; None = from `laws`
-    )
+    probs: Tensor | None = None
+
+    @property
+    def proposals(self) -> TreeProposals:
+        """What verification reads."""
+        drawn = (self.distributions, self.row_of, self.replacement, self.probs)
+        return TreeProposals(self.tokens, self.tree.children, self.tree.max_depth, *drawn)
 
     def narrow(self, width: int) -> TreeDraft:
         """The first ``width`` nodes."""
         if width == self.tree.num_nodes:
             return self
-        law_of = None if self.law_of is None else self.law_of[:width]
+        row_of = None if self.row_of is None else self.row_of[:width]
         probs = None if self.probs is None else self.probs[:, :width]
-        return replace(self, tree=self.tree.narrow(width), tokens=self.tokens[:, :width], law_of=law_of, probs=probs)
+        return replace(self, tree=self.tree.narrow(width), tokens=self.tokens[:, :width], row_of=row_of, probs=probs)
 
     def select(self, rows: Tensor) -> TreeDraft:
         """Keep the images ``rows``."""
-        laws, probs = (None if value is None else value[rows] for value in (self.laws, self.probs))
-        return replace(self, tree=self.tree.select(rows), tokens=self.tokens[rows], laws=laws, probs=probs)
+        q, probs = (None if value is None else value[rows] for value in (self.distributions, self.probs))
+        return replace(self, tree=self.tree.select(rows), tokens=self.tokens[rows], distributions=q, probs=probs)

@@ -14,12 +14,12 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor
 
+from vargen.kernels.tree.lantern import Relaxation
 from vargen.outputs import Guarantee
 from vargen.samplers.acceptance.base import Rule
 from vargen.samplers.acceptance.codebook_neighbors import neighbor_table
 from vargen.samplers.acceptance.greedy import Greedy
-from vargen.samplers.acceptance.lantern import Relaxation
-from vargen.samplers.acceptance.tree import Recursive
+from vargen.samplers.acceptance.recursive import Recursive
 from vargen.samplers.base import Inputs, Run
 from vargen.samplers.window.decoder import WindowInputs
 from vargen.samplers.window.trees import MAX_NODES, TreeSampler

@@ -13,10 +13,10 @@ from vargen.outputs import Guarantee
 from vargen.samplers.acceptance.base import Rule
 from vargen.samplers.acceptance.greedy import Greedy
 from vargen.samplers.acceptance.k_seq import KSeq
+from vargen.samplers.acceptance.recursive import Recursive
 from vargen.samplers.acceptance.rejection import Rejection
 from vargen.samplers.acceptance.shared_noise import SharedNoise
 from vargen.samplers.acceptance.shared_noise_tree import SharedNoiseTree
-from vargen.samplers.acceptance.tree import Recursive
 from vargen.samplers.acceptance.typical import Typical
 from vargen.samplers.base import MAX_DRAFTS, Run
 from vargen.samplers.drafters.base import check_drafter

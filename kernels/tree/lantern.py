@@ -1,46 +1,65 @@
-"""One test of one proposal: LANTERN's aggregated acceptance with its residuals, and the exact rules as its limits.
+"""LANTERN's aggregated acceptance (Jang et al., 2025, arXiv:2410.03355; LANTERN++: Park et al., 2025, arXiv:2502.06352).
 
-LANTERN counts the mass of a code's nearest neighbours as its own (Jang et al., 2025, arXiv:2410.03355; LANTERN++:
-Park et al., 2025, arXiv:2502.06352). What the residuals promise for the law ``out`` of the emitted code, with
-``p_A(x)`` the aggregated mass and ``a(x) = min(1, p_A(x) / q(x))``:
+A code counts with its nearest codes as long as their mass stays within a limit. What the residuals promise for the
+distribution ``out`` of the emitted code, with ``p_A(x)`` the aggregated mass and ``a(x) = min(1, p_A(x) / q(x))``:
 
 - ``"optimal"``, ``N([p - q a]+)``: no residual comes closer to p for this acceptance; with LANTERN++
   ``out(x) <= lam * p(x)`` for every code, any number of siblings and any drafter; with one sampled proposal
-  ``TV(out, p) = sum [q a - p]+``.
+  ``TV(out, p) = sum [q a - p]+``. Costs V k look-ups, so keep k <= 16.
 - ``"paper"``, ``N([p - q]+)`` off the neighbours counted: for deterministic proposals ``TV(out, p) <= delta`` for each
   sibling tested and ``out(x) <= lam * p(x)``; for sampled ones ``TV(out, p) <= TV(q, p)``, and delta bounds nothing.
 - ``"upstream"``, the released code: zeroes the k + 1 nearest codes whether they were counted or not. Deterministic
   proposals then break the bound, and where nothing is left any code may follow; kept to reproduce published images.
 
-p is the target law, q the draft law. Letters: b rows, V codes, k neighbours.
+p is the target distribution, q the draft's. Letters: b rows, V codes, k neighbours, K width of the table.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from vargen.kernels.acceptance import NOTHING_LEFT, accept, residual, within
+from vargen.kernels.acceptance import residual, within
+from vargen.kernels.language import constant, jit, tl, triton
 
 RESIDUALS = ("paper", "optimal", "upstream", "upstream-lumina")  # the last zeroes p before q is taken off
-KSEQ_STEPS = 40  # halvings of [1, K]: the root to double precision of what the test can see
+_, OPTIMAL, UPSTREAM, _ = (constant(number) for number in range(len(RESIDUALS)))
 
 
 @dataclass(frozen=True)
 class Relaxation:
     """How far acceptance is relaxed; exactly one of the limits is set."""
 
-    neighbors: Tensor  # [V, K] integer ids, K >= k, and k + 1 for the upstream residuals
+    neighbors: Tensor  # [V, K] integer ids without the code itself, K >= k, and k + 1 for the upstream residuals
     k: int
     delta: float | None = None  # LANTERN: neighbours join while their mass is at most delta
     lam: float | None = None  # LANTERN++: while the mass of all is at most lam times the code's own
     residual: str = "paper"
 
+    @property
+    def limits(self) -> tuple[float, float]:
+        """(a, b): neighbours may add the mass a + b p to a code of probability p."""
+        return (self.delta or 0.0, 0.0) if self.lam is None else (0.0, self.lam - 1.0)
+
     def limit(self, own: Tensor) -> Tensor:
-        """Mass that neighbours may add to a code of probability ``own``."""
-        return (self.lam - 1.0) * own if self.lam is not None else torch.full_like(own, self.delta or 0.0)
+        """Mass that neighbours may add to codes of probability ``own``."""
+        constant_mass, factor = self.limits
+        return constant_mass + factor * own
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of the kernel."""
+        table = self.neighbors.contiguous()
+        return {
+            "neighbors": Neighbors(table, *self.limits),
+            "width": table.shape[1],
+            "num_neighbors": self.k,
+            "RULE": RESIDUALS.index(self.residual),
+            "COUNT": self.k,
+            "REACH": triton.next_power_of_2(self.k + 1),
+        }
 
 
 @dataclass(frozen=True)
@@ -78,11 +97,11 @@ def aggregate_all(p: Tensor, relaxation: Relaxation) -> Tensor:
 def after_rejection(
     p: Tensor, q: Tensor | None, token: Tensor, found: Aggregate, relaxation: Relaxation | None
 ) -> Tensor:
-    """Unnormalised law that remains when ``token`` was rejected.
+    """Unnormalised distribution that remains when ``token`` was rejected.
 
     Args:
-        p: ``[b, V]`` law that the test used.
-        q: ``[b, V]`` law from which the token was drawn; None for a deterministic proposal.
+        p: ``[b, V]`` distribution that the test used.
+        q: ``[b, V]`` distribution from which the token was drawn; None for a deterministic proposal.
         token: ``[b]`` int64.
         found: from ``aggregate``.
         relaxation: as there.
@@ -112,43 +131,50 @@ def _ring_removed(
     return p, q.scatter(1, ring, q.gather(1, ring).masked_fill(relaxed, 0.0))
 
 
-def normalized(weights: Tensor, fallback: Tensor) -> Tensor:
-    """Divide ``weights [b, V]`` by their sum; ``fallback`` where nothing is left (p <= q in floating point)."""
-    total = weights.sum(-1, keepdim=True)
-    some = total > NOTHING_LEFT
-    return torch.where(some, weights / total.where(some, 1.0), fallback)
+class Neighbors(NamedTuple):
+    """Pointer and limits of a ``Relaxation``."""
+
+    table: Any  # V K
+    constant: Any
+    factor: Any
 
 
-def k_seq_factor(p: Tensor, q: Tensor, count: Tensor) -> Tensor:
-    """Division factor rho of K-SEQ (SpecTr: Sun et al., 2023, arXiv:2310.15141), from the valid side of the root.
-
-    Args:
-        p: ``[b, V]`` target laws.
-        q: ``[b, V]`` draft laws.
-        count: ``[b]`` int64 K, independent candidates of each row.
-
-    Returns:
-        ``[b]`` float64 in [1, K].
-    """
-    p, q, most = p.double(), q.double(), count.double().clamp(min=1.0)
-    low, high = torch.ones_like(most), most
-    for _ in range(KSEQ_STEPS):
-        middle = 0.5 * (low + high)
-        beta = torch.minimum(q, p / middle[:, None]).sum(-1)
-        invalid = 1.0 - (1.0 - beta).clamp(min=0.0) ** most > middle * beta
-        low, high = middle.where(invalid, low), high.where(invalid, middle)
-    return high
+@jit
+def aggregate_code(work, inv, token, own, neighbors, width, num_neighbors, REACH: tl.constexpr):
+    """Device function of ``aggregate`` over p = ``work * inv``: mass added, and by how many; REACH: power of two above k."""
+    m = tl.arange(0, REACH)
+    near = tl.load(neighbors.table + token * width + m, mask=m < num_neighbors, other=0).to(tl.int64)
+    mass = tl.cumsum(tl.where(m < num_neighbors, tl.load(work + near) * inv, 0.0), 0)
+    joins = within(mass, neighbors.constant + neighbors.factor * own) & (m < num_neighbors)
+    return tl.max(tl.where(joins, mass, 0.0), 0), tl.sum(joins.to(tl.int32), 0)
 
 
-def k_seq_residual(p: Tensor, q: Tensor, count: Tensor, rho: Tensor) -> Tensor:
-    """Unnormalised law when none of K candidates passed ``u * rho * q < p``: ``[b, V]`` float64."""
-    p, q = p.double(), q.double()
-    common = torch.minimum(q, p / rho[:, None])
-    beta = common.sum(-1)
-    factor = torch.where(beta > 0, (1.0 - (1.0 - beta).clamp(min=0.0) ** count.double()) / beta, 0.0)
-    return (p - common * factor[:, None]).clamp(min=0.0)
+@jit
+def aggregate_piece(work, inv, v, p, V, neighbors, width, COUNT: tl.constexpr):
+    """Device function of ``aggregate_all`` for a piece of a row: the mass added."""
+    row = tl.where(v < V, v, 0).to(tl.int64) * width
+    total = p * 0.0
+    joined = p == p
+    for m in range(COUNT):
+        near = tl.load(neighbors.table + row + m).to(tl.int64)
+        more = total + tl.load(work + near) * inv
+        joined = joined & within(more, neighbors.constant + neighbors.factor * p)
+        total = tl.where(joined, more, total)
+    return total
 
 
-def passes(mass: Tensor, q: Tensor, u: Tensor) -> Tensor:
-    """Whether proposals of draft probability ``q`` pass, ``u`` uniform in [0, 1)."""
-    return accept.fn(mass, q, u)
+@jit
+def remove_neighbors(
+    old, new, inv, token, count, neighbors, width, num_neighbors, SAMPLED: tl.constexpr, RULE: tl.constexpr,
+    REACH: tl.constexpr,
+):  # fmt: skip
+    """Device function of the neighbours' part of ``after_rejection``: ``new`` holds what is left without them."""
+    reach = count
+    if RULE >= UPSTREAM:  # the released codes: k + 1 of them as soon as one counted
+        reach = tl.where(count > 0, num_neighbors + 1, 0)
+    m = tl.arange(0, REACH)
+    near = tl.load(neighbors.table + token * width + m, mask=m < reach, other=0).to(tl.int64)
+    value = tl.load(old + near) * 0.0
+    if SAMPLED and RULE == UPSTREAM:  # it takes the ring from q
+        value = tl.load(old + near) * inv
+    tl.store(new + near, value, mask=m < reach)
