@@ -1,6 +1,6 @@
 """One acceptance step of speculative Jacobi decoding: the Triton kernels beside eager PyTorch, torch.compile and peers.
 
-The work of a step: guidance over two branches, temperature, top-k, softmax, the test of every draft against the law it
+The work of a step: guidance over two branches, temperature, top-k, softmax, the test of every draft against the distribution it
 was drawn from, a draw or a residual draw for every row, the number of committed codes, the drafts of the next window.
 Candidates that do less say so in their name. On a CUDA device all calls of one candidate over several input sets are
 captured in one CUDA graph, so the sets rotate through the L2 cache and no launch overhead counts; times are medians of
@@ -9,7 +9,7 @@ and once more for rows whose draft was rejected, would take.
 
     python benchmarks/acceptance_kernel.py                 # on a CUDA device, about eight minutes
     python benchmarks/acceptance_kernel.py --quick         # three shapes
-    python benchmarks/acceptance_kernel.py --device cpu    # the PyTorch twins only
+    python benchmarks/acceptance_kernel.py --device cpu    # the PyTorch references only
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Step:
         }
         self.errors = new_errors(batch, device)
         self.draft = self._drafts(before.to(dtype))
-        self.law = _probabilities(before.to(dtype), self.top_k)  # what the eager step stores from the last iteration
+        self.probs = _probabilities(before.to(dtype), self.top_k)  # what the eager step stores from the last iteration
 
     def _drafts(self, before: Tensor) -> Draft:
         """Outcomes of the last iteration as drafts of this one, each labelled with its own row."""
@@ -92,7 +92,7 @@ class Step:
 
     def eager(self) -> tuple[Tensor, ...]:
         """The same step in plain PyTorch operators, with the library's own random numbers: the released formulation."""
-        return eager_step(self.logits, self.draft.tokens, self.draft.prob, self.law, self.top_k)
+        return eager_step(self.logits, self.draft.tokens, self.draft.prob, self.probs, self.top_k)
 
 
 def _probabilities(logits: Tensor, top_k: int) -> Tensor:
@@ -101,12 +101,12 @@ def _probabilities(logits: Tensor, top_k: int) -> Tensor:
     return guided.masked_fill(guided < kth, float("-inf")).softmax(-1)
 
 
-def eager_step(logits: Tensor, tokens: Tensor, draft_prob: Tensor, law: Tensor, top_k: int) -> tuple[Tensor, ...]:
+def eager_step(logits: Tensor, tokens: Tensor, draft_prob: Tensor, probs: Tensor, top_k: int) -> tuple[Tensor, ...]:
     """Maximal coupling at every row, commit count, and the shifted window."""
     p = _probabilities(logits, top_k)
     p_draft = p.gather(-1, tokens[..., None])[..., 0]
     accepted = torch.rand_like(p_draft) * draft_prob < p_draft
-    left = (p - law).clamp(min=0)
+    left = (p - probs).clamp(min=0)
     left = torch.where(left.sum(-1, keepdim=True) > 0, left, p)
     drawn = torch.multinomial(left.flatten(0, 1), 1).view_as(tokens)
     outcome = torch.where(accepted, tokens, drawn)
@@ -131,7 +131,7 @@ def flashinfer_candidates(step: Step) -> dict[str, Callable[[], Any]]:
 
     def chain() -> Any:
         return sampling.chain_speculative_sampling(
-            step.law, step.draft.tokens.int(), torch.cat([target, bonus], dim=1)
+            step.probs, step.draft.tokens.int(), torch.cat([target, bonus], dim=1)
         )
 
     return {"flashinfer draw only, guided logits": draw, "flashinfer chain test only, given p and q": chain}
@@ -153,7 +153,7 @@ def vllm_candidates(step: Step) -> dict[str, Callable[[], Any]]:
 
     def chain() -> Any:
         return rejection_sampler.rejection_sample(
-            drafted, [window] * batch, window, bounds, step.law.flatten(0, 1), target, bonus, Metadata
+            drafted, [window] * batch, window, bounds, step.probs.flatten(0, 1), target, bonus, Metadata
         )
 
     return {"vLLM chain test only, given p and q": chain}
@@ -161,7 +161,7 @@ def vllm_candidates(step: Step) -> dict[str, Callable[[], Any]]:
 
 def candidates(steps: list[Step], device: str) -> tuple[dict[str, list[Callable[[], Any]]], dict[str, str]]:
     """Calls over all input sets by name, and why a candidate is missing."""
-    who = "twin" if device == "cpu" else "ours"
+    who = "reference" if device == "cpu" else "ours"
     found = {f"{who}, {carry}": [step.ours(carry) for step in steps] for carry in CARRIES}
     missing: dict[str, str] = {}
     if device == "cpu":
@@ -169,7 +169,7 @@ def candidates(steps: list[Step], device: str) -> tuple[dict[str, list[Callable[
     found["eager"] = [step.eager for step in steps]
     compiled = torch.compile(eager_step, fullgraph=True, dynamic=False)
     found["torch.compile of eager"] = [
-        lambda s=step: compiled(s.logits, s.draft.tokens, s.draft.prob, s.law, s.top_k) for step in steps
+        lambda s=step: compiled(s.logits, s.draft.tokens, s.draft.prob, s.probs, s.top_k) for step in steps
     ]
     for name, make in (("flashinfer", flashinfer_candidates), ("vLLM", vllm_candidates)):
         try:
@@ -181,8 +181,8 @@ def candidates(steps: list[Step], device: str) -> tuple[dict[str, list[Callable[
     return found, missing
 
 
-def twin(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
-    """The same calls through the PyTorch twins."""
+def referenced(calls: list[Callable[[], Any]]) -> list[Callable[[], Any]]:
+    """The same calls through the PyTorch references."""
 
     def switched(call: Callable[[], Any]) -> Callable[[], Any]:
         def run() -> Any:
@@ -284,29 +284,29 @@ def measure(num_codes: int, window: int, batch: int, device: str, bandwidth: flo
             row["us launched"] = 1e6 * launched_seconds(group)
         rows.append(row)
     if device == "cuda" and (num_codes, window) in ((1024, 16), (16384, 16)):
-        plain = twin(calls["ours, maximal"][:4])
-        rows.append({**shape, "candidate": "twin, maximal (eager)", "us launched": 1e6 * launched_seconds(plain)})
-        rows.append(_compiled_twin(steps[:4], shape, missing))
+        plain = referenced(calls["ours, maximal"][:4])
+        rows.append({**shape, "candidate": "reference, maximal (eager)", "us launched": 1e6 * launched_seconds(plain)})
+        rows.append(_compiled_reference(steps[:4], shape, missing))
     return rows, missing
 
 
-def _compiled_twin(steps: list[Step], shape: dict[str, Any], missing: dict[str, str]) -> dict[str, Any]:
-    """torch.compile of the twin; it picks rows by value, so the graph breaks there."""
-    from vargen.kernels.verify.reference import Setting, verify_twin
-    from vargen.kernels.verify.types import VerifyNoise
+def _compiled_reference(steps: list[Step], shape: dict[str, Any], missing: dict[str, str]) -> dict[str, Any]:
+    """torch.compile of the reference; it picks rows by value, so the graph breaks there."""
+    from vargen.kernels.verify.reference import verify_reference
+    from vargen.kernels.verify.types import Place, VerifyNoise
+    from vargen.kernels.warp import WarpSettings
 
     def step_of(s: Step) -> Callable[[], Any]:
-        place = tuple(s.where[name] for name in ("seeds", "positions", "iteration", "num_rows"))
-        setting = Setting(GUIDANCE, 1.0, s.top_k, 1.0)
-        return lambda: compiled(s.logits, s.draft, "maximal", *place, setting, None, VerifyNoise())
+        given = (Place(**s.where), WarpSettings(GUIDANCE, top_k=s.top_k), None, VerifyNoise())
+        return lambda: compiled(s.logits, s.draft, "maximal", *given)
 
-    compiled = torch.compile(verify_twin)
-    row: dict[str, Any] = {**shape, "candidate": "torch.compile of the twin, without the shift"}
+    compiled = torch.compile(verify_reference)
+    row: dict[str, Any] = {**shape, "candidate": "torch.compile of the reference, without the shift"}
     try:
         calls = [step_of(step) for step in steps]
         row["us launched"] = 1e6 * launched_seconds(calls)
     except Exception as error:
-        missing["torch.compile of the twin"] = f"{type(error).__name__}: {error}".splitlines()[0]
+        missing["torch.compile of the reference"] = f"{type(error).__name__}: {error}".splitlines()[0]
     return row
 
 
@@ -331,7 +331,7 @@ def main() -> int:
     arguments = parser.parse_args()
     device = arguments.device
     if device == "cuda" and not torch.cuda.is_available():
-        sys.stderr.write("no CUDA device here; `--device cpu` times the PyTorch twins\n")
+        sys.stderr.write("no CUDA device here; `--device cpu` times the PyTorch references\n")
         return 1
     if device == "cpu":
         pin_to_core(arguments.core)

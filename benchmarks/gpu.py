@@ -18,7 +18,7 @@ import torch
 from _common import ROOT, report, table, write_json
 
 KERNEL_TESTS = (
-    "random", "warp", "draw", "verify", "verify_kernel", "verify_edges", "verify_law", "shift", "nearest", "tree_kernel", "graphs"
+    "random", "warp", "draw", "verify", "verify_kernel", "verify_edges", "verify_distribution", "shift", "nearest", "tree_kernel", "graphs"
 )  # fmt: skip
 
 

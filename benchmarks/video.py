@@ -2,7 +2,7 @@
 
 Three models of one width and depth over one tokenizer; they differ in the block that a forward pass draws: one code, one row,
 one frame. Size and sampler are those of the shipped heroes-video-nbp. Weights are random, the heads sharpened until a code
-holds as many nats as a trained one does: noise is dear on a CPU, and a sure code needs none (`--flat` leaves them as they
+holds as many nats as a trained one does: noise takes most of the time on a CPU, and a sure code needs none (`--flat` leaves them as they
 are). Seconds hold drawing the codes and decoding them to frames, as in the paper's table.
 
     python benchmarks/video.py                # about three minutes on one core

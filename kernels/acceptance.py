@@ -1,7 +1,7 @@
 """Acceptance rules, written once: plain operators, so that Triton kernels call them as device functions and the
-PyTorch twins through ``.fn``.
+PyTorch references through ``.fn``.
 
-p is the target law, q the draft law, u uniform in [0, 1). Nothing else in the library compares p with q.
+p is the target distribution, q the draft's, u uniform in [0, 1). Nothing else in the library compares p with q.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def accept(p, q, u):
 
 @jit
 def residual(p, q):
-    """Unnormalised law of the token that replaces a rejected draft: (p - q) where it is positive, else 0."""
+    """Unnormalised distribution of the token that replaces a rejected draft: (p - q) where it is positive, else 0."""
     return (p - q) * (q < p)
 
 

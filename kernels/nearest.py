@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vargen.kernels.language import jit, tl, triton, use_triton
 
-_CHUNK = 1 << 21  # distances held at a time by the twin: 8 MB
+_CHUNK = 1 << 21  # distances held at a time by the reference: 8 MB
 
 
 def nearest_code(x: Tensor, codebook: Tensor, l2_norm: bool = False) -> Tensor:
@@ -32,7 +32,7 @@ def nearest_code(x: Tensor, codebook: Tensor, l2_norm: bool = False) -> Tensor:
         raise ValueError(f"need x [n, C] and codebook [V, C], got {list(x.shape)} and {list(codebook.shape)}")
     if use_triton(x) or torch.compiler.is_compiling():
         return _nearest(x, codebook, l2_norm)
-    return _nearest_twin(x, codebook, l2_norm)
+    return _nearest_reference(x, codebook, l2_norm)
 
 
 def _prepared(x: Tensor, l2_norm: bool) -> tuple[Tensor, Tensor]:
@@ -42,7 +42,7 @@ def _prepared(x: Tensor, l2_norm: bool) -> tuple[Tensor, Tensor]:
     return x, x.square().sum(-1)
 
 
-def _nearest_twin(x: Tensor, codebook: Tensor, l2_norm: bool) -> Tensor:
+def _nearest_reference(x: Tensor, codebook: Tensor, l2_norm: bool) -> Tensor:
     x, size = _prepared(x, l2_norm)
     codebook, sizes = _prepared(codebook, l2_norm)
     nearest = torch.empty(len(x), dtype=torch.int64, device=x.device)
@@ -94,7 +94,7 @@ def _nearest_kernel(
 @torch.library.custom_op("vargen::nearest", mutates_args=())
 def _nearest(x: Tensor, codebook: Tensor, l2_norm: bool) -> Tensor:
     if not use_triton(x):
-        return _nearest_twin(x, codebook, l2_norm)
+        return _nearest_reference(x, codebook, l2_norm)
     x, size = _prepared(x, l2_norm)
     codebook, sizes = _prepared(codebook, l2_norm)
     nearest = torch.empty(len(x), dtype=torch.int64, device=x.device)

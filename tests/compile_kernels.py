@@ -17,7 +17,7 @@ from triton.compiler import ASTSource
 from vargen.kernels import device, draw, language, nearest, warp
 from vargen.kernels.tree import lantern
 from vargen.kernels.tree import triton_kernels as tree_kernels
-from vargen.kernels.verify import group, shift
+from vargen.kernels.verify import group, label, shift
 from vargen.kernels.verify import triton_kernels as verify_kernels
 
 POINTERS = {
@@ -31,7 +31,7 @@ FLOATS = ["scale", "inv_t", "top_p", "constant", "factor", "uniform_prob", "prob
 GROUPS = {
     "logits": device.Logits("*bf16", "i64", "i64", "i64"),
     "warp": device.Warp("*fp32", "fp32", "fp32", "fp32", "i32"),
-    "drafts": verify_kernels.Drafts,
+    "drafts": label.Drafts,
     "places": verify_kernels.Places,
     "given": verify_kernels.Given,
     "outcomes": verify_kernels.Outcomes,

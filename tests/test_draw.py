@@ -1,4 +1,4 @@
-"""Draws have the law of the warped logits, depend on seed and position only, and the kernel draws the twin's codes."""
+"""Draws have the law of the warped logits, depend on seed and position only, and the kernel draws the reference's codes."""
 
 import os
 import subprocess
@@ -139,27 +139,27 @@ def test_logits_of_other_ranks_or_types_are_named():
         (300, 2, torch.float32, {"stream": Stream.FRESH, "iteration": torch.tensor([3, 9])}),
     ],
 )
-def test_kernel_draws_what_the_twin_draws(on_kernel, poisoned, num_codes, window, dtype, settings):
+def test_kernel_draws_what_the_reference_draws(on_kernel, poisoned, num_codes, window, dtype, settings):
     torch.manual_seed(2)
     logits = (torch.randn(2, 2, window, num_codes) * 2).to(dtype)
     logits[:, 0, 0] = NEG  # a single atom
     logits[:, 0, 0, num_codes // 2] = 1.0
     logits[:, 1, 0, ::2] = 3.0  # many equal values at the top
     where = place(2, window)
-    twin = draw(logits, guidance_scale=2.5, **where, **settings)
-    assert twin[0, 0] == num_codes // 2
-    assert torch.equal(on_kernel(draw, logits, guidance_scale=2.5, **where, **settings), twin)
+    reference = draw(logits, guidance_scale=2.5, **where, **settings)
+    assert reference[0, 0] == num_codes // 2
+    assert torch.equal(on_kernel(draw, logits, guidance_scale=2.5, **where, **settings), reference)
 
 
 def test_kernel_takes_strided_views_explicit_noise_and_a_scale_per_image(on_kernel):
     whole = torch.randn(2, 6, 5, 120)
     view = whole[:, ::2, 1:3, 10:90]
     where, noise, scales = place(3, 2), torch.randn(3, 2, 80), torch.tensor([1.0, 2.0, 3.0])
-    twin = draw(view, guidance_scale=scales, noise=noise, top_k=20, **where)
-    assert torch.equal(on_kernel(draw, view, guidance_scale=scales, noise=noise, top_k=20, **where), twin)
+    reference = draw(view, guidance_scale=scales, noise=noise, top_k=20, **where)
+    assert torch.equal(on_kernel(draw, view, guidance_scale=scales, noise=noise, top_k=20, **where), reference)
 
 
-def test_the_noise_on_chip_is_the_noise_of_the_twin(on_kernel):
+def test_the_noise_on_chip_is_the_noise_of_the_reference(on_kernel):
     """Same bits; the logarithms may differ in their last digits, which is what near ties can hang on."""
     where = {"seeds": torch.tensor([5, -9, 1 << 62]), "positions": torch.tensor([[0, 3], [7, 1 << 20], [2, 2]])}
 
@@ -168,8 +168,8 @@ def test_the_noise_on_chip_is_the_noise_of_the_twin(on_kernel):
         _noise_kernel[(6,)](seeds, positions, out, W=2, BLOCK=256)
         return out
 
-    noise, twin = on_kernel(write, **where), gumbel(**where, num_codes=256)
-    assert torch.allclose(noise, twin, rtol=2e-6, atol=2e-6)
+    noise, reference = on_kernel(write, **where), gumbel(**where, num_codes=256)
+    assert torch.allclose(noise, reference, rtol=2e-6, atol=2e-6)
     assert noise.max() > 6
 
 
@@ -189,13 +189,13 @@ def test_compiled_kernel_differs_at_near_ties_only(num_codes):
     logits = (torch.randn(2, batch, window, num_codes) * 2).to(torch.bfloat16)
     where = place(batch, window)
     settings = {"guidance_scale": 3.0, "top_k": num_codes // 8}
-    twin = draw(logits, **where, **settings)
+    reference = draw(logits, **where, **settings)
     device = {name: value.cuda() for name, value in where.items()}
     codes = draw(logits.cuda(), **device, **settings).cpu()
     score = warp_logits(logits, **settings) + gumbel(where["seeds"], where["positions"], num_codes)
-    gap = score.gather(-1, twin[..., None]) - score.gather(-1, codes[..., None])
+    gap = score.gather(-1, reference[..., None]) - score.gather(-1, codes[..., None])
     assert (gap < 1e-5).all()
-    assert (codes != twin).sum() <= 1  # of 256 rows; expected about 1e-3
+    assert (codes != reference).sum() <= 1  # of 256 rows; expected about 1e-3
 
 
 def test_operator_survives_compilation():

@@ -114,7 +114,7 @@ def fake_state(sampler, mode):
 
 @pytest.mark.parametrize("sampler", SAMPLERS, ids=str)
 def test_an_iteration_reads_nothing_back(sampler, stand_in):
-    pytest.importorskip("triton")  # without it CUDA tensors go to the twins, which look at values
+    pytest.importorskip("triton")  # without it CUDA tensors go to the references, which look at values
     mode = FakeTensorMode()
     state = fake_state(sampler, mode)
     before = {name: id(tensor) for name, tensor in tensors_of(state).items()}

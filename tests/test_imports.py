@@ -14,7 +14,14 @@ import pytest
 import vargen
 
 ROOT = Path(__file__).resolve().parents[1]
-CORE = ("features", "orders", "outputs", "protocols", "random", "validation")  # modules of vargen that everyone may import
+CORE = (
+    "features",
+    "orders",
+    "outputs",
+    "protocols",
+    "random",
+    "validation",
+)  # modules of vargen that everyone may import
 FILES = ("files", "checkpoints")
 LIGHT = ("vargen", "vargen.validation.checks", "vargen.registry", "vargen.cli.main")
 

@@ -15,7 +15,7 @@ from tests.conftest import GOLDEN
 from tests.enumeration import chi_square_p, table_law
 from tests.tiny import tiny_backbone, tiny_tokenizer
 from tests.toys import perturbed
-from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
+from tests.tree_enumeration import distributions_with_zeros, emitted, shape
 from tests.tree_toys import TreeSpatial, TreeTabular
 from vargen.kernels.tree import reference
 from vargen.kernels.tree.lantern import Relaxation, aggregate, aggregate_all
@@ -127,7 +127,7 @@ def released_warp(logits, temperature, top_k, top_p):
     return z.masked_fill(z < z.topk(top_k).values[..., -1:], -math.inf)
 
 
-def assert_walked(found, rows, trial, label, law=True):
+def assert_found(found, rows, trial, label, law=True):
     count = int(found.num_accepted)
     assert count == int(trial[f"{label}.accept_length"])
     taken = found.path[0, : count + 1]
@@ -144,7 +144,7 @@ def table(golden):
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_dynamic_trees_are_walked_as_released(golden, table, number):
+def test_dynamic_trees_are_verified_as_released(golden, table, number):
     trial = golden("lantern/accept_dynamic", f"trial{number:02}.")
     tree = Tree.from_parents(trial["parents"][None], 5, 10)
     assert torch.equal(tree.rows(), trial["retrieve_indices"])
@@ -153,7 +153,7 @@ def test_dynamic_trees_are_walked_as_released(golden, table, number):
         law = target_of(released_warp(trial["node_logits"], *settings)[None, None])
         for label, relaxation in relaxations("accept_dynamic", table, "upstream"):
             found = verify_tree_reference(law, draft.proposals, trial["uniforms"][None], relaxation=relaxation)
-            assert_walked(found, trial["retrieve_indices"], trial, f"{warp}.{label}")
+            assert_found(found, trial["retrieve_indices"], trial, f"{warp}.{label}")
 
 
 def fixed_draft(trial, deterministic=False):
@@ -172,7 +172,7 @@ def fixed_draft(trial, deterministic=False):
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_fixed_trees_are_walked_as_released(golden, table, number):
+def test_fixed_trees_are_verified_as_released(golden, table, number):
     trial = golden("lantern/accept_static", f"trial{number:02}.")
     law = target_of(
         released_warp(trial["node_logits"], *json.loads(metadata("accept_static")["processor"]))[None, None]
@@ -180,12 +180,12 @@ def test_fixed_trees_are_walked_as_released(golden, table, number):
     draft = fixed_draft(trial)
     for label, relaxation in relaxations("accept_static", table, "upstream"):
         found = verify_tree_reference(law, draft.proposals, trial["uniforms"][None], relaxation=relaxation)
-        assert_walked(found, draft.tree.rows(), trial, label)
+        assert_found(found, draft.tree.rows(), trial, label)
 
 
 @pytest.mark.parametrize("number", range(4))
 @pytest.mark.parametrize("version", ["v1", "v2"])
-def test_lumina_trees_are_walked_as_released(golden, table, version, number):
+def test_lumina_trees_are_verified_as_released(golden, table, version, number):
     """Codes stand behind four other ids there, and the residual takes the ring from p before it subtracts q."""
     trial = golden("lantern/accept_lumina", f"trial{number:02}.")
     offset = int(metadata("accept_lumina")["image_token_offset"])
@@ -195,18 +195,18 @@ def test_lumina_trees_are_walked_as_released(golden, table, version, number):
     law = target_of(trial["node_logits"][None, None])
     for label, relaxation in relaxations("accept_lumina", shifted, "upstream-lumina"):
         found = verify_tree_reference(law, draft.proposals, trial["uniforms"][None], relaxation=relaxation)
-        assert_walked(found, draft.tree.rows(), trial, f"{version}.{label}")
+        assert_found(found, draft.tree.rows(), trial, f"{version}.{label}")
 
 
 @pytest.mark.parametrize("number", range(6))
-def test_greedy_walks_are_the_released_ones(golden, table, number):
+def test_greedy_trees_are_the_released_ones(golden, table, number):
     trial = golden("lantern/accept_greedy", f"trial{number:02}.")
     tree = Tree.from_parents(trial["parents"][None], 5, 10, leaf_order=True)
     assert torch.equal(tree.rows(), trial["retrieve_indices"])
     draft = TreeDraft(tree, trial["tree_tokens"][None])
     for label, relaxation in relaxations("accept_greedy", table, "paper"):
         found = verify_greedy(trial["node_logits"][None], draft, relaxation=relaxation)
-        assert_walked(found, trial["retrieve_indices"], trial, label, law=False)
+        assert_found(found, trial["retrieve_indices"], trial, label, law=False)
         assert int(found.tokens[0, int(found.num_accepted)]) == int(trial[f"{label}.next_logits"].argmax())
 
 
@@ -220,7 +220,7 @@ def test_typical_acceptance_is_the_released_one(golden, number):
         found = verify_typical(
             inputs["node_logits"][None], draft, temperature=temperature, epsilon=epsilon, alpha=alpha
         )
-        assert_walked(found, inputs["retrieve_indices"], trial, f"cfg{i}", law=False)
+        assert_found(found, inputs["retrieve_indices"], trial, f"cfg{i}", law=False)
 
 
 # -------------------------------------------------------------------------------------------------------------- bounds
@@ -244,7 +244,7 @@ def random_case(seed):
 
 def one_step(p, q, proposal, relaxation, siblings):
     tree = shape(*[str(i) for i in range(siblings)])
-    law = emitted_law(lambda prefix: p, lambda prefix: q, tree, proposal, 1, relaxation=relaxation)
+    law = emitted(lambda prefix: p, lambda prefix: q, tree, proposal, 1, relaxation=relaxation)
     return np.array([law.get((code,), 0.0) for code in range(SIZE)])
 
 
@@ -707,6 +707,6 @@ def test_neighbours_come_from_the_tokenizer():
         sampler.sample(backbone, labels, seeds=range(3), drafter=backbone, tokenizer=tiny_tokenizer(32))
 
 
-def test_laws_with_zeros_are_laws():
-    law = laws_with_zeros(4, 3, 0, 0.5)
+def test_distributions_with_zeros_are_laws():
+    law = distributions_with_zeros(4, 3, 0, 0.5)
     assert all(law(prefix).sum() == pytest.approx(1.0) for prefix in [(), (1,), (2, 3)])

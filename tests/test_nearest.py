@@ -1,4 +1,4 @@
-"""Nearest codes: the definition, ties, chunks, and the kernel against its twin."""
+"""Nearest codes: the definition, ties, chunks, and the kernel against its reference."""
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ def brute_force(x, codebook, l2_norm):
 
 @pytest.mark.parametrize("l2_norm", [False, True])
 @pytest.mark.parametrize(("n", "num_codes", "channels"), [(1, 1, 1), (7, 63, 8), (130, 100, 5), (65, 129, 70)])
-def test_twin_and_kernel_find_the_nearest(on_kernel, poisoned, n, num_codes, channels, l2_norm):
+def test_reference_and_kernel_find_the_nearest(on_kernel, poisoned, n, num_codes, channels, l2_norm):
     torch.manual_seed(0)
     x, codebook = torch.randn(n, channels), torch.randn(num_codes, channels) * torch.rand(num_codes, 1)
     wanted = brute_force(x, codebook, l2_norm)

@@ -217,15 +217,15 @@ def test_forced_positions_become_points():
 @pytest.mark.parametrize(
     ("tail", "width"), [("uniform", None), ("repeat_left", 5), ("repeat_above", 3), ("repeat_above", 9)]
 )
-def test_kernel_equals_twin(on_kernel, poisoned, tail, width, forced):
+def test_kernel_equals_reference(on_kernel, poisoned, tail, width, forced):
     outcome, logits, where = scene()
     where |= {"tail": tail, "grid_width": width, "codes": torch.randint(40, (3, 16))}
     if forced:
         where["forced"] = torch.where(torch.rand(3, 6) < 0.3, 17, -1)
-    twin, kernel = shift_window(outcome, logits, **where), on_kernel(shift_window, outcome, logits, **where)
+    reference, kernel = shift_window(outcome, logits, **where), on_kernel(shift_window, outcome, logits, **where)
     for name in ("tokens", "kind", "prob", "row"):
-        assert torch.equal(getattr(kernel, name), getattr(twin, name)), name
-        assert getattr(kernel, name).dtype == getattr(twin, name).dtype
+        assert torch.equal(getattr(kernel, name), getattr(reference, name)), name
+        assert getattr(kernel, name).dtype == getattr(reference, name).dtype
 
 
 def test_arguments_are_named():

@@ -27,21 +27,21 @@ def scene(name, proposal, *, batch=6, guided=True, seed=0, sharpness=1.5):
     row_of = torch.full((n,), -1)
     row_of[inner] = torch.arange(len(inner))
     near = logits[0][:, inner] + 0.7 * torch.randn(batch, len(inner), SIZE)
-    laws = near.softmax(-1)
+    distributions = near.softmax(-1)
     tokens = torch.zeros(batch, n, dtype=torch.int64)
     for row, node in enumerate(inner):
         kids = [kid for kid in tree.children[0, node].tolist() if kid >= 0]
         if proposal == "top":
-            drawn = laws[:, row].topk(len(kids)).indices
+            drawn = distributions[:, row].topk(len(kids)).indices
         else:
-            drawn = laws[:, row].multinomial(len(kids), replacement=proposal == "with_replacement")
+            drawn = distributions[:, row].multinomial(len(kids), replacement=proposal == "with_replacement")
         tokens[:, kids] = drawn
     tokens[1, 2] = -1  # nothing proposed there
     sampled = proposal != "top"
     draft = TreeDraft(
         tree,
         tokens,
-        laws if sampled else None,
+        distributions if sampled else None,
         row_of if sampled else None,
         replacement=proposal == "with_replacement",
     )

@@ -1,4 +1,4 @@
-"""Trees of proposals: published shapes and buffers, and laws of walks by enumeration."""
+"""Trees of proposals: published shapes and buffers, and distributions of what they emit by enumeration."""
 
 from itertools import pairwise
 
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from tests.enumeration import sequence_law, total_variation
-from tests.tree_enumeration import emitted_law, laws_with_zeros, shape
+from tests.tree_enumeration import distributions_with_zeros, emitted, shape
 from vargen.kernels.tree import reference
 from vargen.kernels.tree.reference import target_of, verify_tree_reference
 from vargen.samplers.acceptance.greedy import verify_greedy
@@ -116,16 +116,19 @@ RULES = {
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("name", SHAPES)
 def test_trees_are_exact(name, rule, zeros):
-    """Laws with zeros: drafts outside the target's support, targets outside the draft's, fewer codes than siblings."""
+    """Distributions with zeros: drafts outside the target's support, targets outside the draft's, fewer codes than siblings."""
     tree, (proposal, k_seq) = SHAPES[name], RULES[rule]
     size, length = (4 if name in ("one", "pair", "four") else 3), tree.max_depth + 1
-    target, draft = laws_with_zeros(size, length + 1, 11, zeros), laws_with_zeros(size, length + 1, 12, zeros)
-    law = emitted_law(target, draft, tree, proposal, length, k_seq=k_seq)
+    target, draft = (
+        distributions_with_zeros(size, length + 1, 11, zeros),
+        distributions_with_zeros(size, length + 1, 12, zeros),
+    )
+    law = emitted(target, draft, tree, proposal, length, k_seq=k_seq)
     assert total_variation(law, sequence_law(target, length)) < EXACT
 
 
 def test_forced_codes_are_emitted_and_leave_the_rest_exact():
-    target, draft = laws_with_zeros(3, 4, 1), laws_with_zeros(3, 4, 2)
+    target, draft = distributions_with_zeros(3, 4, 1), distributions_with_zeros(3, 4, 2)
     forced = torch.tensor([[-1, 2, -1]])
 
     def conditioned(prefix):
@@ -134,7 +137,7 @@ def test_forced_codes_are_emitted_and_leave_the_rest_exact():
     # the drafter knows the forced code and puts it first
     aware = lambda prefix: np.array([0.0, 0.0, 1.0]) if len(prefix) == 1 else draft(prefix)  # noqa: E731
     for drafter in (draft, aware):
-        law = emitted_law(conditioned, drafter, shape("0", "1", "00", "01"), "without_replacement", 3, forced=forced)
+        law = emitted(conditioned, drafter, shape("0", "1", "00", "01"), "without_replacement", 3, forced=forced)
         assert total_variation(law, sequence_law(conditioned, 3)) < EXACT
 
 
@@ -154,7 +157,7 @@ def test_k_seq_divides_by_the_root_and_reaches_its_acceptance():
 
 
 MUTANTS = {
-    "the law stays after a rejection": lambda p, q, token, found, relaxation: p,
+    "the distribution stays after a rejection": lambda p, q, token, found, relaxation: p,
     "only the code is removed": lambda p, q, token, found, relaxation: p.scatter(1, token[:, None], 0.0),
     "the difference is not cut at zero": lambda p, q, token, found, relaxation: (p - q).abs(),
 }
@@ -163,12 +166,12 @@ MUTANTS = {
 @pytest.mark.parametrize("name", MUTANTS)
 def test_enumeration_catches_wrong_residuals(monkeypatch, name):
     monkeypatch.setattr(reference, "after_rejection", MUTANTS[name])
-    target, draft = laws_with_zeros(4, 3, 11), laws_with_zeros(4, 3, 12)
-    law = emitted_law(target, draft, SHAPES["pair"], "without_replacement", 2)
+    target, draft = distributions_with_zeros(4, 3, 11), distributions_with_zeros(4, 3, 12)
+    law = emitted(target, draft, SHAPES["pair"], "without_replacement", 2)
     assert total_variation(law, sequence_law(target, 2)) > 1e-2
 
 
-def law_of_mislabelled(monkeypatch, drawn, replacement):
+def distance_of_mislabelled(monkeypatch, drawn, replacement):
     make = TreeDraft.__init__
 
     def mislabelled(self, *args, **kwargs):
@@ -176,19 +179,19 @@ def law_of_mislabelled(monkeypatch, drawn, replacement):
         object.__setattr__(self, "replacement", replacement)
 
     monkeypatch.setattr(TreeDraft, "__init__", mislabelled)
-    target, draft = laws_with_zeros(4, 3, 5), laws_with_zeros(4, 3, 6)
-    return total_variation(emitted_law(target, draft, SHAPES["four"], drawn, 2), sequence_law(target, 2))
+    target, draft = distributions_with_zeros(4, 3, 5), distributions_with_zeros(4, 3, 6)
+    return total_variation(emitted(target, draft, SHAPES["four"], drawn, 2), sequence_law(target, 2))
 
 
 def test_enumeration_catches_the_wrong_label_of_siblings(monkeypatch):
-    assert law_of_mislabelled(monkeypatch, "without_replacement", replacement=True) > 1e-2
+    assert distance_of_mislabelled(monkeypatch, "without_replacement", replacement=True) > 1e-2
 
 
 def test_independent_draws_without_their_repeats_are_draws_without_replacement(monkeypatch):
-    assert law_of_mislabelled(monkeypatch, "with_replacement", replacement=False) < EXACT
+    assert distance_of_mislabelled(monkeypatch, "with_replacement", replacement=False) < EXACT
 
 
-# --------------------------------------------------------------------------------------------------------- the walk
+# --------------------------------------------------------------------------------------------------------- verification
 
 
 def random_draft(batch, tree, size, seed=0):
@@ -197,7 +200,7 @@ def random_draft(batch, tree, size, seed=0):
     return TreeDraft(tree, tokens), torch.randn(1, batch, tree.num_nodes, size, generator=generator)
 
 
-def test_a_walk_reports_the_path_it_took():
+def test_the_path_is_reported():
     tree = Tree.named("mc_sim_7b_63")
     draft, logits = random_draft(64, tree, 5)
     found = verify_tree_reference(
@@ -256,7 +259,7 @@ def test_impossible_codes_are_never_accepted():
     assert found.distribution[0, 2] == 0
 
 
-def test_a_law_without_a_rest_is_kept():
+def test_a_distribution_without_a_rest_is_kept():
     """p <= q everywhere although rejected happens by rounding only; the law before the test is used again."""
     p = torch.tensor([[0.25, 0.25, 0.25, 0.25]])
     draft = TreeDraft(shape("0"), torch.tensor([[0, 1]]), (2 * p)[None], torch.tensor([0, -1]))
@@ -302,7 +305,7 @@ def test_greedy_stops_at_the_last_slot():
     assert found.tokens.tolist() == [[1, 1, 1, -1, -1], [1, 1, 1, 1, 1]]
 
 
-def test_typical_acceptance_cuts_the_law_behind_the_path():
+def test_typical_acceptance_cuts_the_distribution_behind_the_path():
     logits = torch.tensor([[[3.0, 2.9, -4.0, -4.0], [3.0, 2.9, -4.0, -4.0]]])
     found = verify_typical(logits, TreeDraft(shape("0"), torch.tensor([[0, 1]])))
     assert int(found.num_accepted) == 1

@@ -1,4 +1,4 @@
-"""Acceptance, residuals, coupling and groups against the released code, and the law of the outcome by integration."""
+"""Acceptance, residuals, coupling and groups against the released code, and the distribution of the outcome by integration."""
 
 import pytest
 import torch
@@ -59,7 +59,7 @@ def test_accepts_and_replaces_like_the_released_code(golden, case, carry):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_residual_law_of_the_released_code(golden, case):
+def test_residual_distribution_of_the_released_code(golden, case):
     g = golden("sjd/accept", f"acc_{case}.")
     window = g["draft_tokens"].shape[1]
     for image, reject in enumerate(g["first_reject"].tolist()):
@@ -82,8 +82,8 @@ def test_guidance_top_k_and_draws(golden):
     g = golden("sjd/accept", "fresh.")
     logits = torch.stack(g["logits"].chunk(2))
     scale, k = float(g["guidance_scale"]), int(g["top_k"])
-    law = warp_logits(logits, guidance_scale=scale, top_k=k).softmax(-1)
-    assert torch.allclose(law, g["probs"], atol=1e-6)
+    distribution = warp_logits(logits, guidance_scale=scale, top_k=k).softmax(-1)
+    assert torch.allclose(distribution, g["probs"], atol=1e-6)
     batch, window = g["tokens"].shape
     zeros = torch.zeros(batch, dtype=torch.int64)
     outcome = verify_window(

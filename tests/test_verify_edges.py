@@ -1,4 +1,4 @@
-"""Verification where laws degenerate, in twin and kernel: equal laws, disjoint ones, single atoms, filters that keep all."""
+"""Verification where distributions degenerate, in reference and kernel: equal distributions, disjoint ones, single atoms, filters that keep all."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def seeded():
 
 
 def rows_of(carry, p, q, tokens, prob, **settings):
-    """Arguments of a verification of drafts ``tokens [B, W]`` from the laws of ``q`` against those of ``p``."""
+    """Arguments of a verification of drafts ``tokens [B, W]`` from the distributions of ``q`` against those of ``p``."""
     draft = Draft(
         tokens=tokens,
         kind=torch.full((B, W), Label.ROW, dtype=torch.int8),
@@ -35,14 +35,14 @@ def rows_of(carry, p, q, tokens, prob, **settings):
 
 
 def decide(on_kernel, arguments, settings):
-    twin = verify_window(*arguments, **settings)
+    reference = verify_window(*arguments, **settings)
     kernel = on_kernel(verify_window, *arguments, **settings)
-    assert_same(kernel, twin, settings["num_rows"], settings)
-    return twin
+    assert_same(kernel, reference, settings["num_rows"], settings)
+    return reference
 
 
 @pytest.mark.parametrize("carry", CARRIES)
-def test_equal_laws_always_accept(on_kernel, poisoned, carry):
+def test_equal_distributions_always_accept(on_kernel, poisoned, carry):
     p = torch.randn(1, B, W, V)
     tokens = p[0].argmin(-1)  # the least likely code of all
     prob = p[0].softmax(-1).gather(-1, tokens[..., None])[..., 0]
@@ -52,7 +52,7 @@ def test_equal_laws_always_accept(on_kernel, poisoned, carry):
 
 
 @pytest.mark.parametrize("carry", CARRIES)
-def test_disjoint_laws_never_accept_and_stay_in_the_targets_support(on_kernel, poisoned, carry):
+def test_disjoint_distributions_never_accept_and_stay_in_the_targets_support(on_kernel, poisoned, carry):
     p, q = torch.randn(2, B, W, V), torch.randn(2, B, W, V)
     p[..., :30], q[..., 30:] = NEG, NEG
     prob, tokens = q[0].softmax(-1).max(-1)

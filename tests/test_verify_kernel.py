@@ -1,4 +1,4 @@
-"""The Triton kernels of verification decide exactly as their PyTorch twin; compiled ones differ at near ties only."""
+"""The Triton kernels of verification decide exactly as their PyTorch reference; compiled ones differ at near ties only."""
 
 import pytest
 import torch
@@ -21,12 +21,12 @@ CARRIES = ["gumbel", "maximal", "independent", "none"]
     ],
     ids=["top_k", "per_image", "greedy"],
 )
-def test_kernel_equals_twin(on_kernel, poisoned, carry, settings):
+def test_kernel_equals_reference(on_kernel, poisoned, carry, settings):
     logits, draft, where = scene(**settings)
-    twin = verify_window(logits, draft, carry=carry, **where, **settings)
+    reference = verify_window(logits, draft, carry=carry, **where, **settings)
     kernel = on_kernel(verify_window, logits, draft, carry=carry, **where, **settings)
-    assert_same(kernel, twin, where["num_rows"], settings)
-    assert (twin.num_committed > 0).all()
+    assert_same(kernel, reference, where["num_rows"], settings)
+    assert (reference.num_committed > 0).all()
 
 
 @pytest.mark.parametrize(
@@ -41,11 +41,11 @@ def test_kernel_equals_twin(on_kernel, poisoned, carry, settings):
         ("gumbel", {"num_codes": 64, "batch": 2, "window": 63}, {"temperature": 0.0}),
     ],
 )
-def test_kernel_equals_twin_at_other_sizes(on_kernel, poisoned, carry, shape, settings):
+def test_kernel_equals_reference_at_other_sizes(on_kernel, poisoned, carry, shape, settings):
     logits, draft, where = scene(seed=1, **shape, **settings)
-    twin = verify_window(logits, draft, carry=carry, **where, **settings)
+    reference = verify_window(logits, draft, carry=carry, **where, **settings)
     kernel = on_kernel(verify_window, logits, draft, carry=carry, **where, **settings)
-    assert_same(kernel, twin, where["num_rows"], settings)
+    assert_same(kernel, reference, where["num_rows"], settings)
 
 
 @pytest.mark.parametrize("carry", CARRIES)
@@ -53,9 +53,11 @@ def test_a_window_of_one_row(on_kernel, poisoned, carry):
     logits, draft, where = scene(seed=8)
     one = Draft(*[value[:, :1] for value in (draft.tokens, draft.kind, draft.prob, draft.row)], draft.logits)
     where |= {"positions": where["positions"][:, :1], "num_rows": torch.tensor([1, 1, 0])}
-    twin = verify_window(logits[:, :, :1], one, carry=carry, **where)
-    assert_same(on_kernel(verify_window, logits[:, :, :1], one, carry=carry, **where), twin, where["num_rows"], {})
-    assert twin.num_committed.tolist() == [1, 1, 0]
+    reference = verify_window(logits[:, :, :1], one, carry=carry, **where)
+    assert_same(
+        on_kernel(verify_window, logits[:, :, :1], one, carry=carry, **where), reference, where["num_rows"], {}
+    )
+    assert reference.num_committed.tolist() == [1, 1, 0]
 
 
 @pytest.mark.parametrize("carry", CARRIES)
@@ -68,16 +70,16 @@ def test_forced_positions_and_finished_images(on_kernel, poisoned, carry):
     where["num_rows"][1] = 0
     logits[:, 1] = float("nan")  # nor is a finished image
     settings = {"forced": forced, "top_k": 20}
-    twin = verify_window(logits, draft, carry=carry, **where, **settings)
+    reference = verify_window(logits, draft, carry=carry, **where, **settings)
     kernel = on_kernel(verify_window, logits, draft, carry=carry, **where, **settings)
-    assert_same(kernel, twin, where["num_rows"], settings)
-    assert twin.num_committed[1] == 0
-    assert (twin.tokens[1] == -1).all()
-    assert twin.accepted[0, 0]
-    reached = twin.num_committed[0] > 2
-    assert carry == "none" or twin.tokens[0, 2] == 5 or not reached
-    assert twin.prob[2, 0] == 1.0
-    assert twin.tokens[2, 0] == 6
+    assert_same(kernel, reference, where["num_rows"], settings)
+    assert reference.num_committed[1] == 0
+    assert (reference.tokens[1] == -1).all()
+    assert reference.accepted[0, 0]
+    reached = reference.num_committed[0] > 2
+    assert carry == "none" or reference.tokens[0, 2] == 5 or not reached
+    assert reference.prob[2, 0] == 1.0
+    assert reference.tokens[2, 0] == 6
 
 
 @pytest.mark.parametrize(("carry", "known"), [("maximal", None), ("independent", 40), ("maximal", 63)])
@@ -87,9 +89,9 @@ def test_groups(on_kernel, poisoned, carry, known):
     logits[0, 0, 0, ::3] = 1.5  # ties inside the group
     table = None if known is None else torch.randn(known, 5, generator=torch.Generator().manual_seed(0)) * 0.3
     group = GroupSpec(prob_threshold=0.05, embeddings=table)
-    twin = verify_window(logits, draft, carry=carry, group=group, **where, **settings)
+    reference = verify_window(logits, draft, carry=carry, group=group, **where, **settings)
     kernel = on_kernel(verify_window, logits, draft, carry=carry, group=group, **where, **settings)
-    assert_same(kernel, twin, where["num_rows"], settings)
+    assert_same(kernel, reference, where["num_rows"], settings)
 
 
 def test_explicit_noise(on_kernel, poisoned):
@@ -99,12 +101,12 @@ def test_explicit_noise(on_kernel, poisoned):
         torch.rand(batch, window), torch.randn(batch, window, num_codes), torch.randn(batch, window, num_codes)
     )
     for carry in CARRIES:
-        twin = verify_window(logits, draft, carry=carry, noise=noise, **where)
+        reference = verify_window(logits, draft, carry=carry, noise=noise, **where)
         kernel = on_kernel(verify_window, logits, draft, carry=carry, noise=noise, **where)
-        assert_same(kernel, twin, where["num_rows"], {})
+        assert_same(kernel, reference, where["num_rows"], {})
 
 
-def test_stored_statistics_stand_for_the_label_law(on_kernel, poisoned):
+def test_stored_statistics_stand_for_the_label_distribution(on_kernel, poisoned):
     settings = {"guidance_scale": 2.0, "top_k": 11, "top_p": 0.9}
     logits, draft, where = scene(seed=5, **settings)
     first = verify_window(
@@ -148,10 +150,10 @@ def test_compiled_kernel_rarely_differs(on_kernel, carry, num_codes):
     differing = rows = 0
     for seed in range(4):
         logits, draft, where = scene(num_codes, 8, 33, seed=seed, dtype=torch.bfloat16, **settings)
-        twin = verify_window(logits, draft, carry=carry, **where, **settings)
+        reference = verify_window(logits, draft, carry=carry, **where, **settings)
         kernel = on_kernel(verify_window, logits, draft, carry=carry, **where, **settings)
-        differing += int((kernel.tokens != twin.tokens).sum())
-        rows += twin.tokens.numel()
+        differing += int((kernel.tokens != reference.tokens).sum())
+        rows += reference.tokens.numel()
     assert differing <= 1 + rows // 500  # rows whose two best scores, or whose test, lie within rounding
 
 

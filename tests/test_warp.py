@@ -1,4 +1,4 @@
-"""Guidance, temperature, top-k and top-p: the official rules, corner cases, and the kernel against its twin."""
+"""Guidance, temperature, top-k and top-p: the official rules, corner cases, and the kernel against its reference."""
 
 import pytest
 import torch
@@ -100,13 +100,13 @@ def test_half_precision_is_read_exactly_and_the_input_is_left_alone():
         (20000, {"top_k": 5}),
     ],
 )
-def test_kernel_equals_twin(on_kernel, poisoned, num_codes, settings):
+def test_kernel_equals_reference(on_kernel, poisoned, num_codes, settings):
     torch.manual_seed(1)
     logits = (torch.randn(2, 2, 1, num_codes + 3) * 2).to(torch.bfloat16)[..., :num_codes]  # many ties; a strided view
     logits[0, 0, 0, 1:4] = NEG
     scales = torch.tensor([2.0, 3.5])
-    twin = warp_logits(logits, guidance_scale=scales, **settings)
-    assert torch.equal(on_kernel(warp_logits, logits, guidance_scale=scales, **settings), twin)
+    reference = warp_logits(logits, guidance_scale=scales, **settings)
+    assert torch.equal(on_kernel(warp_logits, logits, guidance_scale=scales, **settings), reference)
 
 
 def test_operator_survives_compilation():

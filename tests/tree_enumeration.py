@@ -3,7 +3,7 @@
 Verification itself makes all decisions. It is run with uniforms that reject, tells the chance of each test it made, and is run
 again with one more test accepted, until all outcomes are covered.
 
-Letters: V codes, n nodes, M weighted drafts. A law is a dictionary from sequences to probabilities.
+Letters: V codes, n nodes, M weighted drafts. A distribution is a dictionary from sequences to probabilities.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def prefix_of(tree, codes, node):
     return tuple(codes[i] for i in path if i)
 
 
-def emitted_law(target_law, draft_law, tree, proposal, length, *, relaxation=None, k_seq=False, forced=None):
-    """Law of the first ``length`` codes: those that one tree emits, continued with the target's own law."""
+def emitted(target_law, draft_law, tree, proposal, length, *, relaxation=None, k_seq=False, forced=None):
+    """Distribution of the first ``length`` codes: those that one tree emits, continued with the target's own distribution."""
     drafts = all_drafts(tree, draft_law, proposal)
     n, size = tree.num_nodes, len(target_law(()))
     inner = [node for level in tree.inner() for node in level]
@@ -95,7 +95,7 @@ def emitted_law(target_law, draft_law, tree, proposal, length, *, relaxation=Non
                 continue
             for code, p in enumerate(found.distribution[i].tolist()):
                 if p > 0:
-                    continue_law(joint, (*done, code), float(weight[i]) * p, target_law, length)
+                    continue_with(joint, (*done, code), float(weight[i]) * p, target_law, length)
     return dict(joint)
 
 
@@ -136,17 +136,17 @@ def all_outcomes(draft, targets, weights, relaxation, k_seq=False, forced=None):
         rows, decided = rows[parent], test + 1
 
 
-def continue_law(joint, prefix, weight, target_law, length):
+def continue_with(joint, prefix, weight, target_law, length):
     if len(prefix) >= length:
         joint[prefix[:length]] += weight
         return
     for code, p in enumerate(target_law(prefix)):
         if p > 0:
-            continue_law(joint, (*prefix, code), weight * p, target_law, length)
+            continue_with(joint, (*prefix, code), weight * p, target_law, length)
 
 
-def laws_with_zeros(size, length, seed, zeros=0.0, alpha=0.7):
-    """Random laws of every prefix, some entries removed; drafts and targets may then differ in support."""
+def distributions_with_zeros(size, length, seed, zeros=0.0, alpha=0.7):
+    """Random distributions of every prefix, some entries removed; drafts and targets may then differ in support."""
     rng = np.random.default_rng(seed)
     table = {}
     for depth in range(length):

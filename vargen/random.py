@@ -36,7 +36,7 @@ class Stream(IntEnum):
 
     GUMBEL = 0  # draw of a position; has no iteration, so every iteration that looks at the position sees the same row
     ACCEPT = 1  # uniform of the acceptance test
-    FRESH = 2  # draw from the target law
+    FRESH = 2  # draw from the target distribution
     RESIDUAL = 3  # draw from the residual after a rejection
     INIT = 4  # new draft tokens at the end of the window
     DRAFT = 5  # draws of a draft model
@@ -61,7 +61,7 @@ def philox4x32(key: Tensor, counter: Tensor) -> Tensor:
 
 def _philox(k0: Tensor, k1: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor) -> tuple[Tensor, ...]:
     # A 32 x 32 bit product wraps in int64, but its 64 bits are right: the high word is (product >> 32) and the low word
-    # is the product itself, both with rubbish above bit 31 that is masked once, where the next product needs it.
+    # is the product itself, and the bits above 31 of both are masked once, where the next product needs it.
     for _ in range(ROUNDS):
         p0, p1 = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0 = _mix(p1, c1, k0)

@@ -14,6 +14,7 @@ from vargen.kernels import device
 from vargen.kernels.language import triton
 from vargen.kernels.verify import triton_kernels as kernels
 from vargen.kernels.verify.group import Groups
+from vargen.kernels.verify.label import Drafts
 from vargen.kernels.verify.types import CARRIES, Carry, Draft, GroupSpec, Place, VerifyNoise, VerifyOutcome
 from vargen.kernels.warp import WarpSettings, dense_rows
 
@@ -67,12 +68,12 @@ def _empty_outcome(logits: Tensor) -> VerifyOutcome:
     return VerifyOutcome(tokens, torch.empty(shape, dtype=torch.bool, device=device_of), prob, committed, stats)
 
 
-def _drafts(draft: Draft, labels: Tensor, of_target: Tensor, settings: WarpSettings) -> kernels.Drafts:
+def _drafts(draft: Draft, labels: Tensor, of_target: Tensor, settings: WarpSettings) -> Drafts:
     stats = draft.stats
     if stats is None:  # NONE labels only, or statistics that are missing
         stats = of_target if draft.logits is None else _label_stats(labels, settings)
-    given = (value.contiguous() for value in (draft.tokens, draft.kind, draft.prob, draft.row))
-    return kernels.Drafts(*given, device.Logits(labels, *labels.stride()[:3]), stats.contiguous())
+    tokens, kind, prob, row = (value.contiguous() for value in (draft.tokens, draft.kind, draft.prob, draft.row))
+    return Drafts(tokens, kind, prob, row, device.Logits(labels, *labels.stride()[:3]), stats.contiguous())
 
 
 def _label_stats(labels: Tensor, settings: WarpSettings) -> Tensor:

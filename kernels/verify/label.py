@@ -11,6 +11,17 @@ from vargen.kernels.verify.types import Label
 NONE, POINT, UNIFORM, ROW = (constant(kind) for kind in Label)
 
 
+class Drafts(NamedTuple):
+    """Pointers ``[B, W]`` of ``types.Draft``, with the raw logits and the statistics of its labels."""
+
+    tokens: Any
+    kind: Any
+    prob: Any
+    row: Any
+    logits: Any  # device.Logits, W' rows
+    stats: Any  # B W' 2
+
+
 class LabelRow(NamedTuple):
     """One entry of a draft."""
 
@@ -20,6 +31,17 @@ class LabelRow(NamedTuple):
     row: Any  # device.Row that is the label (ROW only), with its threshold and log-normaliser
     tau: Any
     lse: Any
+
+
+@jit
+def label_at(drafts, label_rows, warp, b, at, PER_IMAGE: tl.constexpr):
+    """The label of entry ``at`` of image b; its row and statistics mean something for ROW labels only."""
+    kind = tl.load(drafts.kind + at).to(tl.int32)
+    source = tl.where(kind == ROW, tl.load(drafts.row + at), 0)
+    row = rows.row_at(drafts.logits, warp, b, source, PER_IMAGE)
+    stats = drafts.stats + 2 * (b * label_rows + source)
+    token, prob = tl.load(drafts.tokens + at), tl.load(drafts.prob + at)
+    return LabelRow(kind, token, prob, row, tl.load(stats), tl.load(stats + 1))
 
 
 @jit

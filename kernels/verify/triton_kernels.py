@@ -15,21 +15,10 @@ from vargen.kernels import device as rows
 from vargen.kernels.acceptance import accept, residual
 from vargen.kernels.language import constant, jit, tl
 from vargen.kernels.verify.group import group_masses
-from vargen.kernels.verify.label import ROW, LabelRow, label_tile
+from vargen.kernels.verify.label import label_at, label_tile
 from vargen.kernels.verify.types import CARRIES
 
 GUMBEL, MAXIMAL, INDEPENDENT, NONE = (constant(number) for number in range(len(CARRIES)))  # in the order of CARRIES
-
-
-class Drafts(NamedTuple):
-    """Pointers ``[B, W]`` of ``types.Draft``, with the raw logits and the statistics of its labels."""
-
-    tokens: Any
-    kind: Any
-    prob: Any
-    row: Any
-    logits: Any  # device.Logits, W' rows
-    stats: Any  # B W' 2
 
 
 class Places(NamedTuple):
@@ -58,17 +47,6 @@ class Outcomes(NamedTuple):
     prob: Any
     draft_prob: Any
     stats: Any  # B W 2
-
-
-@jit
-def label_at(drafts, label_rows, warp, b, at, PER_IMAGE: tl.constexpr):
-    """The label of entry ``at`` of image b; its row and statistics mean something for ROW labels only."""
-    kind = tl.load(drafts.kind + at).to(tl.int32)
-    source = tl.where(kind == ROW, tl.load(drafts.row + at), 0)
-    row = rows.row_at(drafts.logits, warp, b, source, PER_IMAGE)
-    stats = drafts.stats + 2 * (b * label_rows + source)
-    token, prob = tl.load(drafts.tokens + at), tl.load(drafts.prob + at)
-    return LabelRow(kind, token, prob, row, tl.load(stats), tl.load(stats + 1))
 
 
 @jit
@@ -123,7 +101,7 @@ def rows_kernel(
     logits,  # device.Logits
     warp,  # device.Warp
     k,
-    drafts,  # Drafts
+    drafts,  # label.Drafts
     label_rows,  # W'
     places,  # Places
     given,  # Given
@@ -221,7 +199,7 @@ def rows_kernel(
 def finish_kernel(
     logits,  # device.Logits
     warp,  # device.Warp
-    drafts,  # Drafts
+    drafts,  # label.Drafts
     label_rows,  # W'
     places,  # Places
     given,  # Given

@@ -32,8 +32,9 @@ class KSeq(TreeRule):
             raise ValueError("K-SEQ is exact for independent draws only, got siblings drawn without replacement")
         uniforms = uniform(noise.keys, rows.positions[:, :1], draft.tree.num_nodes, Stream.ACCEPT)[:, 0]
         target = target_of(rows.logits, WarpSettings(**rows.warp))
-        slots = {"limit": rows.num_rows, "forced": rows.forced}
-        return verify_tree_reference(target, draft.proposals, uniforms, visit=visit_k_seq, **slots)
+        return verify_tree_reference(
+            target, draft.proposals, uniforms, limit=rows.num_rows, forced=rows.forced, visit=visit_k_seq
+        )
 
 
 def k_seq_factor(p: Tensor, q: Tensor, count: Tensor) -> Tensor:

@@ -23,5 +23,13 @@ class Recursive(TreeRule):
     def find_path(self, rows: Rows, draft: TreeDraft, noise: Noise) -> AcceptedPath:
         """Test from the root on."""
         uniforms = uniform(noise.keys, rows.positions[:, :1], draft.tree.num_nodes, Stream.ACCEPT)[:, 0]
-        slots = {"positions": rows.positions, "limit": rows.num_rows, "forced": rows.forced}
-        return verify_tree(rows.logits, draft.proposals, uniforms, relaxation=self.relaxation, **slots, **rows.warp)
+        return verify_tree(
+            rows.logits,
+            draft.proposals,
+            uniforms,
+            positions=rows.positions,
+            limit=rows.num_rows,
+            relaxation=self.relaxation,
+            forced=rows.forced,
+            **rows.warp,
+        )

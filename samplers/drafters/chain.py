@@ -13,7 +13,7 @@ from torch import Tensor
 from vargen.kernels.draw import draw
 from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
 from vargen.kernels.warp import warp_logits
-from vargen.random import Stream as Noise
+from vargen.random import Stream
 from vargen.samplers.drafters.base import force
 
 
@@ -75,7 +75,7 @@ class ChainDrafter:
             logits,
             seeds=state.keys,
             positions=positions,
-            stream=Noise.GUMBEL if shared else Noise.DRAFT,
+            stream=Stream.GUMBEL if shared else Stream.DRAFT,
             iteration=None if shared else torch.full_like(state.keys, state.num_forwards),
             noise=state.noise.rows(positions) if shared and state.noise is not None else None,
             **warp,

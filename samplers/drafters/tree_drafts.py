@@ -3,7 +3,7 @@
 A draft model is anything with ``extend`` and ``expand`` as below: the drafter of EAGLE (arXiv:2401.15077), or a small
 backbone behind ``BackboneDrafts``.
 
-Siblings are drawn with the noise of their slot, which all nodes of a level share: a walk looks at one node a level, so what
+Siblings are drawn with the noise of their slot, which all nodes of a level share: verification looks at one node a level, so what
 it sees is as independent as with noise of its own, and a slot proposed again after a rejection was never looked at before.
 
 Letters: A images, G guidance branches, V codes, n nodes, w nodes of a level, C children, K children and frontier of EAGLE-2.
@@ -121,15 +121,15 @@ def draft_fixed(
         tree: the shape.
         warp: the sampler's guidance, temperature and truncation.
         proposal: how siblings are chosen: drawn with or without replacement, or the likeliest ("top", then the draft has
-            no laws).
+            no distributions).
         noise: of a level; not read for "top".
         forced: ``[A, D + 1]`` int64 code that a slot must hold, -1 where free.
     """
     images = root.shape[1]
     tokens = torch.full((images, tree.num_nodes), -1, device=root.device)
     tokens[:, 0] = 0
-    laws: list[Tensor] = []
-    law_of = torch.full((tree.num_nodes,), -1)
+    probs: list[Tensor] = []
+    row_of = torch.full((tree.num_nodes,), -1)
     number: dict[int, int] = {}  # node -> its place among the nodes read
     children, parents = tree.children[0].tolist(), tree.parents[0].tolist()
     for level, nodes in enumerate(tree.inner()):
@@ -146,36 +146,36 @@ def draft_fixed(
             )
             z = torch.where((code >= 0)[:, None, None], point, z)
         count = max(len([kid for kid in children[node] if kid >= 0]) for node in nodes)
-        drawn, law = _siblings(z, count, proposal, None if noise is None else noise(level, count))
+        drawn, q = _siblings(z, count, proposal, None if noise is None else noise(level, count))
         for i, node in enumerate(nodes):
             kids = [kid for kid in children[node] if kid >= 0]
             tokens[:, kids] = drawn[:, i, : len(kids)].where(tokens[:, node, None] >= 0, -1)
-        if law is not None:
-            law_of[nodes] = torch.arange(len(nodes)) + sum(part.shape[1] for part in laws)
-            laws.append(law)
+        if q is not None:
+            row_of[nodes] = torch.arange(len(nodes)) + sum(part.shape[1] for part in probs)
+            probs.append(q)
     sampled = proposal != "top"
     return TreeDraft(
         tree,
         tokens,
-        torch.cat(laws, dim=1) if sampled and laws else None,
-        law_of.to(root.device) if sampled else None,
+        torch.cat(probs, dim=1) if sampled and probs else None,
+        row_of.to(root.device) if sampled else None,
         replacement=proposal == "with_replacement",
     )
 
 
 def _siblings(z: Tensor, count: int, proposal: Proposal, noise: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Codes ``[A, w, C]`` of siblings, -1 where the support ends, and the laws ``[A, w, V]`` of drawn ones."""
+    """Codes ``[A, w, C]`` of siblings, -1 where the support ends, and the distributions ``[A, w, V]`` of drawn ones."""
     if proposal == "top":
         return _pad(*z.topk(min(count, z.shape[-1]), dim=-1), count), None
     assert noise is not None
-    law = z.softmax(-1)
+    q = z.softmax(-1)
     if proposal == "with_replacement":
-        mass = law.double().cumsum(-1)
+        mass = q.double().cumsum(-1)
         point = noise.double()[:, None] * mass[..., -1:]
         codes = torch.searchsorted(mass, point.expand(-1, z.shape[1], -1).contiguous(), right=True)
-        return codes.clamp(max=z.shape[-1] - 1), law
+        return codes.clamp(max=z.shape[-1] - 1), q
     score = z + noise[:, None]  # Gumbel-top-k draws without replacement, in this order
-    return _pad(*score.topk(min(count, z.shape[-1]), dim=-1), count), law
+    return _pad(*score.topk(min(count, z.shape[-1]), dim=-1), count), q
 
 
 def _pad(best: Tensor, codes: Tensor, count: int) -> Tensor:
@@ -210,8 +210,8 @@ def draft_likeliest(
     ids = torch.arange(size, device=device).expand(images, -1)  # of the frontier in the list of all nodes looked at
     reads = torch.full_like(code, -1)  # number of the read node above each frontier node
     for step in range(depth - 1):
-        law = warp(model.expand(code, reads)).log_softmax(-1)  # A K V
-        best, found = law.topk(size, dim=-1)
+        log_q = warp(model.expand(code, reads)).log_softmax(-1)  # A K V
+        best, found = log_q.topk(size, dim=-1)
         grown = (score[..., None] + best).flatten(1)  # A K*K
         if limit is not None:
             grown = grown.masked_fill((step + 2 >= limit)[:, None], float("-inf"))

@@ -58,7 +58,7 @@ class TreeRun:
     def __init__(self, sampler: Any, model: DraftModel) -> None:
         self.sampler, self.model = sampler, model
         self.shapes: dict[int, Tree] = {}
-        self.walks = torch.zeros(sampler.reach + 1, dtype=torch.int64)  # by number of proposals kept
+        self.trees = torch.zeros(sampler.reach + 1, dtype=torch.int64)  # by number of proposals kept
         self.tests = torch.zeros(2, dtype=torch.int64)  # made, passed by relaxation only
 
     @property
@@ -94,25 +94,25 @@ class TreeRun:
     def count(self, outcome: TreeOutcome) -> None:
         """Add the outcome of an iteration to the statistics."""
         device, live = outcome.path.device, outcome.num_committed > 0
-        if self.walks.device != device:
-            self.walks, self.tests = self.walks.to(device), self.tests.to(device)
-        self.walks += F.one_hot(outcome.num_accepted, len(self.walks)).masked_fill(~live[:, None], 0).sum(0)
+        if self.trees.device != device:
+            self.trees, self.tests = self.trees.to(device), self.tests.to(device)
+        self.trees += F.one_hot(outcome.num_accepted, len(self.trees)).masked_fill(~live[:, None], 0).sum(0)
         self.tests += torch.stack([outcome.num_tests.sum(), outcome.num_relaxed.sum()])
 
     def summary(self) -> dict[str, Any]:
         """Plain numbers for ``stats.extra``.
 
-        ``mean_accepted``: proposals kept an iteration and image. ``acceptance_by_depth``: entry d, of the walks that
+        ``mean_accepted``: proposals kept an iteration and image. ``acceptance_by_depth``: entry d, of the trees that
         reached depth d how many went on. ``num_tests``: proposals tested. ``relaxed_share``: of the proposals kept, those
         that the exact rule would have rejected with the same numbers.
         """
-        walks = self.walks.tolist()
-        kept = sum(n * count for n, count in enumerate(walks))
-        reached = [sum(walks[d:]) for d in range(len(walks))]
+        trees = self.trees.tolist()
+        kept = sum(n * count for n, count in enumerate(trees))
+        reached = [sum(trees[d:]) for d in range(len(trees))]
         ratios = [after / before for before, after in pairwise(reached) if before]
         tests, relaxed = self.tests.tolist()
         return {
-            "mean_accepted": kept / max(sum(walks), 1),
+            "mean_accepted": kept / max(sum(trees), 1),
             "acceptance_by_depth": ratios[: self.sampler.reach - 1],
             "num_tests": tests,
             "relaxed_share": relaxed / max(kept, 1),
@@ -156,7 +156,7 @@ class TreeRun:
         if state.forced is None:
             return draft
         code = state.forced.gather(1, state.next_slots()).gather(1, (draft.tree.depth - 1).clamp(min=0))
-        fits = (code < 0) | (code == draft.tokens)  # others cannot be accepted; the walk passes them by
+        fits = (code < 0) | (code == draft.tokens)  # others cannot be accepted; verification passes them by
         return TreeDraft(draft.tree, draft.tokens.where(fits, -1))
 
     def _warp(self, raw: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ from vargen.validation.checks import check_choice, check_integer
 
 GUIDANCE_SCHEDULES = ("linear", "constant")
 
-Noise = Callable[[Tensor, Tensor, int], Tensor]  # images [n], positions [n], S to [n, S + 1, D]
+ChainNoise = Callable[[Tensor, Tensor, int], Tensor]  # images [n], positions [n], S to [n, S + 1, D]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +77,7 @@ class ContinuousSampler(Sampler):
         return 1.0 + (self.guidance_scale - 1.0) * known / num_tokens
 
 
-def philox_noise(keys: Tensor, token_dim: int, dtype: torch.dtype) -> Noise:
+def philox_noise(keys: Tensor, token_dim: int, dtype: torch.dtype) -> ChainNoise:
     """Noise of chains by seed and position; ``keys [B]`` int64."""
 
     def draw(images: Tensor, positions: Tensor, num_steps: int) -> Tensor:

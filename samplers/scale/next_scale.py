@@ -23,7 +23,7 @@ from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel, seed_tensor
 from vargen.samplers.base import Sampler
 from vargen.samplers.scale.editing import check_forced_codes
-from vargen.samplers.scale.state import NextScaleState, Noise
+from vargen.samplers.scale.state import NextScaleState, ScaleNoise
 from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
 
 RAMPS = ("linear", "constant")
@@ -112,7 +112,7 @@ class NextScaleSampler(Sampler):
         tokenizer: Any = None,
         drafter: Any = None,
         forced_codes: Sequence[Tensor] | None = None,
-        noise: Noise | None = None,
+        noise: ScaleNoise | None = None,
     ) -> NextScaleState:
         """Check the arguments, run the condition and draw the first scale.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from vargen.random import Stream
 
-Noise = Callable[[int, Stream, tuple[int, int, int]], Tensor]
+ScaleNoise = Callable[[int, Stream, tuple[int, int, int]], Tensor]
 
 
 class ScaleTokenizer(Protocol):
@@ -57,7 +57,7 @@ class NextScaleState:
     keys: Tensor  # [B] int64
     total: Tensor  # [B, C, h, w] float32 sum of the scales drawn so far
     forced: list[Tensor] | None  # K times [B, n_k], -1 where free
-    noise: Noise | None
+    noise: ScaleNoise | None
     drafter: Any = None  # the model of the first scales, in collaborative decoding
     scales: list[Tensor] = field(default_factory=list)  # drawn so far, [B, n_k] int64 each
     inputs: list[Tensor] = field(

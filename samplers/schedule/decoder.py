@@ -211,7 +211,7 @@ class ScheduleSampler(Sampler):
 
 
 def _draw_unsure(logits: Tensor, keys: Tensor, positions: Tensor, warp: dict[str, Any]) -> Tensor:
-    """Draw where top-p leaves a choice; a code that holds the whole mass alone needs no noise (CPU: noise is dear)."""
+    """Draw where top-p leaves a choice; a code that holds the whole mass alone needs no noise, which takes most of the time on a CPU."""
     z = combine(logits, warp["guidance_scale"], warp["temperature"])
     mass = z.logsumexp(-1)
     if not bool(mass.isfinite().all()):

@@ -19,7 +19,7 @@ from torch import Tensor
 from vargen.features import Feature
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.random import Stream, seed_tensor, uniform
-from vargen.samplers.heads.diffusion import ContinuousSampler, Noise, philox_noise, work_dtype
+from vargen.samplers.heads.diffusion import ChainNoise, ContinuousSampler, philox_noise, work_dtype
 from vargen.validation.checks import check_choice, check_integer, check_seeds
 
 STEP_SCHEDULES = ("linear", "two_stage")
@@ -36,7 +36,7 @@ class MaskedContinuousState:
     latents: Tensor  # [B, N, D] tokens, zero where not drawn
     mask: Tensor  # [B, N] bool, True = not drawn
     trace: Tensor  # [B, N] int64 forward that drew the token
-    noise: Noise
+    noise: ChainNoise
     num_forwards: int = 0
     num_head_rows: int = 0
     done: bool = False
@@ -121,7 +121,7 @@ class ContinuousMaskedSampler(ContinuousSampler):
         tokenizer: Any = None,
         drafter: Any = None,
         orders: Tensor | None = None,
-        noise: Noise | None = None,
+        noise: ChainNoise | None = None,
     ) -> MaskedContinuousState:
         """Check the arguments and draw the first tokens.
 

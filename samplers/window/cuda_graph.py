@@ -35,7 +35,7 @@ def obstacle(sampler: Any, backbone: Any) -> str | None:
     if Feature.STATIC not in backbone.features:
         return f"{type(backbone).__name__} opens no sessions of fixed shapes"
     if not use_triton(torch.empty(0, device=device)):
-        return "the PyTorch twins of the kernels read values back; install triton and unset VARGEN_KERNELS"
+        return "the PyTorch references of the kernels read values back; install triton and unset VARGEN_KERNELS"
     return None
 
 

@@ -1,4 +1,4 @@
-"""The outcome of a row has the target law, whatever the draft: by integration over the uniforms, and by chi-square."""
+"""The outcome of a row has the target distribution, whatever the draft: by integration over the uniforms, and by chi-square."""
 
 from types import SimpleNamespace
 
@@ -17,7 +17,7 @@ GRID = 20_000
 GOLDEN_RATIO = 0.6180339887498949
 
 
-def outcome_law(p, q, kind, carry="maximal", shared_noise=False):
+def outcome_distribution(p, q, kind, carry="maximal", shared_noise=False):
     """Law of the outcome of one row, integrated over both uniforms on a lattice (error about log(GRID) / GRID)."""
     step = torch.arange(GRID)
     u = ((step + 0.5) / GRID).repeat(V)[:, None]
@@ -46,7 +46,7 @@ def outcome_law(p, q, kind, carry="maximal", shared_noise=False):
     return given, given.double().T @ q.double()  # given the draft; over the drafts
 
 
-def laws(seed, zeros=0):
+def distributions(seed, zeros=0):
     torch.manual_seed(seed)
     p, q = torch.rand(2, V).square().unbind()
     p[:zeros] = 0
@@ -56,16 +56,18 @@ def laws(seed, zeros=0):
 
 @pytest.mark.parametrize("carry", ["maximal", "independent", "none"])
 @pytest.mark.parametrize("zeros", [0, 2])
-def test_outcome_law_is_the_target(carry, zeros):
-    p, q = laws(0, zeros)
+def test_outcome_distribution_is_the_target(carry, zeros):
+    p, q = distributions(0, zeros)
     uniform = torch.full((V,), 1 / V)
     for label, kind in ((q, Label.ROW), (uniform, Label.UNIFORM)):
-        given, law = outcome_law(p, label, kind, carry)
-        assert torch.allclose(law, p.double(), atol=1e-3)
+        given, distribution = outcome_distribution(p, label, kind, carry)
+        assert torch.allclose(distribution, p.double(), atol=1e-3)
         accepted = given.diagonal()  # an accepted draft stays, and a rejected one never comes back
         assert torch.allclose(accepted, (p / label).clamp(max=1.0).nan_to_num(1.0).double(), atol=1e-3)
-    given, _ = outcome_law(p, torch.ones(V), Label.POINT, carry)
-    assert torch.allclose(given, p.double().expand(V, V), atol=1e-3)  # whatever the point, the outcome has law p
+    given, _ = outcome_distribution(p, torch.ones(V), Label.POINT, carry)
+    assert torch.allclose(
+        given, p.double().expand(V, V), atol=1e-3
+    )  # whatever the point, the outcome has distribution p
 
 
 MUTANTS = {
@@ -82,17 +84,17 @@ MUTANTS = {
 def test_mutants_are_seen(monkeypatch, mutant):
     for name, rule in MUTANTS[mutant].items():
         monkeypatch.setattr(reference, name, SimpleNamespace(fn=rule))
-    p, q = laws(0, 2)
-    assert (outcome_law(p, q, Label.ROW)[1] - p.double()).abs().max() > 0.01
+    p, q = distributions(0, 2)
+    assert (outcome_distribution(p, q, Label.ROW)[1] - p.double()).abs().max() > 0.01
 
 
 def test_one_number_for_test_and_residual_is_seen():
-    p, q = laws(0)
-    assert (outcome_law(p, q, Label.ROW, shared_noise=True)[1] - p.double()).abs().max() > 0.01
+    p, q = distributions(0)
+    assert (outcome_distribution(p, q, Label.ROW, shared_noise=True)[1] - p.double()).abs().max() > 0.01
 
 
-def test_zero_probability_is_rejected_at_u_zero_and_equal_laws_accept_at_the_largest_u():
-    p, _ = laws(3)
+def test_zero_probability_is_rejected_at_u_zero_and_equal_distributions_accept_at_the_largest_u():
+    p, _ = distributions(3)
     p[2] = 0
     p /= p.sum()
     edge = torch.tensor([[0.0], [1.0 - 2.0**-24]])
@@ -104,8 +106,8 @@ def test_zero_probability_is_rejected_at_u_zero_and_equal_laws_accept_at_the_lar
         row=torch.zeros(2, 1, dtype=torch.int64),
         logits=p.log().expand(1, 2, 1, V),
     )
-    law = warp_logits(draft.logits)[1, 0]
-    draft.prob[1, 0] = (law[4] - law.logsumexp(-1)).exp()
+    distribution = warp_logits(draft.logits)[1, 0]
+    draft.prob[1, 0] = (distribution[4] - distribution.logsumexp(-1)).exp()
     outcome = verify_window(
         p.log().expand(1, 2, 1, V),
         draft,
@@ -128,11 +130,11 @@ def philox_counts(batch, **settings):
     seeds, step = torch.arange(batch) * 31 + 7, torch.full((batch,), 3)
     positions = torch.full((batch, 1), 11)
     tokens = draw(label, seeds=seeds, positions=positions, stream=Stream.DRAFT, iteration=step, **settings)
-    law = warp_logits(label[:, :1], **settings)[0, 0].softmax(-1)
+    distribution = warp_logits(label[:, :1], **settings)[0, 0].softmax(-1)
     draft = Draft(
         tokens=tokens,
         kind=torch.full((batch, 1), Label.ROW, dtype=torch.int8),
-        prob=law[tokens],
+        prob=distribution[tokens],
         row=torch.zeros_like(tokens),
         logits=label,
     )
@@ -149,8 +151,8 @@ def philox_counts(batch, **settings):
     return torch.bincount(outcome.tokens[:, 0], minlength=13), warp_logits(target[:, :1], **settings)[0, 0].softmax(-1)
 
 
-def p_value(counts, law):
-    expected = law.double() * counts.sum()
+def p_value(counts, distribution):
+    expected = distribution.double() * counts.sum()
     keep = expected > 0
     assert counts[~keep].sum() == 0
     statistic = ((counts - expected).square() / expected)[keep].sum()
@@ -158,12 +160,12 @@ def p_value(counts, law):
 
 
 @pytest.mark.parametrize("settings", [{}, {"top_k": 6}, {"temperature": 0.7, "top_p": 0.8}])
-def test_philox_streams_give_the_target_law(settings):
-    counts, law = philox_counts(100_000, **settings)
-    assert p_value(counts, law) > 1e-4
+def test_philox_streams_give_the_target_distribution(settings):
+    counts, distribution = philox_counts(100_000, **settings)
+    assert p_value(counts, distribution) > 1e-4
 
 
 def test_reusing_the_noise_of_the_draft_is_seen(monkeypatch):
     monkeypatch.setattr(reference, "Stream", SimpleNamespace(ACCEPT=1, FRESH=2, RESIDUAL=int(Stream.DRAFT)))
-    counts, law = philox_counts(100_000)
-    assert p_value(counts, law) < 1e-6
+    counts, distribution = philox_counts(100_000)
+    assert p_value(counts, distribution) < 1e-6
