@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.golden_files import load_file, unpacked
+from vargen.backbones.decoding.condition import padding_mask
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.llamagen.sizes import SIZES
 from vargen.kernels.warp import warp_logits
@@ -121,7 +122,8 @@ def test_caption_embeddings_and_mask():
     with torch.no_grad():
         close(model.cls_embedding(checked), io["caption_embeddings"])
     length = io["train.attn_mask"].shape[-1]
-    assert torch.equal(model._training_mask(checked[1], length)[:, 0], io["train.attn_mask"].bool())
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    assert torch.equal(padding_mask(checked[1], length, causal)[:, 0], io["train.attn_mask"].bool())
 
 
 def test_causal_mask():

@@ -292,8 +292,6 @@ def test_what_does_not_fit_is_refused_in_one_line():
         NeighboringSampler().sample(model, labels, seeds=[0], schedule=DecodeSchedule.nar2d((4, 4), 2))
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         NeighboringSampler().sample(tiny().train(), labels, seeds=[0])
-    with pytest.raises(ValueError, match="decodes by schedules, not code by code; use NeighboringSampler"):
-        model.open(model.prepare(labels))
     with pytest.raises(ValueError, match=r"must be integers \[16\] or \[1, 16\]"):
         NeighboringSampler().sample(model, labels, seeds=[0], forced_codes=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must lie in 0..63, or be -1"):

@@ -171,6 +171,40 @@ class AttributeEmbedding(nn.Module):
 ConditionEmbedding = ClassEmbedding | CaptionEmbedding | AttributeEmbedding
 
 
+def drop_condition(
+    embedding: Any,
+    condition: Any,
+    config: Any,
+    drop: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    training: bool,
+) -> Any:
+    """Drop the conditions of a training batch; in evaluation nothing is dropped unless ``drop`` is given.
+
+    Args:
+        embedding: the condition embedding.
+        condition: as its ``check`` returns it.
+        config: of the model: ``condition_type``, ``class_dropout_prob``, and ``attribute_dropout_prob`` if it has one.
+        drop: [B] bool, True = train without condition; for attributes also [B, T], single slots; None draws.
+        generator: of what is drawn; None = the global one.
+        training: whether the model is in training mode.
+    """
+    ids = condition[0] if isinstance(condition, tuple) else condition
+    if drop is not None:
+        return embedding.drop(condition, drop.to(ids.device))
+    if not training or config.condition_type == "none":
+        return condition
+    if config.condition_type == "attributes" and config.get("attribute_dropout_prob", 0.0) > 0:
+        slots = embedding.draw_slots(len(ids), config.attribute_dropout_prob, generator)
+        condition = embedding.drop(condition, slots.to(ids.device))
+    if config.class_dropout_prob > 0:
+        where = ids.device if generator is None else generator.device
+        dropped = torch.rand(len(ids), generator=generator, device=where) < config.class_dropout_prob
+        condition = embedding.drop(condition, dropped.to(ids.device))
+    return condition
+
+
 def _ids(condition: Any, name: str, ndim: int, device: torch.device) -> Tensor:
     ids = torch.as_tensor(condition, device=device)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:

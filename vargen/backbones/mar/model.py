@@ -23,7 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from vargen.backbones.decoding.continuous import ContinuousBackbone, LabelBuffer
 from vargen.backbones.decoding.window import PreparedCondition
 from vargen.backbones.layers.cache.kv_cache import attention
-from vargen.backbones.layers.conditions import AttributeEmbedding
+from vargen.backbones.layers.conditions import AttributeEmbedding, drop_condition
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.mar.layers import (
     ViTBlock,
@@ -32,8 +32,7 @@ from vargen.backbones.mar.layers import (
     mar_size_config,
 )
 from vargen.backbones.settings.continuous import MAR
-from vargen.checkpoints.bounds import check_given
-from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoints.reader import CheckpointError, load_family, load_original
 from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
@@ -164,19 +163,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             config: heads where the width is not a published one, ``patch_size`` unless 1, ``num_sampling_steps``; anything
                 else overrides what the shapes tell.
         """
-        config = check_given(cls, config)
-        try:
-            state_dict = load_original(checkpoint, key="model_ema")
-        except CheckpointError as error:
-            if "model_ema" not in str(error):
-                raise
-            state_dict = load_original(checkpoint)
-        check_family(state_dict, "mar")
-        config = infer_mar_config(state_dict, config)
-        with torch.device("meta"):  # the checkpoint's own tensors take the places
-            model = cls(**config)
-        load_strict(model, state_dict, family="mar")
-        return model.eval()
+        return load_family(cls, checkpoint, config, infer_mar_config, family="mar", read=_read_averaged)
 
     @property
     def condition_embedding(self) -> LabelBuffer | AttributeEmbedding:
@@ -208,11 +195,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         """
         embedding = self.condition_embedding
         checked = embedding.check(condition, values=False)
-        if drop is None and self.training and self.config.class_dropout_prob > 0:
-            where = checked.device if generator is None else generator.device
-            drop = torch.rand(len(checked), generator=generator, device=where) < self.config.class_dropout_prob
-        if drop is not None:
-            checked = embedding.drop(checked, drop.to(checked.device))
+        checked = drop_condition(embedding, checked, self.config, drop, generator, training=self.training)
         if self.training and self.config.input_noise > 0:
             where = tokens.device if generator is None else generator.device
             noise = torch.randn(tokens.shape, generator=generator, device=where).to(tokens)
@@ -308,6 +291,16 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         for block in blocks:
             x = checkpoint(block, x, None, attend, use_reentrant=False) if recompute else block(x, None, attend)
         return x
+
+
+def _read_averaged(checkpoint: Any) -> dict[str, Tensor]:
+    """The averaged weights of a training file; a plain file as it is."""
+    try:
+        return load_original(checkpoint, key="model_ema")
+    except CheckpointError as error:
+        if "model_ema" not in str(error):
+            raise
+        return load_original(checkpoint)
 
 
 def _on_host(generator: torch.Generator | None) -> bool:

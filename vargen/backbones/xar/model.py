@@ -24,8 +24,8 @@ from vargen.backbones.layers.rope import grid_table, rotate, spread
 from vargen.backbones.layers.transformer import RMSNorm
 from vargen.backbones.settings.continuous import XAR
 from vargen.backbones.var.layers import LabelEmbedding
-from vargen.checkpoints.bounds import check_given, count_layers, read_shape
-from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.checkpoints.bounds import count_layers, read_shape
+from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
@@ -148,13 +148,7 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> XARTransformer:
         """Load an official checkpoint strictly; sizes are inferred, ``num_heads`` is needed for unpublished widths."""
-        config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
-        check_family(state_dict, "xar")
-        with torch.device("meta"):
-            model = cls(**infer_xar_config(state_dict, config))
-        load_strict(model, state_dict, family="xar", ignore=RECOMPUTED)
-        return model.eval()
+        return load_family(cls, checkpoint, config, infer_xar_config, family="xar", ignore=RECOMPUTED)
 
     @property
     def num_cells(self) -> int:
