@@ -13,6 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from vargen.backbones.decoding.condition import padding_mask
@@ -22,9 +23,10 @@ from vargen.backbones.llamagen.body import OneHeadBody
 from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
 from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
+from vargen.validation.folders import Stored
 
 
-class AnyOrderTransformer(ScheduledBackbone, OneHeadBody):  # type: ignore[misc]
+class AnyOrderTransformer(ScheduledBackbone, OneHeadBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a grid in any order, any number of them in a pass; the arguments are those of ``LlamaGenTransformer``."""
 
     features = frozenset({Feature.GROUPS})

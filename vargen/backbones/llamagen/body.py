@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -20,13 +19,12 @@ from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
 from vargen.backbones.llamagen.sizes import size_config, swiglu_dim
 from vargen.backbones.settings.discrete import LLAMAGEN
 from vargen.validation.checks import checked
-from vargen.validation.folders import Stored
 
 ConditionType = Literal["class", "caption", "attributes"]
 
 
-class LlamaGenBody(ConditionedBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
-    """Everything below the heads. A family declares its settings in its constructor and calls ``build_body``."""
+class LlamaGenBody(ConditionedBackbone, nn.Module):
+    """Mixin of a ``ModelMixin``: everything below the heads. A family declares its settings in its constructor and calls ``build_body``."""
 
     config_name = "config.json"
     _supports_gradient_checkpointing = True

@@ -11,15 +11,17 @@ from functools import wraps
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
 from vargen.backbones.decoding.condition import padding_mask
 from vargen.backbones.decoding.schedule import ScheduledBackbone
 from vargen.backbones.llamagen.body import OneHeadBody
 from vargen.features import Feature
+from vargen.validation.folders import Stored
 
 
-class MaskedTransformer(ScheduledBackbone, OneHeadBody):  # type: ignore[misc]
+class MaskedTransformer(ScheduledBackbone, OneHeadBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Masked codes from all others; the arguments are those of ``LlamaGenTransformer``."""
 
     features = frozenset({Feature.MASKED})

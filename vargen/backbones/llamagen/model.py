@@ -11,6 +11,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor
 
 from vargen.backbones.decoding.condition import padding_mask
@@ -18,11 +19,12 @@ from vargen.backbones.decoding.window import WindowBackbone
 from vargen.backbones.llamagen.body import OneHeadBody
 from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
 from vargen.checkpoints.reader import load_family
+from vargen.validation.folders import Stored
 
 FAMILIES = ("llamagen-c2i", "llamagen-t2i")
 
 
-class LlamaGenTransformer(WindowBackbone, OneHeadBody):  # type: ignore[misc]
+class LlamaGenTransformer(WindowBackbone, OneHeadBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Causal transformer: condition, then the codes of a grid row by row; position i predicts code i.
 
     Args:

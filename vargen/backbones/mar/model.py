@@ -20,17 +20,13 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vargen.backbones.decoding.continuous import ContinuousBackbone, LabelBuffer
+from vargen.backbones.decoding.continuous import ContinuousBackbone
 from vargen.backbones.decoding.window import PreparedCondition
 from vargen.backbones.layers.cache.kv_cache import attention
-from vargen.backbones.layers.conditions import AttributeEmbedding, drop_condition
+from vargen.backbones.layers.conditions import AttributeEmbedding, LabelTable, drop_condition
 from vargen.backbones.layers.diffusion_head import DiffusionHead
-from vargen.backbones.mar.layers import (
-    ViTBlock,
-    draw_mask_ratio,
-    infer_mar_config,
-    mar_size_config,
-)
+from vargen.backbones.mar.layers import ViTBlock, draw_mask_ratio
+from vargen.backbones.mar.sizes import infer_mar_config, mar_size_config
 from vargen.backbones.settings.continuous import MAR
 from vargen.checkpoints.reader import CheckpointError, load_family, load_original
 from vargen.features import Feature
@@ -113,7 +109,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         token_dim = latent_channels * patch_size**2
         length = self.grid_size[0] * self.grid_size[1]
         if condition_type == "class":
-            self.class_emb = LabelBuffer(num_classes, encoder_dim)
+            self.class_emb = LabelTable(num_classes, encoder_dim)
             self.fake_latent = nn.Parameter(torch.empty(1, encoder_dim))
         else:
             self.attribute_emb = AttributeEmbedding(num_attributes, num_condition_tokens, encoder_dim)
@@ -166,7 +162,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         return load_family(cls, checkpoint, config, infer_mar_config, family="mar", read=_read_averaged)
 
     @property
-    def condition_embedding(self) -> LabelBuffer | AttributeEmbedding:
+    def condition_embedding(self) -> LabelTable | AttributeEmbedding:
         """The table of the condition."""
         return self.class_emb if self.config.condition_type == "class" else self.attribute_emb
 

@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -30,13 +31,14 @@ from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.orders import neighbors
 from vargen.validation.checks import checked
+from vargen.validation.folders import Stored
 
 FAMILIES = ("nar", "nar-video")
 IMAGE_HEADS = (("norm", "output"), ("medusa_norm", "medusa_output"))  # official names: norm and matrix of each head
 VIDEO_HEADS = (("norm_R", "output_R"), ("norm_D", "output_D"), ("norm_B", "output_B"))
 
 
-class NARTransformer(ScheduledBackbone, LlamaGenBody):  # type: ignore[misc]
+class NARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a grid from their neighbors; anti-diagonal by anti-diagonal.
 
     Images (``grid_size=(h, w)``) have rotary positions, videos (``(t, h, w)``) learned ones, as the official models.

@@ -12,6 +12,7 @@ import math
 from typing import Any, Literal
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
@@ -24,9 +25,10 @@ from vargen.backbones.settings.discrete import PAR
 from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.validation.checks import checked
+from vargen.validation.folders import Stored
 
 
-class PARTransformer(ScheduledBackbone, LlamaGenBody):  # type: ignore[misc]
+class PARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a grid, group by group.
 
     Args:

@@ -6,45 +6,16 @@ Letters: R rows, w items, D width, H heads, d head width.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
-from vargen.backbones.layers.conditions import ClassEmbedding
 from vargen.backbones.layers.transformer import DropPath
 
 MAX_LOG_SCALE = math.log(100)  # ceiling of the learned attention scale
 PLAIN_SCALE = 0.25  # without normalised queries and keys the official model divides by 4 sqrt(head width)
-
-
-class LabelEmbedding(nn.Embedding):
-    """Class vectors; the last row is the null label. Checks and dropping are those of ``ClassEmbedding``."""
-
-    has_null = True
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__(num_classes + 1, dim)
-        self.num_classes = num_classes
-
-    @property
-    def embedding_table(self) -> nn.Embedding:
-        """The table itself, under the name that ``ClassEmbedding`` knows."""
-        return self
-
-    def check(self, condition: Any, values: bool = True) -> Tensor:
-        """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them."""
-        return ClassEmbedding.check(cast(Any, self), condition, values)
-
-    def null(self, condition: Tensor) -> Tensor:
-        """The null label of the same batch."""
-        return ClassEmbedding.null(cast(Any, self), condition)
-
-    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """Replace the labels of the samples ``dropped [B]`` by null."""
-        return torch.where(dropped, self.null(condition), condition)
 
 
 class VARAttention(nn.Module):

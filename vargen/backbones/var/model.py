@@ -23,9 +23,9 @@ from torch.utils.checkpoint import checkpoint
 
 from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition
 from vargen.backbones.layers.cache.kv_cache import Attend, attention
-from vargen.backbones.layers.conditions import AttributeEmbedding, drop_condition
+from vargen.backbones.layers.conditions import AttributeEmbedding, LabelEmbedding, drop_condition
 from vargen.backbones.settings.discrete import VAR
-from vargen.backbones.var.layers import HeadNorm, LabelEmbedding, VARBlock, modulation
+from vargen.backbones.var.layers import HeadNorm, VARBlock, modulation
 from vargen.backbones.var.sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
 from vargen.checkpoints.reader import load_family
 from vargen.validation.checks import checked, pair_of
