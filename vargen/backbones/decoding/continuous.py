@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vargen.backbones.layers.diffusion_head import DiffusionHead
-from vargen.backbones.mar.layers import to_latents, to_tokens
+from vargen.backbones.layers.patches import to_latents, to_tokens
 
 
 class ContinuousBackbone:

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from vargen.backbones.decoding.condition import ConditionedBackbone
 from vargen.backbones.layers.conditions import AttributeEmbedding, CaptionEmbedding, ClassEmbedding, ConditionEmbedding
 from vargen.backbones.layers.rope import constant_rows, grid_table
-from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
-from vargen.backbones.llamagen.sizes import size_config, swiglu_dim
+from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock, swiglu_dim
+from vargen.backbones.llamagen.sizes import size_config
 from vargen.backbones.settings.discrete import LLAMAGEN
 from vargen.validation.checks import checked
 

@@ -21,8 +21,7 @@ from vargen.backbones.decoding.window import WindowBackbone
 from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.layers.rope import constant_rows, grid_table
-from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
-from vargen.backbones.llamagen.sizes import swiglu_dim
+from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock, swiglu_dim
 from vargen.backbones.settings.continuous import CAUSAL_MAR
 from vargen.features import Feature
 from vargen.protocols import StepOut

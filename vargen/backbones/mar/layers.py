@@ -55,19 +55,6 @@ class ViTBlock(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
-def to_tokens(latents: Tensor, patch_size: int = 1) -> Tensor:
-    """Latents ``[B, C, h p, w p]`` to tokens ``[B, h w, C p p]``, row by row; numbers channel first."""
-    height, width = latents.shape[-2] // patch_size, latents.shape[-1] // patch_size
-    parts = latents.unflatten(-1, (width, patch_size)).unflatten(-3, (height, patch_size))  # B C h p w q
-    return parts.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
-
-
-def to_latents(tokens: Tensor, grid_size: tuple[int, int], patch_size: int = 1) -> Tensor:
-    """Undo ``to_tokens``."""
-    parts = tokens.unflatten(1, grid_size).unflatten(-1, (-1, patch_size, patch_size))  # B h w C p q
-    return parts.permute(0, 3, 1, 4, 2, 5).flatten(4).flatten(2, 3)
-
-
 def draw_mask_ratio(low: float, std: float = 0.25, generator: torch.Generator | None = None) -> float:
     """Share of tokens to mask in a step: normal around 1, cut to [low, 1]."""
     normal = torch.distributions.Normal(1.0, std)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from vargen.backbones.llamagen.sizes import swiglu_dim
+from vargen.backbones.layers.transformer import swiglu_dim
 from vargen.backbones.settings.common import (
     AREA,
     BLOCKS,
