@@ -86,7 +86,10 @@ class FeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch of a whole sample, keep the expectation (arXiv:1603.09382)."""
+    """Stochastic depth: drop a residual branch of a whole sample, keep the expectation (arXiv:1603.09382).
+
+    As timm's, which inference must not import.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
@@ -23,8 +24,8 @@ class ViTAttention(nn.Module):
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend from and to ``x [R, w, E]``."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj_drop(self.proj(attend(query, key, value).transpose(1, 2).flatten(2)))
+        query, key, value = rearrange(self.qkv(x), "r w (n h d) -> n r h w d", n=3, h=self.num_heads)
+        return self.proj_drop(self.proj(rearrange(attend(query, key, value), "r h w d -> r w (h d)")))
 
 
 class ViTFeedForward(nn.Module):

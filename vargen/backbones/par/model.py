@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.decoding.condition import padding_mask
@@ -128,12 +129,13 @@ class PARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, Config
         """[N] raster position of the k-th code, and the stamps of the input [T + N - 1]."""
         if device not in self._tables:
             size, offset = self.config.group_size, self.num_condition_tokens
-            side, (height, width) = math.isqrt(size), self.grid_size
-            cells = torch.arange(self.num_codes).view(side, height // side, side, width // side)
+            side, height = math.isqrt(size), self.grid_size[0]
+            cells = torch.arange(self.num_codes)  # regions of h x w cells, a of them down and b across
+            order = rearrange(cells, "(a h b w) -> (h w a b)", a=side, b=side, h=height // side)
             singles = torch.arange(offset + size - 1)  # condition and all but the last code of the first group
             groups = torch.arange(self.num_codes // size - 1).repeat_interleave(size) + offset + size - 1
             with torch.inference_mode(False):
-                found = (cells.permute(1, 3, 0, 2).flatten(), torch.cat([singles, groups]))
+                found = (order, torch.cat([singles, groups]))
                 self._tables[device] = (found[0].to(device), found[1].to(device))
         return self._tables[device]
 

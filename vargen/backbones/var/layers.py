@@ -9,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
@@ -36,8 +37,8 @@ class VARAttention(nn.Module):
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend from and to ``x [R, w, D]``."""
         bias = torch.cat([self.q_bias, self.zero_k_bias.to(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # R H w d
+        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        query, key, value = rearrange(qkv, "r w (n h d) -> n r h w d", n=3, h=self.num_heads)
         root = query.shape[-1] ** 0.5  # the attention function divides by it
         if self.l2_norm:  # float32: half precision overflows in the norm
             scale = self.scale_mul_1H11.float().clamp(max=MAX_LOG_SCALE).exp() * root
@@ -45,7 +46,7 @@ class VARAttention(nn.Module):
             key = F.normalize(key.float(), dim=-1).to(x.dtype)
         else:
             query = query * PLAIN_SCALE
-        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj(rearrange(attend(query, key, value), "r h w d -> r w (h d)"))
 
 
 class VARFeedForward(nn.Module):
@@ -83,8 +84,9 @@ class VARBlock(nn.Module):
 
     def modulate(self, condition: Tensor, shared: Tensor | None) -> Tensor:
         """``[R, D]`` to ``[6, R, 1, D]``: gates, scales and shifts, first of attention, then of the feed-forward."""
-        rows = self.ada_lin(condition).view(-1, 1, 6, self.dim) if shared is None else self.ada_gss + shared
-        return rows.permute(2, 0, 1, 3)
+        if shared is None:
+            return rearrange(self.ada_lin(condition), "r (n d) -> n r 1 d", n=6)
+        return rearrange(self.ada_gss + shared, "r 1 n d -> n r 1 d")
 
     def forward(self, x: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """Map ``x [R, w, D]`` to ``[R, w, D]`` with the rows of ``modulate``."""
@@ -105,7 +107,7 @@ class HeadNorm(nn.Module):
 
     def modulate(self, condition: Tensor) -> Tensor:
         """``[R, D]`` to ``[2, R, 1, D]``: scale and shift."""
-        return self.ada_lin(condition).view(-1, 1, 2, self.dim).permute(2, 0, 1, 3)
+        return rearrange(self.ada_lin(condition), "r (n d) -> n r 1 d", n=2)
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """Normalise in float32."""

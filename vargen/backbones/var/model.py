@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -234,7 +235,7 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
             tokens = self.attribute_emb(ids)
         shared = None
         if self.shared_ada_lin is not None:
-            shared = self.shared_ada_lin(vector).view(-1, 1, 6, self.config.dim)
+            shared = rearrange(self.shared_ada_lin(vector), "r (n d) -> r 1 n d", n=6)
         rows = [block.modulate(vector, shared) for block in self.blocks]  # type: ignore[operator]
         start = vector[:, None] + self.pos_start
         return ScaleCondition(start, tokens, rows, self.head_nm.modulate(vector), len(ids) // len(parts), len(parts))

@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
@@ -25,10 +26,10 @@ class XARAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
         """Attend from and to ``x [R, w, E]``; ``rope [w, 2, d]``."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        query, key, value = rearrange(self.qkv(x), "r w (n h d) -> n r w h d", n=3, h=self.num_heads)
         query, key = rotate(query, rope), rotate(key, rope)
         y = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return cast(Tensor, self.proj(y.transpose(1, 2).flatten(2)))
+        return cast(Tensor, self.proj(rearrange(y, "r h w d -> r w (h d)")))
 
 
 class XARFeedForward(nn.Module):

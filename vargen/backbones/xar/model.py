@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend, KVCache, attention
@@ -114,13 +115,13 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def to_cells(self, latents: Tensor) -> Tensor:
         """Scaled latents ``[B, C, H, W]`` to ``[B, K, M, C]``, cells and their tokens row by row."""
-        parts = latents.unflatten(-1, (-1, self.cell_size[1])).unflatten(-3, (-1, self.cell_size[0]))  # B C a h b w
-        return parts.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+        h, w = self.cell_size
+        return rearrange(latents, "n c (a h) (b w) -> n (a b) (h w) c", h=h, w=w)
 
     def to_latents(self, tokens: Tensor) -> Tensor:
         """Tokens in cell order ``[B, K M, C]`` to scaled latents ``[B, C, H, W]``."""
-        parts = tokens.unflatten(1, (*self.config.cells, *self.cell_size))  # B a b h w C
-        return parts.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        (a, b), (h, w) = self.config.cells, self.cell_size
+        return rearrange(tokens, "n (a b h w) c -> n c (a h) (b w)", a=a, b=b, h=h, w=w)
 
     def forward(self, x: Tensor, t: Tensor, labels: Any, *, drop: Tensor | None = None) -> Tensor:
         """Velocities of all cells, every cell noisy at its own time.
