@@ -20,7 +20,7 @@ import torch
 from _common import interleaved_medians, pin_to_core, report, table, write_json
 
 from vargen.backbones.nbp.model import NBPTransformer
-from vargen.checkpoints.resolve import MODELS_FOLDER
+from vargen.registry import MODELS_FOLDER
 from vargen.samplers.schedule.next_block import NextBlockSampler
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 

@@ -181,36 +181,31 @@ def families() -> tuple[list[list[str]], str]:
 
 def sizes() -> tuple[list[list[str]], str]:
     """Published sizes with the parameter counts that ``vargen verify`` expects."""
-    from vargen.checkpoints.manifests import llamagen as llamagen_manifests
-    from vargen.checkpoints.manifests import mar, schedule, var
+    from vargen.checkpoints.manifests.published import PARAMETERS as counts
 
-    llamagen = {size: counts[-2:] for size, counts in llamagen_manifests.LLAMAGEN_SIZES.items() if size != "GPT-7B"}
-    nar = schedule.NAR_PARAMETERS
     published: dict[str, dict[Any, int]] = {
-        "LlamaGen, class to image": {size: c2i for size, (c2i, _) in llamagen.items()},
-        "LlamaGen, text to image": {"GPT-XL": llamagen["GPT-XL"][1]},
-        "LlamaGen tokenizers": llamagen_manifests.VQ_PARAMETERS,
-        "VAR": {size: count for size, count in var.VAR_PARAMETERS.items() if size != "d12"},
-        "VAR tokenizer": {var.VAE_NAME: var.VAE_PARAMETERS},
-        "NAR, class to image": {size: nar[size][0] for size in ("B", "M", "L", "XL", "XXL")},
-        "NAR, text to image": {"XL": nar["XL"][1]},
-        "NAR video": schedule.NAR_VIDEO_PARAMETERS,
-        "PAR (size x codes of a group)": schedule.PAR_PARAMETERS,
-        "RandAR": schedule.RANDAR_PARAMETERS,
-        "MAR": mar.MAR_PARAMETERS,
-        "xAR": mar.XAR_PARAMETERS,
+        "LlamaGen, class to image": {size: n for size, n in counts["llamagen-c2i"].items() if size != "7B"},
+        "LlamaGen, text to image": {"XL": counts["llamagen-t2i"]["XL"]},
+        "LlamaGen tokenizers": counts["llamagen-vq"],
+        "VAR": {size: n for size, n in counts["var"].items() if size != "d12"},
+        "VAR tokenizer": counts["var-vqvae"],
+        "NAR, class to image": counts["nar"],
+        "NAR, text to image": {"XL": counts["nar-t2i"]["XL"]},
+        "NAR video": counts["nar-video"],
+        "PAR (size x codes of a group)": counts["par"],
+        "RandAR": counts["randar"],
+        "MAR": counts["mar"],
+        "xAR": counts["xar"],
     }
     rows = [["model", "parameters in millions (GB in float32)"]]
-    for model, counts in published.items():
-        listed = [f"{_plain(size)} {count / 1e6:,.0f} ({count * 4 / 1e9:.2g})" for size, count in counts.items()]
+    for model, sizes_of in published.items():
+        listed = [f"{_plain(size)} {count / 1e6:,.0f} ({count * 4 / 1e9:.2g})" for size, count in sizes_of.items()]
         rows.append([model, ", ".join(listed)])
     return rows, ""
 
 
 def _plain(size: Any) -> str:
-    return (
-        " x ".join(map(str, size)) if isinstance(size, tuple) else str(size).removeprefix("xar_").removeprefix("GPT-")
-    )
+    return " x ".join(map(str, size)) if isinstance(size, tuple) else str(size)
 
 
 def notebooks() -> tuple[list[list[str]], str]:

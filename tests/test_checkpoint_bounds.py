@@ -18,7 +18,6 @@ from typer.testing import CliRunner
 from tests import outside
 from tests.checkpoint_families import FAMILIES, weights
 from vargen.adapters.pixels import taming_decoder
-from vargen.backbones.llamagen.masked import MaskedTransformer
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.backbones.mar.model import MARTransformer
@@ -183,8 +182,6 @@ class TestLayers:
         state = CausalMARTransformer(**sizes, num_classes=3).state_dict()
         for call in (MARTransformer.from_original, verify_checkpoint):
             assert "not a MAR checkpoint" in refusal(call, state)
-        with pytest.raises(ValueError, match="no masked LlamaGen checkpoints"):
-            MaskedTransformer.from_original(weights("LlamaGen"), **GRID)
 
     def test_nothing_is_allocated_for_a_width_that_the_other_weights_do_not_have(self) -> None:
         state = weights("Eagle")

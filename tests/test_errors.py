@@ -25,7 +25,8 @@ from tests.tiny import (
     tiny_tokenizer,
 )
 from vargen.backbones.llamagen.model import LlamaGenTransformer
-from vargen.checkpoints.resolve import atomic_write, verify_checkpoint
+from vargen.checkpoints.verify import verify_checkpoint
+from vargen.files import atomic_write
 from vargen.images import from_pil
 from vargen.pipelines.image import ImagePipeline
 from vargen.registry import sampler_class, swap_sampler
@@ -184,7 +185,7 @@ class TestNames:
     def test_nearest_model_is_shown(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "heroes32-llamagen").mkdir()
         (tmp_path / "heroes32-llamagen" / "model_index.json").write_text("{}")
-        monkeypatch.setattr("vargen.checkpoints.resolve.MODELS_FOLDER", tmp_path)
+        monkeypatch.setattr("vargen.registry.MODELS_FOLDER", tmp_path)
         one_line(lambda: ImagePipeline.from_pretrained("hero32-lamagen"), "did you mean heroes32-llamagen")
 
     def test_unknown_sampler(self) -> None:

@@ -15,8 +15,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from vargen.checkpoints import resolve as hub
-from vargen.checkpoints.families import Family, get_family, guess_family, register_family
+from vargen import registry
+from vargen.checkpoints.families import Family, get_family, guess_family, known_families, register_family
 from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
 
 WEIGHTS = {"a.weight": torch.arange(6.0).view(2, 3), "a.bias": torch.ones(2)}
@@ -218,7 +218,7 @@ def test_families_are_told_apart(keys: Any, family: str) -> None:
 
 
 def test_every_family_is_listed_once() -> None:
-    names = [family.name for family in hub.known_families()]
+    names = [family.name for family in known_families()]
     assert len(names) == len(set(names))
     assert all(get_family(name).name == name for name in names)
 
@@ -248,22 +248,22 @@ def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_are_resolved_by_name_path_and_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "MODELS_FOLDER", tmp_path / "models")
-    assert hub.shipped_models() == []
+    monkeypatch.setattr(registry, "MODELS_FOLDER", tmp_path / "models")
+    assert registry.shipped_models() == []
     for name in ("heroes32-llamagen", "heroes32-var"):
         (tmp_path / "models" / name).mkdir(parents=True)
         (tmp_path / "models" / name / "model_index.json").write_text("{}")
     (tmp_path / "models" / "heroes32-classifier").mkdir()  # a network of a metric, not a pipeline
-    assert hub.shipped_models() == ["heroes32-llamagen", "heroes32-var"]
-    assert hub.resolve_model("heroes32-var") == str(tmp_path / "models" / "heroes32-var")
-    assert hub.resolve_model(tmp_path) == str(tmp_path)
-    assert hub.resolve_model("FoundationVision/vq-ds16-c2i") == "FoundationVision/vq-ds16-c2i"
+    assert [model.name for model in registry.shipped_models()] == ["heroes32-llamagen", "heroes32-var"]
+    assert registry.resolve_model("heroes32-var") == str(tmp_path / "models" / "heroes32-var")
+    assert registry.resolve_model(tmp_path) == str(tmp_path)
+    assert registry.resolve_model("FoundationVision/vq-ds16-c2i") == "FoundationVision/vq-ds16-c2i"
     with pytest.raises(ValueError, match="did you mean heroes32-llamagen"):
-        hub.resolve_model("heros32-lamagen")
+        registry.resolve_model("heros32-lamagen")
     with pytest.raises(ValueError, match="shipped models: heroes32-llamagen, heroes32-var"):
-        hub.resolve_model("zzz")
+        registry.resolve_model("zzz")
     with pytest.raises(ValueError, match="no model folder"):
-        hub.resolve_model("./absent/folder")
+        registry.resolve_model("./absent/folder")
     (tmp_path / "x.pt").write_bytes(b"")
     with pytest.raises(ValueError, match="is a file, not a model folder"):
-        hub.resolve_model(tmp_path / "x.pt")
+        registry.resolve_model(tmp_path / "x.pt")

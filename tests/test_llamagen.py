@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from tests.golden_files import load_file, unpacked
+from tests.llamagen_shapes import PUBLISHED, official_shapes
+from vargen.backbones.decoding.condition import padding_mask
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.llamagen.sizes import SIZES
 from vargen.kernels.warp import warp_logits
@@ -15,18 +17,6 @@ from vargen.protocols import Backbone
 
 GOLDEN = Path(__file__).parent / "golden" / "llamagen"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
-
-# layers, heads, width, feed-forward width, parameters with 1000 classes, parameters with captions of width 2048
-PUBLISHED = {
-    "B": (12, 12, 768, 2048, 110_888_448, 112_282_368),
-    "L": (24, 16, 1024, 2816, 342_910_976, 345_031_680),
-    "XL": (36, 20, 1280, 3584, 774_699_520, 777_678_080),
-    "XXL": (48, 24, 1536, 4096, 1_410_972_672, 1_414_940_160),
-    "XXXL": (48, 40, 2560, 6912, 3_893_027_840, 3_902_261_760),
-    "1B": (22, 32, 2048, 5632, 1_199_616_000, 1_205_954_560),
-    "3B": (24, 32, 3200, 8704, 3_096_659_200, 3_110_249_600),
-    "7B": (32, 32, 4096, 11008, 6_614_589_440, 6_635_655_168),
-}
 
 
 def close(actual, expected):
@@ -121,7 +111,8 @@ def test_caption_embeddings_and_mask():
     with torch.no_grad():
         close(model.cls_embedding(checked), io["caption_embeddings"])
     length = io["train.attn_mask"].shape[-1]
-    assert torch.equal(model._training_mask(checked[1], length)[:, 0], io["train.attn_mask"].bool())
+    causal = torch.ones(length, length, dtype=torch.bool).tril()
+    assert torch.equal(padding_mask(checked[1], length, causal)[:, 0], io["train.attn_mask"].bool())
 
 
 def test_causal_mask():
@@ -161,26 +152,6 @@ def test_zero_and_identity_condition_rows_differ():
     assert torch.equal(model.rope_table()[0], torch.tensor([1.0, 0.0]).expand(6, 2))
     windowed = cached_logits(model, io["class_ids"], io["tokens"], 1.0)[0]
     close(windowed, logits)
-
-
-def official_shapes(size, condition_type, num_codes=16384):
-    layers, _, dim, ffn_dim, *_ = PUBLISHED[size]
-    shapes = {"tok_embeddings.weight": (num_codes, dim), "norm.weight": (dim,), "output.weight": (num_codes, dim)}
-    if condition_type == "class":
-        shapes["cls_embedding.embedding_table.weight"] = (1001, dim)
-    else:
-        shapes["cls_embedding.uncond_embedding"] = (120, 2048)
-        shapes["cls_embedding.cap_proj.fc1.weight"] = (dim, 2048)
-        shapes["cls_embedding.cap_proj.fc2.weight"] = (dim, dim)
-    for i in range(layers):
-        shapes[f"layers.{i}.attention.wqkv.weight"] = (3 * dim, dim)
-        shapes[f"layers.{i}.attention.wo.weight"] = (dim, dim)
-        shapes[f"layers.{i}.feed_forward.w1.weight"] = (ffn_dim, dim)
-        shapes[f"layers.{i}.feed_forward.w3.weight"] = (ffn_dim, dim)
-        shapes[f"layers.{i}.feed_forward.w2.weight"] = (dim, ffn_dim)
-        shapes[f"layers.{i}.attention_norm.weight"] = (dim,)
-        shapes[f"layers.{i}.ffn_norm.weight"] = (dim,)
-    return shapes
 
 
 @pytest.mark.parametrize("condition_type", ["class", "caption"])

@@ -10,7 +10,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.golden_files import load_file, unpacked
-from vargen.checkpoints.manifests.llamagen import LLAMAGEN_SIZES, llamagen_shapes
+from tests.llamagen_shapes import official_shapes
+from vargen.checkpoints.manifests.published import PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import convert_checkpoint, verify_checkpoint
 from vargen.tokenizers.vq.checkpoints import llamagen_to_taming
@@ -20,11 +21,11 @@ GOLDEN = Path(__file__).parent / "golden" / "llamagen"
 
 
 def test_published_llamagen_sizes_verify_on_meta() -> None:
-    for size, (depth, _, width, hidden, *counts) in LLAMAGEN_SIZES.items():
-        for condition, count in zip([(1001,), (120, 2048)], counts, strict=True):
-            shapes = llamagen_shapes(depth, width, hidden, 16384, condition)
-            report = verify_checkpoint({k: torch.empty(v, device="meta") for k, v in shapes.items()})
-            assert (report.ok, report.size, report.num_parameters) == (True, size, count)
+    for kind, family in (("class", "llamagen-c2i"), ("caption", "llamagen-t2i")):
+        for size, count in PARAMETERS[family].items():
+            weights = {k: torch.empty(v, device="meta") for k, v in official_shapes(size, kind).items()}
+            report = verify_checkpoint(weights)
+            assert (report.ok, report.size, report.num_parameters) == (True, f"GPT-{size}", count)
 
 
 def vq16() -> dict[str, Tensor]:

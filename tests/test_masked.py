@@ -223,5 +223,3 @@ def test_settings_round_trip_and_wrong_ones_are_refused(tmp_path):
             MaskedSampler(**settings)
     with pytest.raises(ValueError, match=r"num_steps must be an integer in 1..16, got 17 \(the grid has 16 codes\)"):
         MaskedSampler(num_steps=17).sample(tiny(), torch.tensor([1]), seeds=[0])
-    with pytest.raises(ValueError, match="no masked LlamaGen checkpoints"):
-        MaskedTransformer.from_original("x.pt")

@@ -11,7 +11,7 @@ from tests.enumeration import chi_square_p
 from tests.golden_files import load_file, unpacked
 from tests.tiny import CODEBOOK_SIZE, tiny_pipeline, tiny_tokenizer
 from vargen.backbones.nar.model import NARTransformer
-from vargen.checkpoints.manifests.schedule import NAR_PARAMETERS, NAR_VIDEO_PARAMETERS
+from vargen.checkpoints.manifests.published import PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import verify_checkpoint
 from vargen.kernels.draw import draw
@@ -144,8 +144,8 @@ def test_masks_and_rotations_are_the_official_ones(case):
 
 def test_published_sizes_have_their_exact_counts():
     with torch.device("meta"):
-        for size, counts in [*NAR_PARAMETERS.items(), *((s, (n,)) for s, n in NAR_VIDEO_PARAMETERS.items())]:
-            for condition, count in zip(("class", "caption"), counts, strict=False):
+        for family, condition in (("nar", "class"), ("nar-t2i", "caption"), ("nar-video", "class")):
+            for size, count in PARAMETERS[family].items():
                 if condition == "class" or size in ("B", "XL"):
                     weights = NARTransformer.from_size(size, condition_type=condition).state_dict()
                     buffer = weights.get("cls_embedding.uncond_embedding", torch.empty(0)).numel()
@@ -154,15 +154,9 @@ def test_published_sizes_have_their_exact_counts():
                     report = verify_checkpoint(weights)
                     assert (report.ok, report.size, report.num_parameters) == (True, size, count)
     # the measured numbers of nar_nbp.md a.1 and a.5, in millions
-    assert [round(NAR_PARAMETERS[s][0] / 1e6, 1) for s in NAR_PARAMETERS] == [
-        130.6,
-        295.5,
-        372.5,
-        816.0,
-        1464.5,
-    ]
-    assert [round(n / 1e6, 1) for n in NAR_VIDEO_PARAMETERS.values()] == [37.8, 125.1, 368.7, 693.6, 815.5]
-    assert round(NAR_PARAMETERS["XL"][1] / 1e6, 1) == 819.0
+    assert [round(n / 1e6, 1) for n in PARAMETERS["nar"].values()] == [130.6, 295.5, 372.5, 816.0, 1464.5]
+    assert [round(n / 1e6, 1) for n in PARAMETERS["nar-video"].values()] == [37.8, 125.1, 368.7, 693.6, 815.5]
+    assert round(PARAMETERS["nar-t2i"]["XL"] / 1e6, 1) == 819.0
     with pytest.raises(ValueError, match="published sizes are B, L"):
         NARTransformer.from_size("huge")
 
@@ -292,8 +286,6 @@ def test_what_does_not_fit_is_refused_in_one_line():
         NeighboringSampler().sample(model, labels, seeds=[0], schedule=DecodeSchedule.nar2d((4, 4), 2))
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         NeighboringSampler().sample(tiny().train(), labels, seeds=[0])
-    with pytest.raises(ValueError, match="decodes by schedules, not code by code; use NeighboringSampler"):
-        model.open(model.prepare(labels))
     with pytest.raises(ValueError, match=r"must be integers \[16\] or \[1, 16\]"):
         NeighboringSampler().sample(model, labels, seeds=[0], forced_codes=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must lie in 0..63, or be -1"):

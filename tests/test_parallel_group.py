@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from tests.golden_files import load_file, unpacked
 from vargen.backbones.llamagen.any_order import AnyOrderTransformer
 from vargen.backbones.par.model import PARTransformer
-from vargen.checkpoints.manifests.schedule import PAR_PARAMETERS, RANDAR_PARAMETERS
+from vargen.checkpoints.manifests.published import PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import verify_checkpoint
 from vargen.kernels.warp import warp_logits
@@ -110,12 +110,12 @@ def test_the_mask_and_the_rotations_are_the_official_ones(golden):
 
 def test_published_sizes_have_their_exact_counts():
     with torch.device("meta"):
-        for (size, group), count in PAR_PARAMETERS.items():
+        for (size, group), count in PARAMETERS["par"].items():
             weights = PARTransformer.from_size(size, group_size=group).state_dict()
             assert sum(weight.numel() for weight in weights.values()) == count
         report = verify_checkpoint(weights)
         assert (report.ok, report.size, report.num_parameters) == (True, "3B", count)
-        for size, count in RANDAR_PARAMETERS.items():
+        for size, count in PARAMETERS["randar"].items():
             weights = AnyOrderTransformer.from_size(size).state_dict()
             assert sum(weight.numel() for weight in weights.values()) == count
         report = verify_checkpoint(weights)

@@ -6,8 +6,14 @@ from torch import nn
 
 from vargen.backbones.layers.cache.kv_cache import NOCACHE, KVCache
 from vargen.backbones.layers.rope import constant_rows, grid_table, rotate, spread
-from vargen.backbones.layers.transformer import DropPath, FeedForward, ItemTransformer, RMSNorm, TransformerBlock
-from vargen.backbones.llamagen.sizes import swiglu_dim
+from vargen.backbones.layers.transformer import (
+    DropPath,
+    FeedForward,
+    ItemTransformer,
+    RMSNorm,
+    TransformerBlock,
+    swiglu_dim,
+)
 
 R, D, H, W = 2, 16, 3, 4
 N = H * W

@@ -13,7 +13,7 @@ from torch import Tensor
 from tests.golden_files import load_file
 from vargen.backbones.var.model import VARTransformer
 from vargen.backbones.var.sizes import SCALES_512
-from vargen.checkpoints.manifests.var import VAR_PARAMETERS
+from vargen.checkpoints.manifests.published import PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import verify_checkpoint
 from vargen.pipelines.image import ImagePipeline
@@ -101,7 +101,7 @@ def test_cache_gives_the_official_logits_of_both_branches(official, io):
 
 
 def test_published_sizes_have_exact_keys_and_parameters():
-    for size, count in VAR_PARAMETERS.items():
+    for size, count in PARAMETERS["var"].items():
         with torch.device("meta"):
             model = VARTransformer.from_size(size)
         assert sum(p.numel() for p in model.parameters()) == count

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.golden_files import load_file
 from vargen.backbones.nbp.model import NBPTransformer
 from vargen.backbones.nbp.sizes import SIZES
-from vargen.checkpoints.manifests.nbp import NBP_PARAMETERS, TOKENIZER_PARAMETERS
+from vargen.checkpoints.manifests.published import PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import verify_checkpoint
 from vargen.tokenizers.video_fsq.layers import CausalConv3d, DepthToSpace, ResidualUnit, SpaceToDepth, StreamState
@@ -192,7 +192,7 @@ def test_the_published_tokenizer_loads_by_its_keys(tmp_path: Path) -> None:
     with torch.device("meta"):
         model = VideoFSQTokenizer()
     state_dict = {f"module.{name}": value for name, value in model.state_dict().items()}
-    assert sum(v.numel() for v in state_dict.values()) == TOKENIZER_PARAMETERS
+    assert sum(v.numel() for v in state_dict.values()) == PARAMETERS["nbp-tokenizer"]["MAGVIT-v2"]
     for key, shape in {
         "encoder_layers.6.residual_fn.0.conv.weight": (256, 128, 1, 1, 1),
         "encoder_layers.15.conv.weight": (256, 256, 3, 3, 3),
@@ -226,7 +226,7 @@ def test_every_published_transformer_has_its_keys_and_parameters(size: str, text
     state_dict["module.first_stage_model.encoder_layers.0.conv.bias"] = torch.empty(128, device="meta")
     report = verify_checkpoint({"state_dict": state_dict, "epoch": 1})
     assert report.ok, report
-    assert (report.size, report.num_parameters) == (size, NBP_PARAMETERS[size][not text])
+    assert (report.size, report.num_parameters) == (size, PARAMETERS["nbp" if text else "nbp-frames"][size])
     layers, heads, width = SIZES[size]
     assert state_dict["module.transformer.tok_emb.weight"].shape == (96016 if text else 64000, width)
     assert state_dict["module.transformer.pos_emb"].shape == (1, 5120, width)

@@ -1,7 +1,6 @@
 """What there is to choose from: shipped models, samplers and their short names, and which sampler fits which backbone.
 
-Samplers are listed in ``vargen.samplers.registry``. Importing this module
-is cheap: no torch.
+Samplers are listed in ``vargen.samplers.registry``. Importing this module is cheap: no torch.
 """
 
 from __future__ import annotations
@@ -58,6 +57,36 @@ def _summary(card: Path) -> str:
     text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(), flags=re.DOTALL)  # the card's YAML header
     prose = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "|", "!", "<"))]
     return prose[0] if prose else ""
+
+
+def resolve_model(name_or_path: str | Path) -> str:
+    """Turn what a user typed into something ``from_pretrained`` takes.
+
+    Args:
+        name_or_path: name of a shipped model, path of a folder, or a Hub id ``organisation/model``.
+
+    Returns:
+        Path of a folder, or the Hub id unchanged.
+
+    Raises:
+        ValueError: none of these; nearest names are shown.
+    """
+    text = str(name_or_path)
+    path = Path(name_or_path).expanduser()
+    shipped = {model.name: model.folder for model in shipped_models()}
+    if text in shipped:
+        return str(shipped[text])
+    if path.is_dir():
+        return str(path)
+    if path.is_file():
+        raise ValueError(f"{text} is a file, not a model folder; convert a published checkpoint with `vargen convert`")
+    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
+        return text
+    if "/" in text or "\\" in text:
+        raise ValueError(f"no model folder {text}; shipped models: {', '.join(shipped) or 'none'}")
+    near = difflib.get_close_matches(text, shipped, n=3, cutoff=0.4)
+    hint = f"did you mean {' or '.join(near)}" if near else f"shipped models: {', '.join(shipped) or 'none'}"
+    raise ValueError(f"unknown model {text!r}; {hint}; a folder or a Hub id organisation/model also works")
 
 
 def sampler_names() -> dict[str, str]:

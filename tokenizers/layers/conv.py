@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 Attention = bool | Literal["mid"]
@@ -50,11 +51,10 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map ``[b, c, h, w]`` to the same shape."""
-        b, c, height, width = x.shape
         h = self.norm(x)
-        q, k, v = (layer(h).view(b, 1, c, height * width).transpose(2, 3) for layer in (self.q, self.k, self.v))
-        h = F.scaled_dot_product_attention(q, k, v)  # b 1 hw c, scale c^-1/2
-        return x + self.proj_out(h.transpose(2, 3).reshape(b, c, height, width))
+        q, k, v = (rearrange(layer(h), "b c h w -> b 1 (h w) c") for layer in (self.q, self.k, self.v))
+        h = F.scaled_dot_product_attention(q, k, v)  # scale c^-1/2
+        return x + self.proj_out(rearrange(h, "b 1 (h w) c -> b c h w", h=x.shape[2]))
 
 
 class Downsample(nn.Module):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.kernels.nearest import nearest_code
@@ -150,7 +151,7 @@ class ScaleQuantizer(nn.Module):
 
     def enlarge(self, vectors: Tensor, k: int, scales: Scales) -> Tensor:
         """Vectors of scale k, ``[B, n_k, C]``, to their part of the sum, ``[B, C, h, w]``."""
-        h = vectors.transpose(1, 2).unflatten(2, scales[k])
+        h = rearrange(vectors, "b (h w) c -> b c h w", h=scales[k][0])
         if k < len(scales) - 1:  # the last scale is not interpolated; the others are, even at full size
             align = {} if self.upsample == "nearest" else {"align_corners": False}
             h = F.interpolate(h, size=scales[-1], mode=self.upsample, **align)
@@ -166,7 +167,7 @@ class ScaleQuantizer(nn.Module):
         """Average a map ``[B, C, h, w]`` over the cells of a scale and flatten it: ``[B, n_k, C]``."""
         if size != tuple(features.shape[-2:]):
             features = F.interpolate(features, size=size, mode="area")
-        return features.flatten(2).transpose(1, 2)
+        return rearrange(features, "b c h w -> b (h w) c")
 
     def forward(self, features: Tensor, scales: Scales | None = None) -> ScaleQuantizerOutput:
         """Quantize ``[B, C, h, w]``; in training mode also measure the loss and record the use of codes.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -65,18 +66,18 @@ class CausalConv3d(nn.Module):
     def _flat(self, x: Tensor) -> Tensor:
         """Frame by frame."""
         b, kernel = x.shape[0], self.conv.kernel_size
-        frames = x.transpose(1, 2).flatten(0, 1)  # B * T, C, H, W: a view of channels-last clips
+        frames = rearrange(x, "b c t h w -> (b t) c h w")  # a view of channels-last clips
         frames = F.pad(frames, (kernel[2] // 2, kernel[2] // 2, kernel[1] // 2, kernel[1] // 2), mode="replicate")
         y = F.conv2d(frames, self.conv.weight[:, :, 0], self.conv.bias, self.conv.stride[1:])
-        return y.view(b, -1, *y.shape[1:]).transpose(1, 2) if b else y
+        return rearrange(y, "(b t) c h w -> b c t h w", b=b) if b else y
 
     def _line(self, x: Tensor, k: int) -> Tensor:
         """Pixel by pixel."""
-        rows = x.permute(0, 2, 3, 4, 1)  # B T H W C
+        rows = rearrange(x, "b c t h w -> b t h w c")
         length = rows.shape[1] - k + 1
         near = torch.cat([rows[:, i : i + length] for i in range(k)], dim=-1) if k > 1 else rows
-        weight = self.conv.weight.flatten(2).transpose(1, 2).flatten(1)  # C' (k C)
-        return F.linear(near, weight, self.conv.bias).permute(0, 4, 1, 2, 3)
+        weight = rearrange(self.conv.weight, "o c k 1 1 -> o (k c)")
+        return rearrange(F.linear(near, weight, self.conv.bias), "b t h w c -> b c t h w")
 
 
 class FrameNorm(nn.GroupNorm):
@@ -84,8 +85,8 @@ class FrameNorm(nn.GroupNorm):
 
     def forward(self, x: Tensor, state: Any = None) -> Tensor:  # type: ignore[override]
         """Normalise ``[B, C, T, H, W]``."""
-        y = super().forward(x.transpose(1, 2).flatten(0, 1))
-        return y.view(x.shape[0], -1, *y.shape[1:]).transpose(1, 2)
+        y = super().forward(rearrange(x, "b c t h w -> (b t) c h w"))
+        return rearrange(y, "(b t) c h w -> b c t h w", t=x.shape[2])
 
 
 class Unnormed(nn.Module):
@@ -116,8 +117,8 @@ class Pointwise(nn.Conv3d):
 
     def forward(self, x: Tensor, state: Any = None) -> Tensor:  # type: ignore[override]
         """Map ``[B, C, T, H, W]`` pixel by pixel."""
-        y = F.linear(x.permute(0, 2, 3, 4, 1), self.weight.flatten(1), self.bias)
-        return y.permute(0, 4, 1, 2, 3)
+        y = F.linear(rearrange(x, "b c t h w -> b t h w c"), self.weight.flatten(1), self.bias)
+        return rearrange(y, "b t h w c -> b c t h w")
 
 
 class ResidualUnit(nn.Module):
@@ -169,14 +170,13 @@ class DepthToSpace(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """``[B, bt * bh * bw * C, T, H, W]`` to ``[B, C, 1 + (T - 1) * bt, H * bh, W * bw]``; all T * bt later on."""
-        (bt, bh, bw), (b, _, t, h, w) = self.block, x.shape
-        y = x.permute(0, 2, 3, 4, 1).reshape(b, t, h, w, bt, bh, bw, -1)
-        y = y.permute(0, 1, 4, 2, 5, 3, 6, 7).reshape(b, t * bt, h * bh, w * bw, -1)
+        i, j, k = self.block
+        y = rearrange(x, "b (i j k c) t h w -> b (t i) (h j) (w k) c", i=i, j=j, k=k)
         if state is None or id(self) not in state.started:
-            y = y[:, bt - 1 :]
+            y = y[:, i - 1 :]
         if state is not None:
             state.started.add(id(self))
-        return y.permute(0, 4, 1, 2, 3)
+        return rearrange(y, "b t h w c -> b c t h w")
 
 
 class SpaceToDepth(nn.Module):
@@ -188,14 +188,13 @@ class SpaceToDepth(nn.Module):
 
     def forward(self, x: Tensor, state: StreamState | None = None) -> Tensor:
         """``[B, C, 1 + k * bt, H, W]`` to ``[B, bt * bh * bw * C, 1 + k, H / bh, W / bw]``."""
-        bt, bh, bw = self.block
+        i, j, k = self.block
         if state is None or id(self) not in state.started:
-            x = torch.cat([x[:, :, :1].expand(-1, -1, bt - 1, -1, -1), x], dim=2) if bt > 1 else x
+            x = torch.cat([x[:, :, :1].expand(-1, -1, i - 1, -1, -1), x], dim=2) if i > 1 else x
         if state is not None:
             state.started.add(id(self))
-        b, c, t, h, w = x.shape
-        y = x.reshape(b, c, t // bt, bt, h // bh, bh, w // bw, bw).permute(0, 2, 4, 6, 3, 5, 7, 1)
-        return y.reshape(b, t // bt, h // bh, w // bw, -1).permute(0, 4, 1, 2, 3)
+        y = rearrange(x, "b c (t i) (h j) (w k) -> b t h w (i j k c)", i=i, j=j, k=k)
+        return rearrange(y, "b t h w c -> b c t h w")  # channels stay last in memory
 
 
 def make_norm(channels: int, groups: int) -> nn.Module:

@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.tokenizers.checks import check_range, half_precision_explained
@@ -232,7 +233,7 @@ class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
         return cast(Tensor, self.patch_table).to(self.dtype) / 127.5 - 1
 
     def _nearest(self, features: Tensor) -> Tensor:
-        rows, table = features.permute(0, 2, 3, 4, 1).flatten(0, 3), self.patches
+        rows, table = rearrange(features, "b c t h w -> (b t h w) c"), self.patches
         half_norms = table.square().sum(1) / 2
         nearest = [torch.addmm(half_norms, part, table.T, alpha=-1).argmin(1) for part in rows.split(1024)]
         codes = torch.cat(nearest) if nearest else rows.new_empty(0, dtype=torch.long)

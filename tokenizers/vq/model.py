@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
@@ -233,14 +234,14 @@ class VQTokenizer(Stored, ModelMixin, ConfigMixin):
         Returns:
             Mean squared distance of a feature vector to its code.
         """
-        vectors = [self.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in images.split(256)]
+        vectors = [rearrange(self.features(part), "b c h w -> (b h w) c") for part in images.split(256)]
         return self.quantize.kmeans_(torch.cat(vectors), generator, num_iterations)
 
     def _check_codes(self, codes: Tensor) -> Tensor:
         if codes.is_floating_point() or codes.is_complex() or codes.dtype == torch.bool:
             raise ValueError(f"codes must be integers, got {codes.dtype}")
         if codes.ndim == 2 and (side := round(codes.shape[1] ** 0.5)) ** 2 == codes.shape[1]:
-            codes = codes.view(codes.shape[0], side, side)
+            codes = rearrange(codes, "b (h w) -> b h w", h=side)
         if codes.ndim != 3:
             raise ValueError(f"codes must be [B, h, w], or [B, N] with a square N, got {tuple(codes.shape)}")
         if codes.numel():

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.kernels.nearest import nearest_code
@@ -114,8 +115,8 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize ``[b, C, h, w]``; in training mode also measure the losses and record the use of codes."""
-        b, c, h, w = z.shape
-        flat = z.permute(0, 2, 3, 1).reshape(-1, c)  # n C
+        b, _, h, w = z.shape
+        flat = rearrange(z, "b c h w -> (b h w) c")
         codes = self.nearest(flat)
         if self.training:
             x = F.normalize(flat.float(), dim=-1) if self.l2_norm else flat.float()
@@ -126,7 +127,7 @@ class VectorQuantizer(nn.Module):
         else:
             losses = (None, None, None)
             rows = self.lookup(codes).to(z.dtype)
-        latents = rows.view(b, h, w, c).permute(0, 3, 1, 2).contiguous()
+        latents = rearrange(rows, "(b h w) c -> b c h w", b=b, h=h).contiguous()
         return QuantizerOutput(latents, codes.view(b, h, w), *losses)
 
     def _losses(self, x: Tensor, quantized: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -22,12 +22,21 @@ from vargen.checkpoints.bounds import (
     MAX_TENSORS,
     WEIGHT_DTYPES,
     CheckpointError,
+    check_given,
     check_tensors,
 )
 from vargen.checkpoints.families import get_family, guess_family
 from vargen.checkpoints.files import read_checkpoint_file
 
-__all__ = ["CheckpointError", "build_strict", "check_family", "check_fit", "load_original", "load_strict"]
+__all__ = [
+    "CheckpointError",
+    "build_strict",
+    "check_family",
+    "check_fit",
+    "load_family",
+    "load_original",
+    "load_strict",
+]
 
 CONTAINER_KEYS = ("model", "state_dict", "module", "model_state_dict", "trainer", "var_wo_ddp", "sd")
 PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
@@ -200,6 +209,46 @@ def load_strict(
             f"{_shown(bare)}: the state dict has shapes but no numbers (meta device); load them first"
         )
     module.load_state_dict(_taken_over(given) if assign else given, strict=True, assign=assign)
+
+
+def load_family(
+    kind: Any,
+    checkpoint: str | Path | Mapping[str, Any],
+    given: Mapping[str, Any],
+    infer: Callable[[dict[str, Tensor], dict[str, Any]], dict[str, Any]],
+    *,
+    family: str | Collection[str],
+    ignore: Collection[str] = (),
+    read: Callable[[Any], dict[str, Tensor]] = load_original,
+    rename: Callable[[dict[str, Tensor]], dict[str, Tensor]] = dict,
+) -> Any:
+    """Build a published model around the tensors of its checkpoint: no second copy, no random draws.
+
+    Args:
+        kind: the class, whose constructor has a table of checks.
+        checkpoint: path or state dict, plain or a training container.
+        given: settings that come with it.
+        infer: renamed state dict and given settings to all settings of the constructor.
+        family: accepted name or names of ``vargen.checkpoints.families``.
+        ignore: as in ``load_strict``.
+        read: opens the checkpoint.
+        rename: published state dict to the names of the class.
+
+    Returns:
+        The model, in evaluation mode.
+
+    Raises:
+        CheckpointError: as ``load_original`` and ``load_strict``.
+        ValueError: settings that are unknown, out of range, or missing.
+    """
+    config = check_given(kind, given)
+    state_dict = read(checkpoint)
+    check_family(state_dict, family)
+    state_dict = rename(state_dict)
+    with torch.device("meta"):  # the checkpoint's own tensors take the places
+        model = kind(**infer(state_dict, config))
+    load_strict(model, state_dict, family=family, ignore=ignore)
+    return model.eval()
 
 
 def build_strict(

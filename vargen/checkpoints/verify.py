@@ -30,21 +30,21 @@ def _later(module: str, name: str) -> Builder:
 
 
 _builders: dict[str, Builder] = {
-    "llamagen-c2i": _later("llamagen", "llamagen_manifest"),
-    "llamagen-t2i": _later("llamagen", "llamagen_manifest"),
-    "llamagen-vq": _later("llamagen", "vq_manifest"),
-    "taming-vqgan": _later("llamagen", "taming_manifest"),
-    "var": _later("var", "var_manifest"),
-    "var-vqvae": _later("var", "var_tokenizer_manifest"),
-    "nar": _later("schedule", "nar_manifest"),
-    "nar-video": _later("schedule", "nar_video_manifest"),
-    "par": _later("schedule", "par_manifest"),
-    "randar": _later("schedule", "randar_manifest"),
-    "kl-autoencoder": _later("mar", "kl_manifest"),
-    "mar": _later("mar", "mar_manifest"),
-    "xar": _later("mar", "xar_manifest"),
-    "nbp": _later("nbp", "nbp_manifest"),
-    "nbp-tokenizer": _later("nbp", "nbp_tokenizer_manifest"),
+    "llamagen-c2i": _later("transformers", "llamagen_manifest"),
+    "llamagen-t2i": _later("transformers", "llamagen_manifest"),
+    "nar": _later("transformers", "nar_manifest"),
+    "nar-video": _later("transformers", "nar_video_manifest"),
+    "par": _later("transformers", "par_manifest"),
+    "randar": _later("transformers", "randar_manifest"),
+    "var": _later("transformers", "var_manifest"),
+    "mar": _later("transformers", "mar_manifest"),
+    "xar": _later("transformers", "xar_manifest"),
+    "nbp": _later("transformers", "nbp_manifest"),
+    "llamagen-vq": _later("tokenizers", "vq_manifest"),
+    "taming-vqgan": _later("tokenizers", "taming_manifest"),
+    "var-vqvae": _later("tokenizers", "multiscale_manifest"),
+    "kl-autoencoder": _later("tokenizers", "kl_manifest"),
+    "nbp-tokenizer": _later("tokenizers", "video_fsq_manifest"),
 }
 
 

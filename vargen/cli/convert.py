@@ -40,7 +40,7 @@ def convert(
         config["grid_size"] = _common.read_size(grid_size, "--grid-size")
     _common.check_output(folder, overwrite=overwrite, folder=True)
     if tokenizer is None:
-        from vargen.checkpoints.resolve import convert_checkpoint
+        from vargen.checkpoints.verify import convert_checkpoint
 
         convert_checkpoint(checkpoint, folder, key=key, overwrite=overwrite, **config)
     else:
@@ -52,7 +52,9 @@ def _convert_pipeline(
     checkpoint: Path, tokenizer: Path, folder: Path, key: str | None, overwrite: bool, config: dict[str, Any]
 ) -> None:
     import vargen
-    from vargen.checkpoints.resolve import atomic_dir, guess_family, load_original
+    from vargen.checkpoints.families import guess_family
+    from vargen.checkpoints.reader import load_original
+    from vargen.files import atomic_dir
 
     state_dict = load_original(checkpoint, key=key)
     family = guess_family(state_dict)

@@ -157,7 +157,7 @@ def _write_grid(
     labels: bool,
     overwrite: bool,
 ) -> None:
-    from vargen.checkpoints.resolve import atomic_write
+    from vargen.files import atomic_write
     from vargen.pipelines.grid import image_grid
 
     texts = [f"{text} #{seed}" for text, seed in zip(named, result.seeds, strict=True)] if labels else None

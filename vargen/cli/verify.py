@@ -29,7 +29,7 @@ def verify(
     from rich.console import Console
     from rich.table import Table
 
-    from vargen.checkpoints.resolve import verify_checkpoint
+    from vargen.checkpoints.verify import verify_checkpoint
 
     report = verify_checkpoint(checkpoint, key=key)
     table = Table(show_header=False)

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vargen.checkpoints.resolve import resolve_model
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.evaluation.report import attribute_table, metric_table, read_report
 from vargen.files import atomic_write
+from vargen.registry import resolve_model
 from vargen.validation.printable import printable, shown
 from vargen.validation.reading import read_json, read_text, read_toml
 

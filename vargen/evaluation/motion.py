@@ -19,7 +19,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vargen.checkpoints.resolve import resolve_model
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.datasets.motion.compose import MOTIONS, PARTS
 from vargen.datasets.motion.dataset import MotionDataset
@@ -29,6 +28,7 @@ from vargen.files import atomic_write
 from vargen.images import to_uint8
 from vargen.metrics.fvd import FrechetVideoDistance
 from vargen.metrics.networks.motion import MotionClassifier, measure_motion
+from vargen.registry import resolve_model
 from vargen.validation.reading import read_json
 
 CHUNK = 50  # clips decoded together: part of the numbers through floating-point rounding only

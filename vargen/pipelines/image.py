@@ -14,7 +14,6 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from vargen.checkpoints.resolve import resolve_model
 from vargen.conditioners.base import Conditioner
 from vargen.images import to_pil
 from vargen.outputs import DecodeStats, SamplerOutput
@@ -40,6 +39,7 @@ from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
 from vargen.pipelines.types import DrafterInput, ImageInput, LabelInput, Pictures, PromptInput, Rows
 from vargen.protocols import ConditionInput, Model, Tokenizer
 from vargen.random import image_seeds
+from vargen.registry import resolve_model
 from vargen.samplers.base import Sampler
 from vargen.validation.folders import one_line, read_settings
 

@@ -29,7 +29,7 @@ from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_state
-from vargen.training.sources import load_tokenizer, read_run, stored_recipe
+from vargen.training.sources import load_tokenizer, load_transformer, read_run, stored_recipe
 from vargen.training.tasks.base import make_task
 from vargen.training.tasks.kl import load_autoencoder
 from vargen.validation.reading import read_json
@@ -179,21 +179,6 @@ def load_drafter(run: str | Path) -> EagleDrafter:
     if recipe.task != "eagle":
         raise ValueError(f"{run} is a run of task {recipe.task!r}, an EAGLE drafter needs a run of task 'eagle'")
     model: EagleDrafter = make_task(recipe).build(initialize=False)  # type: ignore[assignment]
-    model.load_state_dict(weights)
-    return model.eval()
-
-
-def load_transformer(run: str | Path) -> Any:
-    """Build the transformer of a "llamagen", "var" or "nar" run with its averaged weights, in evaluation mode.
-
-    Raises:
-        ValueError: not a run of these tasks, or no checkpoint yet.
-    """
-    recipe, weights = read_run(run)
-    if recipe.task not in COMPANIONS:
-        tasks = " or ".join(map(repr, COMPANIONS))
-        raise ValueError(f"{run} is a run of task {recipe.task!r}, a backbone needs a run of task {tasks}")
-    model = make_task(recipe).build(initialize=False)
     model.load_state_dict(weights)
     return model.eval()
 

@@ -6,16 +6,17 @@ import difflib
 from pathlib import Path
 from typing import Any
 
+from vargen.registry import MODELS_FOLDER
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_weights
 from vargen.training.recipe import Recipe, parse_recipe
+from vargen.training.tasks.base import TASKS, make_task
 from vargen.validation.printable import printable
 from vargen.validation.reading import read_json
 
 RECIPE_FILE = "recipe.json"
-
-
 TOKENIZER_TASKS = {"VQTokenizer": "vq", "MultiScaleVQTokenizer": "multiscale-vq", "VideoFSQTokenizer": "video-fsq"}
+OTHER_TASKS = (*TOKENIZER_TASKS.values(), "kl", "eagle")  # what trains no backbone
 
 
 def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
@@ -41,6 +42,21 @@ def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
         model = kind.from_pretrained(_component(source, "tokenizer"))
     model.eval().requires_grad_(False)
     return model
+
+
+def load_transformer(run: str | Path) -> Any:
+    """Build the transformer of a run with its averaged weights, in evaluation mode.
+
+    Raises:
+        ValueError: a run of another kind of task, or no checkpoint yet.
+    """
+    recipe, weights = read_run(run)
+    if recipe.task in OTHER_TASKS:
+        tasks = " or ".join(repr(task) for task in TASKS if task not in OTHER_TASKS)
+        raise ValueError(f"{run} is a run of task {recipe.task!r}, a backbone needs a run of task {tasks}")
+    model = make_task(recipe).build(initialize=False)
+    model.load_state_dict(weights)
+    return model.eval()
 
 
 def read_run(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
@@ -75,9 +91,8 @@ def stored_recipe(run: Path) -> Recipe:
 def _component(source: str | Path, name: str) -> Path:
     folder = Path(source)
     if not folder.is_dir():
-        shipped = Path(__file__).parents[1] / "assets" / "models"
-        names = sorted(p.name for p in shipped.glob("*") if p.is_dir())
-        folder = shipped / str(source)
+        names = sorted(place.name for place in MODELS_FOLDER.glob("*") if place.is_dir())
+        folder = MODELS_FOLDER / str(source)
         if not folder.is_dir():
             near = difflib.get_close_matches(str(source), names, n=1)
             hint = f"did you mean {near[0]!r}?" if near else "train it first with `vargen train heroes32-vq`"

@@ -7,46 +7,12 @@ Letters: B images, N tokens, D numbers of a token, C latent channels, p patch si
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from vargen.backbones.layers.conditions import ClassEmbedding
 from vargen.backbones.layers.diffusion_head import DiffusionHead
-from vargen.backbones.mar.layers import to_latents, to_tokens
-
-
-class LabelBuffer(nn.Embedding):
-    """Class vectors without a null row: the null label ``num_classes`` is the model's ``fake_latent``."""
-
-    has_null = True
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__(num_classes, dim)
-        self.num_classes = num_classes
-
-    @property
-    def embedding_table(self) -> Any:
-        """What ``ClassEmbedding.check`` looks at: a table that has the null row."""
-        return _TableView(self.weight, self.num_classes + 1)
-
-    def check(self, condition: Any, values: bool = True) -> Tensor:
-        """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them; None is no class."""
-        return ClassEmbedding.check(cast(Any, self), condition, values)
-
-    def null(self, condition: Tensor) -> Tensor:
-        """The null label of the same batch."""
-        return torch.full_like(condition, self.num_classes)
-
-    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """Replace the labels of the samples ``dropped [B]`` by null."""
-        return torch.where(dropped, self.null(condition), condition)
-
-
-class _TableView:
-    def __init__(self, weight: Tensor, num_embeddings: int) -> None:
-        self.weight, self.num_embeddings = weight, num_embeddings
+from vargen.backbones.layers.patches import to_latents, to_tokens
 
 
 class ContinuousBackbone:

@@ -9,7 +9,6 @@ D width, V codes of the codebook.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -17,9 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vargen.backbones.decoding.window import PreparedCondition
+from vargen.backbones.decoding.condition import ConditionedBackbone, PreparedCondition, padding_mask
 from vargen.backbones.layers.cache.kv_cache import UNWRITTEN, KVCache, Plan
-from vargen.backbones.layers.transformer import ItemTransformer
 from vargen.protocols import Item, Step
 
 
@@ -37,19 +35,10 @@ class ItemSession:
         return self.condition.branches
 
 
-class ScheduledBackbone(ItemTransformer):
-    """Mixin of backbones that decode by schedules. The module also is a ``LlamaGenTransformer`` or brings its parts."""
+class ScheduledBackbone(ConditionedBackbone):
+    """Mixin of backbones that decode by schedules; families with several heads say how these norm and map states."""
 
     schedules: tuple[str, ...] = ()  # kinds of schedules that the weights were trained for
-    sampler_hint: str = "a schedule sampler"
-    grid_size: tuple[int, ...]
-    num_codes: int
-    num_condition_tokens: int
-    training: bool
-    cls_embedding: Any
-    config: Any
-    device: torch.device
-    embed: Callable[[Tensor], Tensor]  # codes [...] int64 to [..., D]
 
     @property
     def taps(self) -> tuple[int, ...] | None:
@@ -58,7 +47,7 @@ class ScheduledBackbone(ItemTransformer):
 
     def head_output(self, head: int, states: Tensor) -> Tensor:
         """Apply the linear map of one head: normalised states [R, g, D] to [R, g, V]."""
-        raise NotImplementedError
+        return self.output(states)
 
     def to_logits(self, outputs: Tensor) -> Tensor:
         """Mixed outputs of the heads to [R, g, V] float32."""
@@ -66,7 +55,7 @@ class ScheduledBackbone(ItemTransformer):
 
     def head_norm(self, head: int, states: Tensor) -> Tensor:
         """Normalise states [R, w, D] as one head reads them."""
-        raise NotImplementedError
+        return self.norm(states)
 
     def special_embeddings(self, index: Tensor) -> Tensor:
         """Learned tokens: [w] to [w, D]."""
@@ -79,10 +68,6 @@ class ScheduledBackbone(ItemTransformer):
     def unknown_embedding(self) -> Tensor | None:
         """[D] what stands for a code that is not drawn yet; None where the model knows no such thing."""
         return None
-
-    def open(self, *_args: Any, **_options: Any) -> Any:
-        """Refuse window decoding: the weights predict codes in another order."""
-        raise ValueError(f"{type(self).__name__} decodes by schedules, not code by code; use {self.sampler_hint}")
 
     def check_schedule(self, schedule: Any) -> None:
         """Raise ``ValueError`` unless the weights were trained for this kind of schedule on this grid."""
@@ -112,12 +97,11 @@ class ScheduledBackbone(ItemTransformer):
         if self.training:
             raise ValueError("the model is in training mode and its dropout would disturb decoding; call model.eval()")
         self.check_schedule(schedule)
-        padded = condition.mask is not None and not bool(condition.mask.all())
         cache = None
         if schedule.num_slots > 0:
             rows, device = len(condition.embeddings), condition.embeddings.device
             cache = KVCache(rows, schedule.num_slots, len(self.layers), device=device, dtype=dtype)
-        return ItemSession(condition, cache, padded)
+        return ItemSession(condition, cache, condition.padded)
 
     @torch.no_grad()
     def run_items(self, session: ItemSession, step: Step, codes: Tensor) -> Tensor:
@@ -206,11 +190,3 @@ class ScheduledBackbone(ItemTransformer):
             return None
         assert session.condition.mask is not None
         return padding_mask(session.condition.mask, self.num_condition_tokens + self.num_codes)
-
-
-def padding_mask(present: Tensor, length: int, order: Tensor | None = None) -> Tensor:
-    """Padded condition columns hidden from everyone but themselves: ``present [R, T]``, ``order [L, L]`` to [R, 1, L, L]."""
-    columns = torch.cat([present, present.new_ones(len(present), length - present.shape[1])], dim=1)
-    own = torch.eye(length, dtype=torch.bool, device=present.device)
-    visible = columns[:, None] if order is None else order & columns[:, None]
-    return (visible | own)[:, None]

@@ -9,32 +9,14 @@ Letters: B images, G guidance branches, R = G * B rows, T condition positions, N
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from vargen.backbones.decoding.condition import ConditionedBackbone, PreparedCondition
 from vargen.backbones.layers.cache.kv_cache import NOCACHE, UNWRITTEN, KVCache, Plan
-from vargen.backbones.layers.transformer import ItemTransformer
 from vargen.features import Feature
 from vargen.protocols import Layout, StepOut
-
-
-@dataclass(frozen=True)
-class PreparedCondition:
-    """Embedded condition rows, conditional branch first."""
-
-    embeddings: Tensor  # [R, T, D]
-    mask: Tensor | None  # [R, T] bool, False = padding; None = no padding
-    batch: int
-    branches: int
-
-    @property
-    def lengths(self) -> Tensor:
-        """[R] int64 cache slots of the condition, padding included."""
-        rows, length = self.embeddings.shape[:2]
-        return torch.full((rows,), length, device=self.embeddings.device)
 
 
 class WindowSession:
@@ -109,7 +91,7 @@ class WindowSession:
         self.width = 0
 
 
-class WindowBackbone(ItemTransformer):
+class WindowBackbone(ConditionedBackbone):
     """Mixin: the ``Backbone`` protocol for causal code models whose condition stands before the codes.
 
     The module provides ``cls_embedding`` (a condition embedding), ``tok_embeddings``, ``norm``, ``output``,
@@ -119,32 +101,7 @@ class WindowBackbone(ItemTransformer):
     features = frozenset(
         {Feature.WINDOW, Feature.RAGGED, Feature.TREE_MASK, Feature.ANY_SLOT, Feature.HIDDEN, Feature.STATIC}
     )
-    cls_embedding: Any
-    tok_embeddings: nn.Embedding
-    norm: nn.Module
-    output: nn.Linear
     grid_size: tuple[int, int]
-    training: bool
-
-    @property
-    def num_codes(self) -> int:
-        """N."""
-        return self.grid_size[0] * self.grid_size[1]
-
-    @property
-    def codebook_size(self) -> int:
-        """V."""
-        return self.output.out_features
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return self.tok_embeddings.embedding_dim
-
-    @property
-    def num_condition_tokens(self) -> int:
-        """T."""
-        return self.cls_embedding.num_tokens
 
     def layout(self, height: int | None = None, width: int | None = None) -> Layout:
         """The raster stream of this model; height and width, in codes, can only confirm its grid."""
@@ -154,36 +111,6 @@ class WindowBackbone(ItemTransformer):
                 f"this model was trained for a grid of {self.grid_size} codes (height, width), got {asked}"
             )
         return Layout.raster(self.grid_size)
-
-    def embed(self, codes: Tensor) -> Tensor:
-        """Input embeddings of codes: [...] int64 to [..., D]."""
-        return self.tok_embeddings(codes)
-
-    @torch.no_grad()
-    def prepare(
-        self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None
-    ) -> PreparedCondition:
-        """Check and embed a batch of conditions.
-
-        Args:
-            condition: class ids [B], (features [B, T, C], mask [B, T]), or attribute ids [B, T], as the model takes.
-            guidance_scale: 1 = one branch; anything else adds the unconditional branch.
-            negative: a condition for the second branch instead of the null condition; needs guidance.
-        """
-        checked = self.cls_embedding.check(condition)
-        parts = [checked]
-        guided = bool((torch.as_tensor(guidance_scale) != 1).any())
-        if negative is not None and not guided:
-            raise ValueError("a negative condition has no effect without guidance; set guidance_scale above 1")
-        if guided:
-            parts.append(self.cls_embedding.null(checked) if negative is None else self.cls_embedding.check(negative))
-        rows = torch.cat([self.cls_embedding(part) for part in parts])
-        masks = [self.cls_embedding.mask(part) for part in parts]
-        batch, rest = divmod(len(rows), len(parts))
-        if rest or len({len(self.cls_embedding(part)) for part in parts}) > 1:
-            raise ValueError("the negative condition must have as many rows as the condition")
-        mask = None if masks[0] is None else torch.cat([m for m in masks if m is not None])
-        return PreparedCondition(rows, mask, batch, len(parts))
 
     @torch.no_grad()
     def open(
@@ -221,7 +148,7 @@ class WindowBackbone(ItemTransformer):
             cache.reset()
         else:
             cache = KVCache(rows, capacity, len(self.layers), device=x.device, dtype=dtype)
-        padded = condition.mask is not None and not bool(condition.mask.all())
+        padded = condition.padded
         index = torch.arange(length, device=x.device)
         if padded:
             assert condition.mask is not None

@@ -29,12 +29,7 @@ class ClassEmbedding(nn.Module):
 
         The null label passes. ``values=False`` leaves the range unchecked: looking at it stops a GPU.
         """
-        labels = _ids(condition, "class labels", 1, self.embedding_table.weight.device)
-        if values:
-            null = f" ({self.num_classes} = no class)" if self.has_null else ""
-            rule = f"class label must be in 0..{self.num_classes - 1}{null}"
-            _check_range(labels, self.embedding_table.num_embeddings, rule)
-        return labels
+        return check_labels(condition, self.num_classes, self.has_null, self.embedding_table.weight.device, values)
 
     def mask(self, condition: Tensor) -> Tensor | None:
         """Positions that hold something, ``[B, T]`` bool; None = all."""
@@ -55,6 +50,35 @@ class ClassEmbedding(nn.Module):
     def forward(self, condition: Tensor) -> Tensor:
         """``[B]`` labels to ``[B, 1, D]``."""
         return self.embedding_table(condition)[:, None]
+
+
+class LabelTable(nn.Embedding):
+    """Class vectors without a null row: the null label ``num_classes`` is what the model says (MAR's ``fake_latent``)."""
+
+    has_null = True
+
+    def __init__(self, num_classes: int, dim: int, num_rows: int | None = None) -> None:
+        super().__init__(num_classes if num_rows is None else num_rows, dim)
+        self.num_classes = num_classes
+
+    def check(self, condition: Any, values: bool = True) -> Tensor:
+        """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them; None is no class."""
+        return check_labels(condition, self.num_classes, self.has_null, self.weight.device, values)
+
+    def null(self, condition: Tensor) -> Tensor:
+        """The null label of the same batch."""
+        return torch.full_like(condition, self.num_classes)
+
+    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
+        """Replace the labels of the samples ``dropped [B]`` by null."""
+        return torch.where(dropped, self.null(condition), condition)
+
+
+class LabelEmbedding(LabelTable):
+    """Class vectors; the last row is the null label."""
+
+    def __init__(self, num_classes: int, dim: int) -> None:
+        super().__init__(num_classes, dim, num_classes + 1)
 
 
 class CaptionProjection(nn.Module):
@@ -169,6 +193,50 @@ class AttributeEmbedding(nn.Module):
 
 
 ConditionEmbedding = ClassEmbedding | CaptionEmbedding | AttributeEmbedding
+
+
+def drop_condition(
+    embedding: Any,
+    condition: Any,
+    config: Any,
+    drop: Tensor | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    training: bool,
+) -> Any:
+    """Drop the conditions of a training batch; in evaluation nothing is dropped unless ``drop`` is given.
+
+    Args:
+        embedding: the condition embedding.
+        condition: as its ``check`` returns it.
+        config: of the model: ``condition_type``, ``class_dropout_prob``, and ``attribute_dropout_prob`` if it has one.
+        drop: [B] bool, True = train without condition; for attributes also [B, T], single slots; None draws.
+        generator: of what is drawn; None = the global one.
+        training: whether the model is in training mode.
+    """
+    ids = condition[0] if isinstance(condition, tuple) else condition
+    if drop is not None:
+        return embedding.drop(condition, drop.to(ids.device))
+    if not training or config.condition_type == "none":
+        return condition
+    if config.condition_type == "attributes" and config.get("attribute_dropout_prob", 0.0) > 0:
+        slots = embedding.draw_slots(len(ids), config.attribute_dropout_prob, generator)
+        condition = embedding.drop(condition, slots.to(ids.device))
+    if config.class_dropout_prob > 0:
+        where = ids.device if generator is None else generator.device
+        dropped = torch.rand(len(ids), generator=generator, device=where) < config.class_dropout_prob
+        condition = embedding.drop(condition, dropped.to(ids.device))
+    return condition
+
+
+def check_labels(condition: Any, num_classes: int, has_null: bool, device: torch.device, values: bool) -> Tensor:
+    """Return labels ``[B]`` int64 on the device; ``values`` also looks at their range."""
+    labels = _ids(condition, "class labels", 1, device)
+    if values:
+        null = f" ({num_classes} = no class)" if has_null else ""
+        rule = f"class label must be in 0..{num_classes - 1}{null}"
+        _check_range(labels, num_classes + has_null, rule)
+    return labels
 
 
 def _ids(condition: Any, name: str, ndim: int, device: torch.device) -> Tensor:

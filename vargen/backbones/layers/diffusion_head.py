@@ -38,7 +38,10 @@ class Path(NamedTuple):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the time, cosines first, through two linear layers."""
+    """Sinusoids of the time, cosines first, through two linear layers.
+
+    The numbers of diffusers' ``get_timestep_embedding``, which takes flat times only and twice as long in every step.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()

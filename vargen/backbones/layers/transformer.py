@@ -61,6 +61,14 @@ class SelfAttention(nn.Module):
         return self.resid_dropout(y) if self.training else y
 
 
+def swiglu_dim(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
+    """Hidden width of the feed-forward: two thirds of 4 D, rounded up to a multiple."""
+    hidden = int(2 * (4 * dim) / 3)
+    if multiplier is not None:
+        hidden = int(multiplier * hidden)
+    return -(-hidden // multiple_of) * multiple_of
+
+
 class FeedForward(nn.Module):
     """SwiGLU: ``w2(silu(w1 x) * w3 x)``, no bias."""
 
@@ -78,7 +86,10 @@ class FeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth: drop a residual branch of a whole sample, keep the expectation (arXiv:1603.09382)."""
+    """Stochastic depth: drop a residual branch of a whole sample, keep the expectation (arXiv:1603.09382).
+
+    As timm's, which inference must not import.
+    """
 
     def __init__(self, rate: float) -> None:
         super().__init__()

@@ -13,25 +13,26 @@ from functools import wraps
 from typing import Any
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from torch import Tensor, nn
 
-from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
+from vargen.backbones.decoding.condition import padding_mask
+from vargen.backbones.decoding.schedule import ScheduledBackbone
 from vargen.backbones.layers.rope import rotate
-from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.backbones.llamagen.body import OneHeadBody
 from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
-from vargen.checkpoints.bounds import check_given
-from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
+from vargen.validation.folders import Stored
 
 
-class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
+class AnyOrderTransformer(ScheduledBackbone, OneHeadBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a grid in any order, any number of them in a pass; the arguments are those of ``LlamaGenTransformer``."""
 
     features = frozenset({Feature.GROUPS})
     schedules = ("randar",)
-    sampler_hint = "ParallelGroupSampler"
 
-    @wraps(LlamaGenTransformer.__init__)  # type: ignore[misc]  # its signature is what the configuration reads
+    @wraps(OneHeadBody.__init__)  # type: ignore[misc]  # its signature is what the configuration reads
     def __init__(self, *args: Any, **config: Any) -> None:
         super().__init__(*args, **config)
         self.pos_instruct_embeddings = nn.Parameter(torch.randn(1, self.config.dim) * 0.02)
@@ -39,21 +40,7 @@ class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: igno
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> AnyOrderTransformer:
         """Load a RandAR checkpoint strictly; arguments as in ``LlamaGenTransformer.from_original``."""
-        config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
-        check_family(state_dict, "randar")
-        with torch.device("meta"):  # the checkpoint's own tensors take the places
-            model = cls(**infer_config(state_dict, config))
-        load_strict(model, state_dict, family="randar", ignore=RECOMPUTED)
-        return model.eval()
-
-    def head_norm(self, head: int, states: Tensor) -> Tensor:
-        """Normalise states for the head."""
-        return self.norm(states)
-
-    def head_output(self, head: int, states: Tensor) -> Tensor:
-        """[R, g, D] to [R, g, V]."""
-        return self.output(states)
+        return load_family(cls, checkpoint, config, infer_config, family="randar", ignore=RECOMPUTED)
 
     def query_embeddings(self, positions: Tensor) -> Tensor:
         """Questions for the codes at ``positions [..., w]``: [..., w, D]; attention rotates them once more."""
@@ -63,7 +50,7 @@ class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: igno
         turned = rotate(vector.expand(1, len(rows), -1, -1), rows).flatten(2)[0]
         return turned.unflatten(0, positions.shape)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         codes: Tensor,
         condition: Any,
@@ -85,23 +72,18 @@ class AnyOrderTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: igno
         Returns:
             [B, N, V] float32 logits, row p for code p of the raster order.
         """
-        if codes.ndim != 2 or codes.shape[1] != self.num_codes:
-            raise ValueError(f"codes must be [batch, {self.num_codes}], got {tuple(codes.shape)}")
+        rows, present = self.training_condition(codes, condition, drop, generator)
         batch, device, offset = len(codes), codes.device, self.num_condition_tokens
-        condition = self._drop_condition(self.cls_embedding.check(condition, values=False), batch, drop, generator)
         if order is None:
             where = device if generator is None else generator.device
             order = torch.rand(codes.shape, generator=generator, device=where).argsort(-1).to(device)
         order = order.expand(batch, -1)
         pairs = torch.stack([self.query_embeddings(order), self.embed(codes.gather(1, order))], dim=2).flatten(1, 2)
-        x = torch.cat([self.cls_embedding(condition), pairs[:, :-1]], dim=1)  # the last code is never read
+        x = torch.cat([rows, pairs[:, :-1]], dim=1)  # the last code is never read
         lead = torch.arange(offset, device=device).expand(batch, -1)
         places = torch.cat([lead, (offset + order).repeat_interleave(2, dim=1)[:, :-1]], dim=1)
-        present = self.cls_embedding.mask(condition)
-        mask = None
-        if present is not None:
-            causal = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=device).tril()
-            mask = padding_mask(present, x.shape[1], causal)
+        index = torch.arange(x.shape[1], device=device)
+        mask = None if present is None else padding_mask(present, len(index), index <= index[:, None])
         h = self.forward_full(self.tok_dropout(x), positions=places, mask=mask, is_causal=mask is None)
         logits = self.output(self.norm(h[:, offset::2])).float()
         return torch.empty_like(logits).scatter(1, order[..., None].expand_as(logits), logits)

@@ -36,14 +36,6 @@ def size_config(size: str) -> dict[str, int]:
     return {"num_layers": num_layers, "num_heads": num_heads, "dim": dim}
 
 
-def swiglu_dim(dim: int, multiple_of: int = 256, multiplier: float | None = None) -> int:
-    """Hidden width of the feed-forward: two thirds of 4 D, rounded up to a multiple."""
-    hidden = int(2 * (4 * dim) / 3)
-    if multiplier is not None:
-        hidden = int(multiplier * hidden)
-    return -(-hidden // multiple_of) * multiple_of
-
-
 def infer_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Read a LlamaGen configuration off the shapes; ``given`` settles what shapes cannot tell.
 

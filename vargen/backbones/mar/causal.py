@@ -21,8 +21,7 @@ from vargen.backbones.decoding.window import WindowBackbone
 from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.layers.rope import constant_rows, grid_table
-from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
-from vargen.backbones.llamagen.sizes import swiglu_dim
+from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock, swiglu_dim
 from vargen.backbones.settings.continuous import CAUSAL_MAR
 from vargen.features import Feature
 from vargen.protocols import StepOut
@@ -107,16 +106,6 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, Stored, ModelMixi
         )
         self._rope: dict[torch.device, Tensor] = {}  # not buffers: they stay float32 when the weights are halved
 
-    @property
-    def codebook_size(self) -> int:  # type: ignore[override]
-        """There is no codebook."""
-        raise AttributeError("a continuous backbone has no codebook")
-
-    @property
-    def hidden_size(self) -> int:
-        """Z."""
-        return int(self.config.dim)
-
     def rope_table(self) -> Tensor:
         """[T + N + 1, d / 2, 2]: condition rows, the grid, and a NULL row that equals the condition's."""
         device = self.z_proj.weight.device
@@ -148,16 +137,12 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, Stored, ModelMixi
         Returns:
             z [B, n, Z]; row i knows the condition and tokens < i.
         """
-        condition = self.cls_embedding.check(condition, values=False)
-        where = tokens.device if generator is None else generator.device
-        if drop is None and self.training and self.config.class_dropout_prob > 0:
-            drop = torch.rand(len(tokens), generator=generator, device=where) < self.config.class_dropout_prob
-        if drop is not None:
-            condition = self.cls_embedding.drop(condition, drop.to(tokens.device))
+        rows, _ = self.embed_condition(condition, drop, generator)
         if self.training and self.config.input_noise > 0:
+            where = tokens.device if generator is None else generator.device
             noise = torch.randn(tokens.shape, generator=generator, device=where).to(tokens)
             tokens = tokens + self.config.input_noise * noise
-        x = torch.cat([self.cls_embedding(condition), self.embed(tokens[:, :-1])], dim=1)
+        x = torch.cat([rows, self.embed(tokens[:, :-1])], dim=1)
         h = self.forward_full(x, positions=torch.arange(x.shape[1], device=x.device), is_causal=True)
         return self.norm(h[:, self.num_condition_tokens - 1 :])
 

@@ -20,20 +20,15 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vargen.backbones.decoding.continuous import ContinuousBackbone, LabelBuffer
+from vargen.backbones.decoding.continuous import ContinuousBackbone
 from vargen.backbones.decoding.window import PreparedCondition
 from vargen.backbones.layers.cache.kv_cache import attention
-from vargen.backbones.layers.conditions import AttributeEmbedding
+from vargen.backbones.layers.conditions import AttributeEmbedding, LabelTable, drop_condition
 from vargen.backbones.layers.diffusion_head import DiffusionHead
-from vargen.backbones.mar.layers import (
-    ViTBlock,
-    draw_mask_ratio,
-    infer_mar_config,
-    mar_size_config,
-)
+from vargen.backbones.mar.layers import ViTBlock, draw_mask_ratio
+from vargen.backbones.mar.sizes import infer_mar_config, mar_size_config
 from vargen.backbones.settings.continuous import MAR
-from vargen.checkpoints.bounds import check_given
-from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoints.reader import CheckpointError, load_family, load_original
 from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
@@ -114,7 +109,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         token_dim = latent_channels * patch_size**2
         length = self.grid_size[0] * self.grid_size[1]
         if condition_type == "class":
-            self.class_emb = LabelBuffer(num_classes, encoder_dim)
+            self.class_emb = LabelTable(num_classes, encoder_dim)
             self.fake_latent = nn.Parameter(torch.empty(1, encoder_dim))
         else:
             self.attribute_emb = AttributeEmbedding(num_attributes, num_condition_tokens, encoder_dim)
@@ -164,22 +159,10 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             config: heads where the width is not a published one, ``patch_size`` unless 1, ``num_sampling_steps``; anything
                 else overrides what the shapes tell.
         """
-        config = check_given(cls, config)
-        try:
-            state_dict = load_original(checkpoint, key="model_ema")
-        except CheckpointError as error:
-            if "model_ema" not in str(error):
-                raise
-            state_dict = load_original(checkpoint)
-        check_family(state_dict, "mar")
-        config = infer_mar_config(state_dict, config)
-        with torch.device("meta"):  # the checkpoint's own tensors take the places
-            model = cls(**config)
-        load_strict(model, state_dict, family="mar")
-        return model.eval()
+        return load_family(cls, checkpoint, config, infer_mar_config, family="mar", read=_read_averaged)
 
     @property
-    def condition_embedding(self) -> LabelBuffer | AttributeEmbedding:
+    def condition_embedding(self) -> LabelTable | AttributeEmbedding:
         """The table of the condition."""
         return self.class_emb if self.config.condition_type == "class" else self.attribute_emb
 
@@ -208,11 +191,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         """
         embedding = self.condition_embedding
         checked = embedding.check(condition, values=False)
-        if drop is None and self.training and self.config.class_dropout_prob > 0:
-            where = checked.device if generator is None else generator.device
-            drop = torch.rand(len(checked), generator=generator, device=where) < self.config.class_dropout_prob
-        if drop is not None:
-            checked = embedding.drop(checked, drop.to(checked.device))
+        checked = drop_condition(embedding, checked, self.config, drop, generator, training=self.training)
         if self.training and self.config.input_noise > 0:
             where = tokens.device if generator is None else generator.device
             noise = torch.randn(tokens.shape, generator=generator, device=where).to(tokens)
@@ -308,6 +287,16 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         for block in blocks:
             x = checkpoint(block, x, None, attend, use_reentrant=False) if recompute else block(x, None, attend)
         return x
+
+
+def _read_averaged(checkpoint: Any) -> dict[str, Tensor]:
+    """The averaged weights of a training file; a plain file as it is."""
+    try:
+        return load_original(checkpoint, key="model_ema")
+    except CheckpointError as error:
+        if "model_ema" not in str(error):
+            raise
+        return load_original(checkpoint)
 
 
 def _on_host(generator: torch.Generator | None) -> bool:

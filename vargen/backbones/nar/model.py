@@ -10,35 +10,35 @@ Letters: B images, N codes, T condition positions, V codes of the codebook, D wi
 
 from __future__ import annotations
 
-import inspect
-import math
 from functools import reduce
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
-from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock
-from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
-from vargen.backbones.llamagen.sizes import RECOMPUTED, swiglu_dim
+from vargen.backbones.decoding.condition import padding_mask
+from vargen.backbones.decoding.schedule import ScheduledBackbone
+from vargen.backbones.layers.code_table import CodeTable
+from vargen.backbones.layers.transformer import RMSNorm
+from vargen.backbones.llamagen.body import ConditionType, LlamaGenBody
+from vargen.backbones.llamagen.sizes import RECOMPUTED
 from vargen.backbones.nar.sizes import infer_nar_config, nar_size_config
 from vargen.backbones.settings.discrete import NAR
-from vargen.checkpoints.bounds import check_given
-from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.orders import neighbors
 from vargen.validation.checks import checked
+from vargen.validation.folders import Stored
 
 FAMILIES = ("nar", "nar-video")
 IMAGE_HEADS = (("norm", "output"), ("medusa_norm", "medusa_output"))  # official names: norm and matrix of each head
 VIDEO_HEADS = (("norm_R", "output_R"), ("norm_D", "output_D"), ("norm_B", "output_B"))
-_SHARED = frozenset(inspect.signature(LlamaGenTransformer.__init__).parameters) - {"self"}
 
 
-class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
+class NARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a grid from their neighbors; anti-diagonal by anti-diagonal.
 
     Images (``grid_size=(h, w)``) have rotary positions, videos (``(t, h, w)``) learned ones, as the official models.
@@ -55,9 +55,6 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
     """
 
     features = frozenset({Feature.NEIGHBORS})
-    sampler_hint = "NeighboringSampler"
-    heads: tuple[tuple[str, str], ...] = IMAGE_HEADS[:1]  # while the base class builds its own
-    ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
 
     @checked(NAR)
     @register_to_config
@@ -85,22 +82,11 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         attribute_dropout_prob: float = 0.0,
         code_rank: int | None = None,
     ) -> None:
-        shared = {
-            name: self.config[name] for name in inspect.signature(type(self).__init__).parameters if name in _SHARED
-        }
-        super().__init__(**{**shared, "grid_size": grid_size[-2:]})
-        self.register_to_config(grid_size=grid_size)
-        self.grid_size = grid_size  # type: ignore[assignment]
+        super().__init__()
         self.is_video = len(grid_size) == 3
         self.schedules = ("nar3d",) if self.is_video else ("nar2d",)
-        if code_rank is not None:
-            self.tok_embeddings = CodeTable(codebook_size, code_rank, dim)  # type: ignore[assignment]
-        del self.norm, self.output
         self.heads = VIDEO_HEADS if self.is_video else IMAGE_HEADS
-        ffn_dim = ffn_dim or swiglu_dim(dim, multiple_of)
-        for _ in self.heads[1:]:
-            block = TransformerBlock(dim, num_heads, num_heads, ffn_dim, norm_eps, resid_dropout_p, ffn_dropout_p)
-            self.layers.append(block)
+        self.build_body(num_layers + len(self.heads) - 1)
         for norm, output in self.heads:
             self.add_module(norm, RMSNorm(dim, norm_eps))
             self.add_module(output, nn.Linear(dim, code_rank or codebook_size, bias=False))
@@ -109,14 +95,16 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
         self.initialize_weights()
 
+    def _code_embedding(self) -> Any:
+        c = self.config
+        return super()._code_embedding() if c.code_rank is None else CodeTable(c.codebook_size, c.code_rank, c.dim)
+
     def initialize_weights(self) -> None:
-        """Draw linear and embedding weights from N(0, 0.02); the heads start at zero."""
-        for module in self.modules():
-            if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=0.02)
+        """Draw weights from N(0, 0.02); the heads start at zero."""
+        super().initialize_weights()
         for _, output in self.heads:
             nn.init.zeros_(getattr(self, output).weight)
-        if hasattr(self, "abs_pe"):
+        if self.is_video:
             nn.init.normal_(self.abs_pe, std=0.02)
 
     @classmethod
@@ -136,24 +124,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
             config: ``grid_size`` always, ``num_heads`` unless width and depth are those of a published size; anything
                 else overrides what the shapes tell.
         """
-        config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
-        check_family(state_dict, FAMILIES)
-        config = infer_nar_config(state_dict, config)
-        with torch.device("meta"):  # the checkpoint's own tensors take the places
-            model = cls(**config)
-        load_strict(model, state_dict, family=FAMILIES, ignore=RECOMPUTED)
-        return model.eval()
-
-    @property
-    def num_codes(self) -> int:  # type: ignore[override]
-        """N."""
-        return math.prod(self.grid_size)
-
-    @property
-    def codebook_size(self) -> int:
-        """V."""
-        return int(self.config.codebook_size)
+        return load_family(cls, checkpoint, config, infer_nar_config, family=FAMILIES, ignore=RECOMPUTED)
 
     @property
     def taps(self) -> tuple[int, ...]:
@@ -175,7 +146,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
             outputs = F.linear(outputs, self.tok_embeddings.weight)
         return outputs.float()
 
-    def rope_table(self) -> Tensor | None:  # type: ignore[override]
+    def rope_table(self) -> Tensor | None:
         """As LlamaGen's; None for videos."""
         return None if self.is_video else super().rope_table()
 
@@ -184,7 +155,7 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         x, positions = super().item_inputs(condition, step, codes)
         return (x + self.abs_pe[0, positions] if self.is_video else x), positions
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         codes: Tensor,
         condition: Any,
@@ -205,15 +176,11 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         Returns:
             [B, N, V] float32 logits, row p for code p; with ``parts`` [H, B, 1 + N, V].
         """
-        if codes.ndim != 2 or codes.shape[1] != self.num_codes:
-            raise ValueError(f"codes must be [batch, {self.num_codes}], got {tuple(codes.shape)}")
-        condition = self.cls_embedding.check(condition, values=False)
-        condition = self._drop_condition(condition, len(codes), drop, generator)
-        x = torch.cat([self.cls_embedding(condition), self.embed(codes)], dim=1)
+        rows, present = self.training_condition(codes, condition, drop, generator)
+        x = torch.cat([rows, self.embed(codes)], dim=1)
         index = torch.arange(x.shape[1], device=x.device)
         order, sources, weights = self._order_tables(x.device)
-        present = self.cls_embedding.mask(condition)
-        mask = order if present is None else padding_mask(present, x.shape[1], order)
+        mask = padding_mask(present, len(index), order)
         x = self.tok_dropout(x + self.abs_pe if self.is_video else x)
         states = self.forward_full(x, positions=index, mask=mask, taps=self.taps)
         heads = range(len(self.heads))
@@ -238,17 +205,3 @@ class NARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
                 found = (stamps <= stamps[:, None], offset + positions, weights)
                 self._tables[device] = tuple(part.to(device) for part in found)  # type: ignore[assignment]
         return self._tables[device]
-
-
-class CodeTable(nn.Module):
-    """A narrow table of all codes and the map to the model's width; heads share the table."""
-
-    def __init__(self, codebook_size: int, rank: int, dim: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(codebook_size, rank) * rank**-0.5)
-        self.projection = nn.Linear(rank, dim, bias=False)
-        self.embedding_dim = dim
-
-    def forward(self, codes: Tensor) -> Tensor:
-        """[...] int64 to [..., D]."""
-        return self.projection(F.embedding(codes, self.weight))

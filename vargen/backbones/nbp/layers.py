@@ -141,6 +141,10 @@ class Beginning:
         """As the condition's own."""
         return self.inner.drop(condition, dropped)
 
+    def draw_slots(self, batch: int, prob: float, generator: torch.Generator | None = None) -> Tensor:
+        """As the condition's own."""
+        return self.inner.draw_slots(batch, prob, generator)  # type: ignore[union-attr,operator]  # asked of attributes only
+
     def __call__(self, condition: Tensor) -> Tensor:
         """Condition to ``[B, T, D]``."""
         begin = self.model.special_table[0].expand(len(condition), 1, -1)

@@ -20,16 +20,15 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.backbones.decoding.condition import PreparedCondition
 from vargen.backbones.decoding.schedule import ScheduledBackbone
-from vargen.backbones.decoding.window import PreparedCondition, WindowBackbone
+from vargen.backbones.layers.code_table import CodeTable
 from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
 from vargen.backbones.layers.rope import constant_rows, grid_table
-from vargen.backbones.nar.model import CodeTable
 from vargen.backbones.nbp.layers import Beginning, NBPBlock, NoCondition, TextIds, training_layout
 from vargen.backbones.nbp.sizes import infer_nbp_config, nbp_size_config, official_weights
 from vargen.backbones.settings.discrete import NBP
-from vargen.checkpoints.bounds import check_given
-from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.orders import block_order
 from vargen.validation.checks import checked
@@ -38,7 +37,7 @@ from vargen.validation.folders import Stored
 NBPConditionType = Literal["text", "none", "class", "attributes"]
 
 
-class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a video block by block.
 
     The published models read one vocabulary (text, special tokens and codes) that is also what their head predicts; other
@@ -68,7 +67,6 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, Conf
 
     features = frozenset({Feature.BLOCKS})
     schedules = ("next_block",)
-    sampler_hint = "NextBlockSampler"
     config_name = "config.json"
     _supports_gradient_checkpointing = True
     _no_split_modules = ("NBPBlock",)
@@ -159,34 +157,12 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, Conf
             config: ``num_heads`` unless the width is that of a published size, ``codebook_size``, ``grid_size`` and
                 ``block`` unless they are those of the published models; anything else overrides what the shapes tell.
         """
-        config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
-        check_family(state_dict, "nbp")
-        weights = official_weights(state_dict)
-        with torch.device("meta"):  # the checkpoint's own tensors take the places
-            model = cls(**infer_nbp_config(weights, config))
-        load_strict(model, weights, family="nbp")
-        return model.eval()
+        return load_family(cls, checkpoint, config, infer_nbp_config, family="nbp", rename=official_weights)
 
     @property
     def layers(self) -> nn.ModuleList:  # type: ignore[override]
         """The blocks, as the item primitive calls them."""
         return self.blocks
-
-    @property
-    def num_codes(self) -> int:  # type: ignore[override]
-        """N."""
-        return math.prod(self.grid_size)
-
-    @property
-    def codebook_size(self) -> int:
-        """V."""
-        return int(self.config.codebook_size)
-
-    @property
-    def hidden_size(self) -> int:
-        """D."""
-        return int(self.config.dim)
 
     @property
     def needs_frames(self) -> bool:
@@ -274,14 +250,12 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, Conf
             predicts text. Without a condition [B, N - P, V]: nothing predicts the first block, row k is for the
             (P + k)-th code in block order.
         """
-        if codes.ndim != 2 or codes.shape[1] != self.num_codes:
-            raise ValueError(f"codes must be [batch, {self.num_codes}], got {tuple(codes.shape)}")
-        checked = self.cls_embedding.check(len(codes) if self.needs_frames else condition, values=False)
-        checked = self._drop(checked, len(codes), drop, generator)
+        given = len(codes) if self.needs_frames else condition
+        rows, _ = self.training_condition(codes, given, drop, generator)
         order, stamps, places = self._order_tables(codes.device)
         size, offset = self.group_size, self.num_condition_tokens
         fed = self.embed(codes[:, order[:-size]]) if self.num_codes > size else None
-        parts = [self.cls_embedding(checked)]
+        parts: list[Any] = [rows]
         if self.needs_frames:
             parts.append(fed)
         else:
@@ -294,21 +268,6 @@ class NBPTransformer(ScheduledBackbone, WindowBackbone, Stored, ModelMixin, Conf
         h = self.forward_full(x, positions=places, mask=stamps <= stamps[:, None])
         logits = self.head_output(0, self.ln_f(h[:, max(offset - 1, 0) :])).float()
         return logits if self.needs_frames else torch.empty_like(logits).index_copy(1, order, logits)
-
-    def _drop(self, condition: Any, batch: int, drop: Tensor | None, generator: torch.Generator | None) -> Any:
-        c, embedding, device = self.config, self.cls_embedding, self.pos_emb.device
-        if drop is not None:
-            return embedding.drop(condition, drop.to(device))
-        if not self.training or self.needs_frames:
-            return condition
-        if c.attribute_dropout_prob > 0 and c.condition_type == "attributes":
-            slots = self.cond_emb.draw_slots(batch, c.attribute_dropout_prob, generator)
-            condition = embedding.drop(condition, slots.to(device))
-        if c.class_dropout_prob > 0:
-            where = device if generator is None else generator.device
-            dropped = torch.rand(batch, generator=generator, device=where) < c.class_dropout_prob
-            condition = embedding.drop(condition, dropped.to(device))
-        return condition
 
     def _order_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """[N] raster position of the k-th code; stamps and rotary rows of the training input."""

@@ -8,28 +8,28 @@ Letters: B images, N codes, T condition positions, M codes of a group, V codes o
 
 from __future__ import annotations
 
-import inspect
 import math
 from typing import Any, Literal
 
 import torch
+from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
-from vargen.backbones.decoding.schedule import ScheduledBackbone, padding_mask
-from vargen.backbones.llamagen.model import ConditionType, LlamaGenTransformer
-from vargen.backbones.llamagen.sizes import RECOMPUTED, infer_config
+from vargen.backbones.decoding.condition import padding_mask
+from vargen.backbones.decoding.schedule import ScheduledBackbone
+from vargen.backbones.llamagen.body import ConditionType, LlamaGenBody
+from vargen.backbones.llamagen.sizes import RECOMPUTED
+from vargen.backbones.par.sizes import infer_par_config
 from vargen.backbones.settings.discrete import PAR
-from vargen.checkpoints.bounds import check_given, read_shape
-from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.validation.checks import checked
-
-_SHARED = frozenset(inspect.signature(LlamaGenTransformer.__init__).parameters) - {"self"}
-_SPECIAL = "spe_tok_embeddings.special_embeddings.weight"
+from vargen.validation.folders import Stored
 
 
-class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[misc]
+class PARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Codes of a grid, group by group.
 
     Args:
@@ -42,8 +42,6 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
 
     features = frozenset({Feature.GROUPS})
     schedules = ("par",)
-    sampler_hint = "ParallelGroupSampler"
-    ignore_for_config = ["num_kv_heads", "ffn_dim_multiplier", "drop_path_rate"]  # noqa: RUF012 - no official model has them
 
     @checked(PAR)
     @register_to_config
@@ -71,26 +69,16 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         attribute_dropout_prob: float = 0.0,
         group_size: int = 4,
     ) -> None:
-        shared = {
-            name: self.config[name] for name in inspect.signature(type(self).__init__).parameters if name in _SHARED
-        }
-        super().__init__(**shared)
+        super().__init__()
+        self.build_body(num_layers)
         self.spe_tok_embeddings = SpecialTokens(group_size - 1, dim)
+        self.build_head()
         self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
-        self.initialize_weights()
 
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> PARTransformer:
         """Load an official checkpoint strictly; arguments as in ``LlamaGenTransformer.from_original``."""
-        config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
-        check_family(state_dict, "par")
-        config = infer_config(state_dict, {"group_size": read_shape(state_dict, _SPECIAL, 2)[0] + 1, **config})
-        config.pop("num_kv_heads")
-        with torch.device("meta"):  # the checkpoint's own tensors take the places
-            model = cls(**config)
-        load_strict(model, state_dict, family="par", ignore=RECOMPUTED)
-        return model.eval()
+        return load_family(cls, checkpoint, config, infer_par_config, family="par", ignore=RECOMPUTED)
 
     def check_schedule(self, schedule: Any) -> None:
         """Raise ``ValueError`` unless the weights were trained for this schedule, M included."""
@@ -100,19 +88,11 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
                 f"the schedule draws groups of {schedule.group_size} codes, the model was trained for {self.config.group_size}"
             )
 
-    def head_norm(self, head: int, states: Tensor) -> Tensor:
-        """Normalise states for the head."""
-        return self.norm(states)
-
-    def head_output(self, head: int, states: Tensor) -> Tensor:
-        """[R, g, D] to [R, g, V]."""
-        return self.output(states)
-
     def special_embeddings(self, index: Tensor) -> Tensor:
         """Learned tokens: [w] to [w, D]."""
         return self.spe_tok_embeddings.special_embeddings(index)
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         codes: Tensor,
         condition: Any,
@@ -131,22 +111,16 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         Returns:
             [B, N, V] float32 logits, row p for code p of the raster order.
         """
-        if codes.ndim != 2 or codes.shape[1] != self.num_codes:
-            raise ValueError(f"codes must be [batch, {self.num_codes}], got {tuple(codes.shape)}")
-        condition = self._drop_condition(
-            self.cls_embedding.check(condition, values=False), len(codes), drop, generator
-        )
+        rows, present = self.training_condition(codes, condition, drop, generator)
         size, offset = self.config.group_size, self.num_condition_tokens
         order, stamps = self._order_tables(codes.device)
         fed = self.embed(codes[:, order[:-size]])  # the last group is never read
         special = self.spe_tok_embeddings.special_embeddings.weight.expand(len(codes), -1, -1)
-        x = torch.cat([self.cls_embedding(condition), fed[:, :size], special, fed[:, size:]], dim=1)
+        x = torch.cat([rows, fed[:, :size], special, fed[:, size:]], dim=1)
         null = order.new_full((size - 1,), -1)
         places = torch.cat([torch.arange(offset, device=codes.device), offset + order[:size], null])
         places = torch.cat([places, offset + order[size:-size]])
-        visible = stamps <= stamps[:, None]
-        present = self.cls_embedding.mask(condition)
-        mask = visible if present is None else padding_mask(present, len(visible), visible)
+        mask = padding_mask(present, len(stamps), stamps <= stamps[:, None])
         h = self.forward_full(self.tok_dropout(x), positions=places, mask=mask)
         logits = self.output(self.norm(h[:, offset - 1 :])).float()
         return torch.empty_like(logits).index_copy(1, order, logits)
@@ -155,12 +129,13 @@ class PARTransformer(ScheduledBackbone, LlamaGenTransformer):  # type: ignore[mi
         """[N] raster position of the k-th code, and the stamps of the input [T + N - 1]."""
         if device not in self._tables:
             size, offset = self.config.group_size, self.num_condition_tokens
-            side, (height, width) = math.isqrt(size), self.grid_size
-            cells = torch.arange(self.num_codes).view(side, height // side, side, width // side)
+            side, height = math.isqrt(size), self.grid_size[0]
+            cells = torch.arange(self.num_codes)  # regions of h x w cells, a of them down and b across
+            order = rearrange(cells, "(a h b w) -> (h w a b)", a=side, b=side, h=height // side)
             singles = torch.arange(offset + size - 1)  # condition and all but the last code of the first group
             groups = torch.arange(self.num_codes // size - 1).repeat_interleave(size) + offset + size - 1
             with torch.inference_mode(False):
-                found = (cells.permute(1, 3, 0, 2).flatten(), torch.cat([singles, groups]))
+                found = (order, torch.cat([singles, groups]))
                 self._tables[device] = (found[0].to(device), found[1].to(device))
         return self._tables[device]
 

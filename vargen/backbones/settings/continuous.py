@@ -8,7 +8,7 @@ from typing import Any
 
 from vargen.backbones.layers.diffusion_head import NUM_FREQUENCIES, PREDICTION_TYPES
 from vargen.backbones.layers.gaussian_diffusion import NUM_TIMESTEPS, spaced_timesteps
-from vargen.backbones.llamagen.sizes import swiglu_dim
+from vargen.backbones.layers.transformer import swiglu_dim
 from vargen.backbones.settings.common import (
     AREA,
     BLOCKS,

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
-from vargen.backbones.llamagen.sizes import swiglu_dim
+from vargen.backbones.layers.transformer import swiglu_dim
 from vargen.backbones.settings.common import (
     AREA,
     BLOCKS,
@@ -66,7 +66,7 @@ ROTARY: dict[str, Check] = {
 
 
 def _llamagen_heads(c: Any) -> None:
-    kv_heads = c.num_kv_heads or c.num_heads
+    kv_heads = getattr(c, "num_kv_heads", None) or c.num_heads
     if c.dim % c.num_heads or (c.dim // c.num_heads) % 4 or c.num_heads % kv_heads:
         got = f"dim={c.dim}, num_heads={c.num_heads}, num_kv_heads={kv_heads}"
         raise ValueError(f"dim / num_heads must be a multiple of 4 and num_kv_heads divide num_heads, got {got}")
@@ -131,9 +131,9 @@ LLAMAGEN = Settings(
     (_llamagen_heads, _llamagen_hidden, check_condition, AREA),
     _llamagen_weights,
 )
-# these two build LlamaGen's part first, which brings the other rules
-NAR = Settings({**_LLAMAGEN, "grid_size": VIDEO_GRID, "code_rank": optional(WIDTH)}, (AREA,), _llamagen_weights)
-PAR = Settings({**_LLAMAGEN, "group_size": POSITIONS}, (_grouped,), _llamagen_weights)
+_RULES = (_llamagen_heads, check_condition, AREA)
+NAR = Settings({**_LLAMAGEN, "grid_size": VIDEO_GRID, "code_rank": optional(WIDTH)}, _RULES, _llamagen_weights)
+PAR = Settings({**_LLAMAGEN, "group_size": POSITIONS}, (*_RULES, _grouped), _llamagen_weights)
 
 
 def _eagle_weights(

@@ -6,45 +6,17 @@ Letters: R rows, w items, D width, H heads, d head width.
 from __future__ import annotations
 
 import math
-from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
-from vargen.backbones.layers.conditions import ClassEmbedding
 from vargen.backbones.layers.transformer import DropPath
 
 MAX_LOG_SCALE = math.log(100)  # ceiling of the learned attention scale
 PLAIN_SCALE = 0.25  # without normalised queries and keys the official model divides by 4 sqrt(head width)
-
-
-class LabelEmbedding(nn.Embedding):
-    """Class vectors; the last row is the null label. Checks and dropping are those of ``ClassEmbedding``."""
-
-    has_null = True
-
-    def __init__(self, num_classes: int, dim: int) -> None:
-        super().__init__(num_classes + 1, dim)
-        self.num_classes = num_classes
-
-    @property
-    def embedding_table(self) -> nn.Embedding:
-        """The table itself, under the name that ``ClassEmbedding`` knows."""
-        return self
-
-    def check(self, condition: Any, values: bool = True) -> Tensor:
-        """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them."""
-        return ClassEmbedding.check(cast(Any, self), condition, values)
-
-    def null(self, condition: Tensor) -> Tensor:
-        """The null label of the same batch."""
-        return ClassEmbedding.null(cast(Any, self), condition)
-
-    def drop(self, condition: Tensor, dropped: Tensor) -> Tensor:
-        """Replace the labels of the samples ``dropped [B]`` by null."""
-        return torch.where(dropped, self.null(condition), condition)
 
 
 class VARAttention(nn.Module):
@@ -65,8 +37,8 @@ class VARAttention(nn.Module):
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend from and to ``x [R, w, D]``."""
         bias = torch.cat([self.q_bias, self.zero_k_bias.to(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        query, key, value = qkv.unbind(0)  # R H w d
+        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        query, key, value = rearrange(qkv, "r w (n h d) -> n r h w d", n=3, h=self.num_heads)
         root = query.shape[-1] ** 0.5  # the attention function divides by it
         if self.l2_norm:  # float32: half precision overflows in the norm
             scale = self.scale_mul_1H11.float().clamp(max=MAX_LOG_SCALE).exp() * root
@@ -74,7 +46,7 @@ class VARAttention(nn.Module):
             key = F.normalize(key.float(), dim=-1).to(x.dtype)
         else:
             query = query * PLAIN_SCALE
-        return self.proj(attend(query, key, value).transpose(1, 2).flatten(2))
+        return self.proj(rearrange(attend(query, key, value), "r h w d -> r w (h d)"))
 
 
 class VARFeedForward(nn.Module):
@@ -112,8 +84,9 @@ class VARBlock(nn.Module):
 
     def modulate(self, condition: Tensor, shared: Tensor | None) -> Tensor:
         """``[R, D]`` to ``[6, R, 1, D]``: gates, scales and shifts, first of attention, then of the feed-forward."""
-        rows = self.ada_lin(condition).view(-1, 1, 6, self.dim) if shared is None else self.ada_gss + shared
-        return rows.permute(2, 0, 1, 3)
+        if shared is None:
+            return rearrange(self.ada_lin(condition), "r (n d) -> n r 1 d", n=6)
+        return rearrange(self.ada_gss + shared, "r 1 n d -> n r 1 d")
 
     def forward(self, x: Tensor, rows: Tensor, attend: Attend) -> Tensor:
         """Map ``x [R, w, D]`` to ``[R, w, D]`` with the rows of ``modulate``."""
@@ -134,7 +107,7 @@ class HeadNorm(nn.Module):
 
     def modulate(self, condition: Tensor) -> Tensor:
         """``[R, D]`` to ``[2, R, 1, D]``: scale and shift."""
-        return self.ada_lin(condition).view(-1, 1, 2, self.dim).permute(2, 0, 1, 3)
+        return rearrange(self.ada_lin(condition), "r (n d) -> n r 1 d", n=2)
 
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """Normalise in float32."""

@@ -18,17 +18,17 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition
 from vargen.backbones.layers.cache.kv_cache import Attend, attention
-from vargen.backbones.layers.conditions import AttributeEmbedding
+from vargen.backbones.layers.conditions import AttributeEmbedding, LabelEmbedding, drop_condition
 from vargen.backbones.settings.discrete import VAR
-from vargen.backbones.var.layers import HeadNorm, LabelEmbedding, VARBlock, modulation
+from vargen.backbones.var.layers import HeadNorm, VARBlock, modulation
 from vargen.backbones.var.sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
-from vargen.checkpoints.bounds import check_given
-from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.checkpoints.reader import load_family
 from vargen.validation.checks import checked, pair_of
 from vargen.validation.folders import Stored
 
@@ -168,15 +168,9 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
             config: ``scales`` where the file lacks ``lvl_1L``, ``num_heads`` where there are neither attention scales nor
                 a published width; anything else overrides what the shapes tell.
         """
-        config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
-        check_family(state_dict, "var")
-        config = infer_var_config(state_dict, config)
-        with torch.device("meta"):  # the checkpoint's own tensors take the places
-            model = cls(**config)
-        load_strict(model, state_dict, family="var", ignore=BUFFERS)
+        model = load_family(cls, checkpoint, config, infer_var_config, family="var", ignore=BUFFERS)
         model.reset_buffers()
-        return model.eval()
+        return model
 
     def reset_buffers(self) -> None:
         """Make the buffers that checkpoints need not hold, on the device of the weights."""
@@ -223,7 +217,9 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
         Returns:
             [B, L, V] float32 logits.
         """
-        checked = self._drop_condition(self.condition_embedding.check(condition, values=False), drop, generator)
+        embedding = self.condition_embedding
+        checked = embedding.check(condition, values=False)
+        checked = drop_condition(embedding, checked, self.config, drop, generator, training=self.training)
         prepared = self._condition([checked])
         x = self._embed(prepared, features, 0)
         stamps = self._stamps(prepared, 0, self._num_scales(features, 0))
@@ -239,7 +235,7 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
             tokens = self.attribute_emb(ids)
         shared = None
         if self.shared_ada_lin is not None:
-            shared = self.shared_ada_lin(vector).view(-1, 1, 6, self.config.dim)
+            shared = rearrange(self.shared_ada_lin(vector), "r (n d) -> r 1 n d", n=6)
         rows = [block.modulate(vector, shared) for block in self.blocks]  # type: ignore[operator]
         start = vector[:, None] + self.pos_start
         return ScaleCondition(start, tokens, rows, self.head_nm.modulate(vector), len(ids) // len(parts), len(parts))
@@ -276,18 +272,3 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
         codes = self.code_vectors.to(h.dtype)
         weight = torch.cat([self.head.weight, codes, codes.square().sum(-1, keepdim=True) / -2], dim=1)
         return F.linear(torch.cat([h, sharpness * guess, sharpness], dim=-1), weight, self.head.bias).float()
-
-    def _drop_condition(self, condition: Tensor, drop: Tensor | None, generator: torch.Generator | None) -> Tensor:
-        embedding, c = self.condition_embedding, self.config
-        if drop is not None:
-            return embedding.drop(condition, drop.to(condition.device))
-        if not self.training:
-            return condition
-        where = condition.device if generator is None else generator.device
-        if c.attribute_dropout_prob > 0 and isinstance(embedding, AttributeEmbedding):
-            slots = embedding.draw_slots(len(condition), c.attribute_dropout_prob, generator)
-            condition = embedding.drop(condition, slots.to(condition.device))
-        if c.class_dropout_prob > 0:
-            dropped = torch.rand(len(condition), generator=generator, device=where) < c.class_dropout_prob
-            condition = embedding.drop(condition, dropped.to(condition.device))
-        return condition

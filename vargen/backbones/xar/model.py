@@ -16,69 +16,21 @@ import torch
 import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend, KVCache, attention
+from vargen.backbones.layers.conditions import LabelEmbedding
 from vargen.backbones.layers.diffusion_head import TimeEmbedding
-from vargen.backbones.layers.rope import grid_table, rotate, spread
+from vargen.backbones.layers.rope import grid_table, spread
 from vargen.backbones.layers.transformer import RMSNorm
 from vargen.backbones.settings.continuous import XAR
-from vargen.backbones.var.layers import LabelEmbedding
-from vargen.checkpoints.bounds import check_given, count_layers, read_shape
-from vargen.checkpoints.reader import check_family, load_original, load_strict
+from vargen.backbones.xar.layers import XARBlock
+from vargen.backbones.xar.sizes import RECOMPUTED, infer_xar_config, xar_size_config
+from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
-
-# name -> width, depth of either half, heads
-SIZES: dict[str, tuple[int, int, int]] = {"B": (768, 8, 12), "L": (1024, 16, 16), "H": (1280, 20, 16)}
-RECOMPUTED = ("mask", "*.attn.rope.*")  # entries of official files that follow from the sizes
-
-
-class XARAttention(nn.Module):
-    """Fused projection with bias, rotary rows and columns."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv, self.proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor, rope: Tensor, attend: Attend) -> Tensor:
-        """Attend from and to ``x [R, w, E]``; ``rope [w, 2, d]``."""
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        query, key = rotate(query, rope), rotate(key, rope)
-        y = attend(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-        return cast(Tensor, self.proj(y.transpose(1, 2).flatten(2)))
-
-
-class XARFeedForward(nn.Module):
-    """Gated, with GELU where its name promises SiLU: so the official model was built."""
-
-    def __init__(self, dim: int, hidden_dim: int) -> None:
-        super().__init__()
-        self.fc1_g, self.fc1_x = nn.Linear(dim, hidden_dim), nn.Linear(dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Transform each item on its own."""
-        return cast(Tensor, self.fc2(F.gelu(self.fc1_g(x)) * self.fc1_x(x)))
-
-
-class XARBlock(nn.Module):
-    """Attention and feed-forward, each between a modulated norm without weights and a gate; one modulation a cell."""
-
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float) -> None:
-        super().__init__()
-        self.attn = XARAttention(dim, num_heads)
-        self.mlp = XARFeedForward(dim, int(dim * mlp_ratio * 2 / 3))
-        self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
-
-    def forward(self, x: Tensor, condition: Tensor, rope: Tensor, attend: Attend) -> Tensor:
-        """``x [R, k M, E]`` of k cells under ``condition [R, k, E]``."""
-        rows = self.ada_lin(condition).repeat_interleave(x.shape[1] // condition.shape[1], dim=1)
-        gate1, gate2, scale1, scale2, shift1, shift2 = rows.chunk(6, dim=-1)
-        x = x + gate1 * self.attn(torch.addcmul(shift1, _rms(x), 1 + scale1), rope, attend)
-        return x + gate2 * self.mlp(torch.addcmul(shift2, _rms(x), 1 + scale2))
 
 
 class XARSession:
@@ -139,22 +91,12 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     @classmethod
     def from_size(cls, size: str, **config: Any) -> XARTransformer:
         """Build a published size with random weights: "B", "L" or "H"."""
-        if size not in SIZES:
-            raise ValueError(f"unknown size {size!r}; published sizes are {', '.join(SIZES)}")
-        dim, depth, heads = SIZES[size]
-        sizes = {"dim": dim, "encoder_depth": depth, "decoder_depth": depth, "num_heads": heads}
-        return cls(**{**sizes, **config})
+        return cls(**{**xar_size_config(size), **config})
 
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> XARTransformer:
         """Load an official checkpoint strictly; sizes are inferred, ``num_heads`` is needed for unpublished widths."""
-        config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
-        check_family(state_dict, "xar")
-        with torch.device("meta"):
-            model = cls(**infer_xar_config(state_dict, config))
-        load_strict(model, state_dict, family="xar", ignore=RECOMPUTED)
-        return model.eval()
+        return load_family(cls, checkpoint, config, infer_xar_config, family="xar", ignore=RECOMPUTED)
 
     @property
     def num_cells(self) -> int:
@@ -173,13 +115,13 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def to_cells(self, latents: Tensor) -> Tensor:
         """Scaled latents ``[B, C, H, W]`` to ``[B, K, M, C]``, cells and their tokens row by row."""
-        parts = latents.unflatten(-1, (-1, self.cell_size[1])).unflatten(-3, (-1, self.cell_size[0]))  # B C a h b w
-        return parts.permute(0, 2, 4, 3, 5, 1).flatten(3, 4).flatten(1, 2)
+        h, w = self.cell_size
+        return rearrange(latents, "n c (a h) (b w) -> n (a b) (h w) c", h=h, w=w)
 
     def to_latents(self, tokens: Tensor) -> Tensor:
         """Tokens in cell order ``[B, K M, C]`` to scaled latents ``[B, C, H, W]``."""
-        parts = tokens.unflatten(1, (*self.config.cells, *self.cell_size))  # B a b h w C
-        return parts.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)
+        (a, b), (h, w) = self.config.cells, self.cell_size
+        return rearrange(tokens, "n (a b h w) c -> n c (a h) (b w)", a=a, b=b, h=h, w=w)
 
     def forward(self, x: Tensor, t: Tensor, labels: Any, *, drop: Tensor | None = None) -> Tensor:
         """Velocities of all cells, every cell noisy at its own time.
@@ -271,31 +213,3 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
             order = torch.arange(len(table)).view(1, 1, *self.grid_size)
             self._rope[device] = spread(table[self.to_cells(order).flatten()]).to(device)
         return self._rope[device]
-
-
-def infer_xar_config(state_dict: Any, given: dict[str, Any]) -> dict[str, Any]:
-    """Read an xAR configuration off the shapes; ``given`` settles what shapes cannot tell.
-
-    Raises:
-        ValueError: ``num_heads`` is neither given nor that of a published width.
-    """
-    dim, channels = read_shape(state_dict, "z_proj.weight", 2)
-    heads = {width: count for width, _, count in SIZES.values()}
-    side = round(read_shape(state_dict, "encoder_pos_embed_learned", 3)[1] ** 0.5)
-    if "num_heads" not in given and dim not in heads:
-        raise ValueError(f"num_heads cannot be read off the shapes (width {dim}); pass num_heads=...")
-    config: dict[str, Any] = {
-        "grid_size": (side, side),
-        "latent_channels": channels,
-        "dim": dim,
-        "encoder_depth": count_layers(state_dict, "encoder_blocks."),
-        "decoder_depth": count_layers(state_dict, "decoder_blocks."),
-        "num_heads": heads.get(dim),
-        "num_classes": read_shape(state_dict, "class_emb.weight", 2)[0] - 1,
-    }
-    return {**config, **given}
-
-
-def _rms(x: Tensor) -> Tensor:
-    y = x.float()
-    return (y * torch.rsqrt(y.square().mean(-1, keepdim=True) + 1e-6)).to(x.dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 Shape = tuple[int, ...]
 
@@ -49,3 +50,11 @@ class VerifyReport:
 
 
 Builder = Callable[[Mapping[str, Tensor]], Manifest]
+
+
+def shapes_on_meta(
+    make: Callable[[], nn.Module], rename: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]] = dict
+) -> dict[str, Shape]:
+    """Keys and shapes of a model that is built without memory; ``rename`` gives them their official names."""
+    with torch.device("meta"):
+        return {name: tuple(value.shape) for name, value in rename(make().state_dict()).items()}

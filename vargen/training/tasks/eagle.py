@@ -21,7 +21,7 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.draft_models.eagle import EagleDrafter
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
-from vargen.training.sources import RECIPE_FILE, _component, load_tokenizer
+from vargen.training.sources import RECIPE_FILE, _component, load_tokenizer, load_transformer
 from vargen.training.tasks.base import Task, model_from, to_grid
 
 
@@ -185,8 +185,6 @@ def load_backbone(source: str | Path) -> LlamaGenTransformer:
         ValueError: nothing of the kind is there.
     """
     if (Path(source) / RECIPE_FILE).is_file():
-        from vargen.training.export import load_transformer
-
         model = load_transformer(source)
     else:
         model = LlamaGenTransformer.from_pretrained(_component(source, "backbone"))
