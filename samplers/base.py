@@ -94,6 +94,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
 
     config_name: ClassVar[str] = "sampler_config.json"
     guarantee: ClassVar[Guarantee] = "exact"
+    weakened: ClassVar[Guarantee] = "heuristic"  # what a run keeps that has ``departures``
     required_features: ClassVar[frozenset[str]] = frozenset()  # of the backbone's session, see vargen.protocols
     inputs_type: ClassVar[type[Inputs]] = Inputs
 
@@ -245,20 +246,24 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
 
     def finish(self, state: Any) -> SamplerOutput:
         """Collect tokens and statistics of a ``DecodeState``."""
-        trace, tokens = state.commit_trace.clone(), state.codes.clone()
+        trace, tokens, departures = state.commit_trace.clone(), state.codes.clone(), self.departures(state)
         stats = DecodeStats(
             num_forwards=state.num_forwards,
             num_drafter_forwards=state.num_drafter_forwards,
             num_head_rows=state.num_head_rows,
             forwards_per_image=trace.amax(-1) + 1,
             commit_trace=trace,
-            guarantee=self.guarantee,
-            notes=list(state.notes),
+            guarantee=self.weakened if departures else self.guarantee,
+            notes=[*state.notes, *departures],
             extra=dict(state.counts),
         )
         continuous = tokens.is_floating_point()
         codes, latents = (None, tokens) if continuous else (tokens, None)
         return SamplerOutput(codes=codes, seeds=state.seeds, stats=stats, latents=latents)
+
+    def departures(self, state: Any) -> list[str]:
+        """One line for each way in which this run left the sampler's guarantee."""
+        return []
 
     def check_backbone(self, backbone: Any) -> None:
         """Raise ``ValueError`` unless the backbone offers what this sampler needs; fitting samplers are named."""
@@ -270,7 +275,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
                 f"{type(self).__name__} needs a backbone with {', '.join(sorted(missing))}; {type(backbone).__name__} "
                 f"offers {', '.join(sorted(offered)) or 'none of it'}. Samplers that fit: {', '.join(fitting) or 'none'}"
             )
-        if self.top_k > (num_codes := int(backbone.codebook_size)):
+        if self.top_k and self.top_k > (num_codes := int(backbone.codebook_size)):
             raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(self.top_k)} (0 is off)")
 
 

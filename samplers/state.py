@@ -23,7 +23,7 @@ class DecodeState:
     seeds: list[int]  # of all B images
     keys: Tensor  # [A] int64 seeds of the images still decoded
     rows: Tensor  # [A] int64 their places in the call
-    tokens: Tensor  # [B, N] int64 codes, -1 where none is drawn; [B, N, D] where tokens are continuous
+    tokens: Tensor  # [B, N] int64 codes, -1 where none is drawn; [B, N, D] where tokens are continuous, NaN where not drawn
     trace: Tensor  # [B, N] int64 forward (0 = prefill) that made a token permanent, -1 elsewhere
     num_forwards: int = 0
     num_drafter_forwards: int = 0
@@ -36,7 +36,7 @@ class DecodeState:
 
     @property
     def codes(self) -> Tensor:
-        """The tokens so far, -1 where no code is permanent yet."""
+        """The tokens so far, -1 (NaN where they are continuous) where none is permanent yet."""
         return self.tokens
 
     @property

@@ -22,7 +22,7 @@ class StandIn:
     """The bilinear model of the golden runs: one prompt position and 16 codes; the rows of the last step are kept."""
 
     features = frozenset({"masked"})
-    schedules = ("maskgit",)
+    schedules, device = ("maskgit",), torch.device("cpu")
     grid_size, num_codes, codebook_size, num_condition_tokens = (1, 17), 17, 11, 1
 
     def __init__(self, shifted):

@@ -284,6 +284,10 @@ def test_what_does_not_fit_is_refused_in_one_line():
         NeighboringSampler().sample(model, labels, seeds=[0], schedule=DecodeSchedule.nar2d((3, 3)))
     with pytest.raises(ValueError, match="has 2 condition positions, the model 1"):
         NeighboringSampler().sample(model, labels, seeds=[0], schedule=DecodeSchedule.nar2d((4, 4), 2))
+    with pytest.raises(ValueError, match="schedule must be a DecodeSchedule or None, got tuple"):
+        NeighboringSampler().sample(model, labels, seeds=[0], schedule=DecodeSchedule.nar2d((4, 4)).steps)
+    with pytest.raises(ValueError, match="takes no input 'schedul'; did you mean 'schedule'"):
+        NeighboringSampler().sample(model, labels, seeds=[0], schedul=DecodeSchedule.nar2d((4, 4)))
     with pytest.raises(ValueError, match=r"call model.eval\(\)"):
         NeighboringSampler().sample(tiny().train(), labels, seeds=[0])
     with pytest.raises(ValueError, match=r"must be integers \[16\] or \[1, 16\]"):

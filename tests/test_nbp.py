@@ -98,7 +98,7 @@ def test_greedy_continuation_is_the_official_one_token_for_token(frames):
     assert out.stats.num_forwards == config["steps"]
     torch.testing.assert_close(torch.cat(SEEN, dim=1), io["gen/step_logits"], atol=1e-4, rtol=0)
     with pytest.raises(ValueError, match="continues given frames; pass them"):
-        NextBlockSampler().sample(model, 2, seeds=0)
+        NextBlockSampler().sample(model, 2, seeds=[0, 0])
 
 
 def test_text_drawn_among_codes_is_read_back_but_shown_as_code_zero(hybrid):

@@ -54,7 +54,7 @@ class SignTokenizer:
 class RecurrentBits:
     """Logits for each bit, two a bit, from a running state and no cache at all, as M-VAR carries scales in a state."""
 
-    features = frozenset({"scales"})
+    features, device = frozenset({"scales"}), torch.device("cpu")
     scales, codebook_size = SignTokenizer.scales, SignTokenizer.codebook_size
 
     def prepare(self, condition: Tensor, guidance_scale: float = 1.0) -> Any:

@@ -19,7 +19,7 @@ SETTINGS = {"guidance_scale": 2.0, "temperature": 0.8, "top_k": 20}
 class Recorder:
     """Predicts code g for cell g, and writes down what it is fed."""
 
-    features = frozenset({"any_slot"})
+    features, device = frozenset({"any_slot"}), torch.device("cpu")
 
     def __init__(self, side: int) -> None:
         self.side, self.codebook_size, self.fed = side, side * side, []

@@ -19,21 +19,36 @@ from torch import Tensor
 from vargen.features import Feature
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
-from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
-from vargen.random import Stream, gumbel, seed_tensor
-from vargen.samplers.base import Sampler
+from vargen.outputs import Guarantee, SamplerOutput
+from vargen.random import Stream, gumbel
+from vargen.samplers.base import Inputs, Run, Sampler
 from vargen.samplers.scale.editing import check_forced_codes
-from vargen.samplers.scale.state import NextScaleState, ScaleNoise
-from vargen.validation.checks import check_choice, check_integer, check_number, check_seeds
+from vargen.samplers.scale.state import NextScaleState, Noise
+from vargen.validation.checks import check_choice, check_integer, check_number
 
 RAMPS = ("linear", "constant")
 MAX_SCALES = 64  # published models have 10 to 14
 SMOOTH_TEMPERATURE = (0.27, 0.95, 0.005)  # start, share that is lost by the last scale, floor: the official constants
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NextScaleInputs(Inputs):
+    """What a call may give.
+
+    Args:
+        forced_codes: K tensors ``[n_k]`` or ``[B, n_k]`` of codes fixed beforehand, -1 where free, see
+            ``vargen.samplers.scale.editing.keep_codes``.
+        noise: replaces the counter-based noise: ``noise(k, stream, (B, n_k, V))`` returns Gumbel numbers, first for
+            ``Stream.GUMBEL``, then with ``smooth`` for ``Stream.FRESH``.
+    """
+
+    forced_codes: Sequence[Tensor] | None = None
+    noise: Noise | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class NextScaleSampler(Sampler):
-    """Draw scale after scale, every code of a scale from its own law given the coarser scales.
+    """Draw scale after scale, every code of a scale from its own distribution given the coarser scales.
 
     Noise is keyed by the place of a code among all L codes, so an image depends on its seed only. The official models
     are sampled with ``guidance_scale=2.5, top_k=900, top_p=0.96`` (their "cfg 1.5"; the demo uses 5 and 0.95).
@@ -47,7 +62,7 @@ class NextScaleSampler(Sampler):
         guidance_stop_scale: from this scale on only the conditional branch runs, unguided; ``None`` = never.
         stop_scale: draw only so many scales and decode what is there; ``None`` = all.
         smooth: mix code vectors by a sharpened soft draw ("more_smooth" of the official code); the codes returned are
-            hard draws of the same laws and do not decode to the very image.
+            hard draws of the same distributions and do not decode to the very image.
         refine_scale: collaborative decoding: the first scales, up to this one, are drawn by the drafter (the larger
             model), the others by the backbone; ``None`` = the backbone draws all.
 
@@ -69,6 +84,7 @@ class NextScaleSampler(Sampler):
 
     guarantee: ClassVar[Guarantee] = "exact"
     required_features: ClassVar[frozenset[str]] = frozenset({Feature.SCALES})
+    inputs_type: ClassVar[type[Inputs]] = NextScaleInputs
 
     guidance_ramp: str = "linear"
     final_temperature: float | None = None
@@ -103,46 +119,42 @@ class NextScaleSampler(Sampler):
         last = self.temperature if self.final_temperature is None else self.final_temperature
         return self.temperature + (last - self.temperature) * self.ratio(k, num_scales)
 
-    def start(  # type: ignore[override]  # names its own inputs
-        self,
-        backbone: Any,
-        condition: Any,
-        *,
-        seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
-        drafter: Any = None,
-        forced_codes: Sequence[Tensor] | None = None,
-        noise: ScaleNoise | None = None,
-    ) -> NextScaleState:
-        """Check the arguments, run the condition and draw the first scale.
+    def prepare_condition(self, backbone: Any, condition: Any, drafter: Any) -> Any:
+        """The condition of the model of the first scales."""
+        if self.refine_scale:
+            if drafter is None:
+                raise ValueError(f"refine_scale={self.refine_scale} needs a drafter that draws the scales before it")
+            self._check_model("drafter", drafter, backbone)
+        first = drafter if self.refine_scale else backbone
+        return first.prepare(condition, guidance_scale=self._widest_guidance(first))
 
-        Args:
-            backbone, condition, seeds: as in ``sample``.
-            tokenizer: a multi-scale tokenizer with the backbone's scales.
-            drafter: the model of the first scales, with ``refine_scale``.
-            forced_codes: K tensors ``[n_k]`` or ``[B, n_k]`` of codes fixed beforehand, -1 where free, see
-                ``vargen.samplers.scale.editing.keep_codes``.
-            noise: replaces the counter-based noise: ``noise(k, stream, (B, n_k, V))`` returns Gumbel numbers, first for
-                ``Stream.GUMBEL``, then with ``smooth`` for ``Stream.FRESH``.
-        """
-        self.check_backbone(backbone)
-        self._check_models(backbone, tokenizer, drafter)
-        first = backbone if not self.refine_scale else drafter
-        prepared = first.prepare(condition, guidance_scale=self._widest_guidance(first))
-        listed = check_seeds(seeds, prepared.batch)
-        forced = None if forced_codes is None else check_forced_codes(forced_codes, tokenizer, len(listed))
-        session, out = first.open(prepared)
+    def begin(self, run: Run, inputs: NextScaleInputs) -> NextScaleState:
+        """Run the condition and draw the first scale; the tokenizer has the backbone's scales."""
+        tokenizer, num_images = run.tokenizer, len(run.seeds)
+        if tokenizer is None or not hasattr(tokenizer, "accumulate"):
+            raise ValueError(
+                "NextScaleSampler adds up scales with the tokenizer; pass tokenizer=MultiScaleVQTokenizer"
+            )
+        self._check_model("tokenizer", tokenizer, run.backbone)
+        forced = inputs.forced_codes
+        forced = None if forced is None else check_forced_codes(forced, tokenizer, num_images)
+        drafter = run.drafter if self.refine_scale else None
+        session, out = (drafter or run.backbone).open(run.condition)
+        empty = torch.full((num_images, sum(h * w for h, w in tokenizer.scales)), -1, device=run.keys.device)
         state = NextScaleState(
-            backbone=backbone,
+            backbone=run.backbone,
             tokenizer=tokenizer,
-            condition=condition,
+            condition=run.given,
             session=session,
-            seeds=listed,
-            keys=seed_tensor(listed, out.logits.device),
-            total=tokenizer.blank(len(listed)).to(out.logits.device),
+            seeds=run.seeds,
+            keys=run.keys,
+            rows=torch.arange(num_images, device=run.keys.device),
+            tokens=empty,
+            trace=empty.clone(),
+            total=tokenizer.blank(num_images).to(out.logits.device),
             forced=forced,
-            noise=noise,
-            drafter=drafter if self.refine_scale else None,
+            noise=inputs.noise,
+            drafter=drafter,
         )
         return self._finish_step(state, out.logits)
 
@@ -163,18 +175,11 @@ class NextScaleSampler(Sampler):
 
     def finish(self, state: NextScaleState) -> SamplerOutput:
         """Return codes by scale, the summed latents ``[B, C, h, w]`` and statistics."""
-        notes = self._departures(state)
-        count = torch.full((len(state.seeds),), state.num_forwards)
-        trace = torch.cat([torch.full(part.shape, k) for k, part in enumerate(state.scales)], dim=1)
-        stats = DecodeStats(
-            num_forwards=state.num_forwards - state.num_drafter_forwards,
-            num_drafter_forwards=state.num_drafter_forwards,
-            forwards_per_image=count,
-            commit_trace=trace,
-            guarantee="heuristic" if notes else self.guarantee,
-            notes=notes,
-        )
-        return SamplerOutput(state.scales, state.seeds, stats, latents=state.total)
+        out = super().finish(state)
+        out.codes, out.latents = state.scales, state.total
+        out.stats.num_forwards -= state.num_drafter_forwards
+        out.stats.commit_trace = state.trace[:, : sum(part.shape[1] for part in state.scales)].clone()
+        return out
 
     def draw_scale(self, state: NextScaleState, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next scale from its logits ``[G, B, n_k, V]``: codes ``[B, n_k]`` and their vectors ``[B, n_k, C]``.
@@ -206,6 +211,8 @@ class NextScaleSampler(Sampler):
         """Draw the scale that ``logits`` predict and add it to the picture."""
         codes, vectors = self.draw_scale(state, logits)
         state.total = state.tokenizer.accumulate(state.total, vectors, len(state.scales))
+        place = slice(start := sum(state.sizes[: len(state.scales)]), start + codes.shape[1])
+        state.tokens[:, place], state.trace[:, place] = codes, len(state.scales)
         state.scales.append(codes)
         state.num_forwards += 1
         state.num_drafter_forwards += state.drafter is not None
@@ -230,8 +237,8 @@ class NextScaleSampler(Sampler):
         guided = any(self.guidance_at(k, num_scales) != 1.0 for k in range(num_scales))
         return self.guidance_scale if guided else 1.0
 
-    def _departures(self, state: NextScaleState) -> list[str]:
-        """One line for each setting with which the law is no longer the backbone's."""
+    def departures(self, state: NextScaleState) -> list[str]:
+        """One line for each setting with which the distribution is no longer the backbone's."""
         notes = []
         if self.smooth:
             notes.append("smooth: code vectors are soft mixtures, the codes are not what was decoded")
@@ -243,25 +250,16 @@ class NextScaleSampler(Sampler):
             notes.append(f"the first {state.num_drafter_forwards} scales were drawn by the drafter")
         return notes
 
-    def _check_models(self, backbone: Any, tokenizer: Any, drafter: Any) -> None:
-        if tokenizer is None or not hasattr(tokenizer, "accumulate"):
+    def _check_model(self, name: str, model: Any, backbone: Any) -> None:
+        """Raise ``ValueError`` unless tokenizer or drafter fit the backbone, and the settings its scales."""
+        if tuple(model.scales) != tuple(backbone.scales):
             raise ValueError(
-                "NextScaleSampler adds up scales with the tokenizer; pass tokenizer=MultiScaleVQTokenizer"
+                f"{name} and backbone must have the same scales, got {list(model.scales)} and {list(backbone.scales)}"
             )
-        models = {"tokenizer": tokenizer}
-        if self.refine_scale:
-            if drafter is None:
-                raise ValueError(f"refine_scale={self.refine_scale} needs a drafter that draws the scales before it")
-            models["drafter"] = drafter
-        for name, model in models.items():
-            if tuple(model.scales) != tuple(backbone.scales):
-                raise ValueError(
-                    f"{name} and backbone must have the same scales, got {list(model.scales)} and {list(backbone.scales)}"
-                )
-            if model.codebook_size != backbone.codebook_size:
-                sizes = f"{model.codebook_size} and {backbone.codebook_size}"
-                raise ValueError(f"{name} and backbone must have the same codebook size, got {sizes}")
+        if model.codebook_size != backbone.codebook_size:
+            sizes = f"{model.codebook_size} and {backbone.codebook_size}"
+            raise ValueError(f"{name} and backbone must have the same codebook size, got {sizes}")
         count = len(backbone.scales)
-        for name in ("guidance_stop_scale", "stop_scale", "refine_scale"):
-            if getattr(self, name) is not None:
-                check_integer(name, getattr(self, name), low=0, high=count, hint=f"the model has {count} scales")
+        for setting in ("guidance_stop_scale", "stop_scale", "refine_scale"):
+            if getattr(self, setting) is not None:
+                check_integer(setting, getattr(self, setting), low=0, high=count, hint=f"the model has {count} scales")

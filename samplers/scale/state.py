@@ -9,11 +9,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from vargen.random import Stream
+from vargen.samplers.state import DecodeState
 
 ScaleNoise = Callable[[int, Stream, tuple[int, int, int]], Tensor]
 
@@ -45,16 +44,12 @@ class ScaleTokenizer(Protocol):
         ...
 
 
-@dataclass
-class NextScaleState:
-    """Everything that changes while a batch is decoded, and what ``stream`` yields."""
+@dataclass(kw_only=True)
+class NextScaleState(DecodeState):
+    """Everything that changes while scales are drawn; ``num_forwards`` counts those of both models."""
 
-    backbone: Any
     tokenizer: Any
     condition: Any  # as given, for the second model
-    session: Any
-    seeds: list[int]
-    keys: Tensor  # [B] int64
     total: Tensor  # [B, C, h, w] float32 sum of the scales drawn so far
     forced: list[Tensor] | None  # K times [B, n_k], -1 where free
     noise: ScaleNoise | None
@@ -63,25 +58,11 @@ class NextScaleState:
     inputs: list[Tensor] = field(
         default_factory=list
     )  # [B, n_k, C] what scales 1, 2, ... read: kept for a second model
-    num_forwards: int = 0  # of both models
-    num_drafter_forwards: int = 0
-    done: bool = False
 
     @property
     def sizes(self) -> list[int]:
         """n_k of every scale."""
         return [h * w for h, w in self.tokenizer.scales]
-
-    @property
-    def codes(self) -> Tensor:
-        """[B, L] int64 codes of all scales one after the other, -1 where nothing is drawn yet."""
-        drawn = torch.cat(self.scales, dim=1)
-        return F.pad(drawn, (0, sum(self.sizes) - drawn.shape[1]), value=-1)
-
-    @property
-    def num_committed(self) -> Tensor:
-        """[B] int64 codes drawn."""
-        return torch.full_like(self.keys, sum(part.shape[1] for part in self.scales))
 
     def preview(self) -> Tensor:
         """Decode the picture so far: ``[B, 3, H, W]`` around [-1, 1], at full size whatever the scale."""

@@ -9,7 +9,6 @@ Letters: B images, N codes, V codes of the codebook, G guidance branches, g targ
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,43 +17,38 @@ from torch import Tensor
 
 from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.warp import combine
-from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
+from vargen.outputs import Guarantee, SamplerOutput
 from vargen.protocols import Step
-from vargen.random import seed_tensor
-from vargen.samplers.base import Sampler
+from vargen.samplers.base import Inputs, Run, Sampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
-from vargen.validation.checks import check_choice, check_integer, check_seeds
+from vargen.samplers.state import DecodeState
+from vargen.validation.checks import check_choice, check_integer
 
 RAMPS = ("constant", "linear")
 CLOSE = 1e-4  # log-probabilities so near to the threshold of top-p may fall on either side of it by rounding
 
 
-@dataclass
-class ScheduleState:
-    """Everything that changes while a batch is decoded, and what ``stream`` yields."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class ScheduleInputs(Inputs):
+    """What a call may give.
 
-    backbone: Any
-    session: Any
+    Args:
+        forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free: in-painting, or the given frames of a
+            video. The distribution of every free code is the backbone's, given the codes drawn or fixed before it.
+        schedule: replaces the sampler's own; it is validated, and refused where the backbone cannot run it.
+    """
+
+    forced_codes: Tensor | None = None
+    schedule: DecodeSchedule | None = None
+
+
+@dataclass(kw_only=True)
+class ScheduleState(DecodeState):
+    """Everything that changes while a schedule runs; images leave it only if the sampler finishes some early."""
+
     schedule: DecodeSchedule
-    seeds: list[int]
-    keys: Tensor  # [B] int64
-    codes: Tensor  # [B, N] int64, -1 where not drawn
-    trace: Tensor  # [B, N] int64 forward that drew each code, -1 where none did
     forced: Tensor | None  # [B, N] int64, -1 where free
     errors: Tensor  # [B] record of bad rows, read at the end
-    rows: Tensor  # [A] int64 images still decoded; all of them unless the sampler finishes some early
-    num_forwards: int = 0
-    done: bool = False
-
-    @property
-    def commit_trace(self) -> Tensor:
-        """[B, N] int64 forward (0 = prefill) that made each code permanent, -1 where none did yet."""
-        return self.trace
-
-    @property
-    def num_committed(self) -> Tensor:
-        """[B] int64 permanent codes of each image."""
-        return (self.trace >= 0).sum(-1)
 
     @property
     def next_step(self) -> Step:
@@ -63,7 +57,7 @@ class ScheduleState:
 
     def record(self, rows: Tensor, positions: Tensor, codes: Tensor) -> None:
         """Make ``codes [A, g]`` of the images ``rows [A]`` permanent; called before the forward is counted."""
-        self.codes[rows[:, None], positions] = codes
+        self.tokens[rows[:, None], positions] = codes
         self.trace[rows[:, None], positions] = self.num_forwards
 
 
@@ -79,6 +73,7 @@ class ScheduleSampler(Sampler):
     """
 
     guarantee: ClassVar[Guarantee] = "exact"
+    inputs_type: ClassVar[type[Inputs]] = ScheduleInputs
 
     guidance_interval: int = -1
     guidance_ramp: str = "constant"
@@ -100,54 +95,36 @@ class ScheduleSampler(Sampler):
         ramp = made / num_codes if self.guidance_ramp == "linear" else 1.0
         return 1.0 + (self.guidance_scale - 1.0) * ramp
 
-    def start(  # type: ignore[override]  # names its own inputs
-        self,
-        backbone: Any,
-        condition: Any,
-        *,
-        seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
-        drafter: Any = None,
-        forced_codes: Tensor | None = None,
-        schedule: DecodeSchedule | None = None,
-    ) -> ScheduleState:
-        """Check the arguments and run the first step.
-
-        Args:
-            backbone, condition, seeds: as in ``sample``.
-            tokenizer, drafter: not read.
-            forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free: in-painting, or the given frames
-                of a video. The law of every free code is the backbone's, given the codes drawn or fixed before it.
-            schedule: replaces the sampler's own; it is validated, and refused where the backbone cannot run it.
-        """
-        self.check_backbone(backbone)
+    def begin(self, run: Run, inputs: ScheduleInputs) -> ScheduleState:
+        """Choose the schedule and run its first step."""
+        backbone, schedule = run.backbone, inputs.schedule
         if schedule is None:
             schedule = self.make_schedule(backbone)
+        elif not isinstance(schedule, DecodeSchedule):
+            raise ValueError(f"schedule must be a DecodeSchedule or None, got {type(schedule).__name__}")
         else:
             schedule.validate()
         backbone.check_schedule(schedule)
-        prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
-        listed = check_seeds(seeds, prepared.batch)
-        forced = check_forced(forced_codes, len(listed), schedule, int(backbone.codebook_size))
-        device = prepared.embeddings.device
-        empty = torch.full((len(listed), schedule.num_codes), -1, dtype=torch.int64, device=device)
+        device, num_images = run.keys.device, len(run.seeds)
+        forced = check_forced(inputs.forced_codes, num_images, schedule, int(backbone.codebook_size))
+        empty = torch.full((num_images, schedule.num_codes), -1, dtype=torch.int64, device=device)
         state = ScheduleState(
             backbone=backbone,
-            session=backbone.begin(prepared, schedule),
-            schedule=schedule.to(device),
-            seeds=listed,
-            keys=seed_tensor(listed, device),
-            codes=empty,
+            session=backbone.begin(run.condition, schedule),
+            seeds=run.seeds,
+            keys=run.keys,
+            rows=torch.arange(num_images, device=device),
+            tokens=empty,
             trace=empty.clone(),
+            schedule=schedule.to(device),
             forced=None if forced is None else forced.to(device),
-            errors=new_errors(len(listed), device),
-            rows=torch.arange(len(listed), device=device),
+            errors=new_errors(num_images, device),
         )
         if state.forced is not None and schedule.prefix:
             first = torch.arange(schedule.prefix, device=device)
             state.record(state.rows, first, state.forced[:, : schedule.prefix])
         if state.forced is not None and schedule.revising:
-            state.codes, state.trace = state.forced.clone(), torch.where(state.forced >= 0, 0, -1)
+            state.tokens, state.trace = state.forced.clone(), torch.where(state.forced >= 0, 0, -1)
         return self.step(state)
 
     @torch.no_grad()
@@ -156,7 +133,7 @@ class ScheduleSampler(Sampler):
         if state.done:
             return state
         step = state.next_step
-        self.decide(state, step, state.backbone.run_items(state.session, step, state.codes[state.rows]))
+        self.decide(state, step, state.backbone.run_items(state.session, step, state.tokens[state.rows]))
         state.num_forwards += 1
         state.done = state.done or state.num_forwards == len(state.schedule.steps)
         return state
@@ -171,10 +148,10 @@ class ScheduleSampler(Sampler):
         """Draw one code a target ``[A, g]``; fixed ones as they are."""
         positions = step.targets.expand(logits.shape[1], -1)
         fixed = None if state.forced is None else state.forced[state.rows][:, step.targets]
-        if fixed is not None:  # the law of a fixed code is never read
+        if fixed is not None:  # the distribution of a fixed code is never read
             logits = torch.where((fixed >= 0)[None, :, :, None], 0.0, logits)
         errors = state.errors[state.rows]  # a copy: kernels note bad rows in it
-        codes = self.pick(logits, state.keys[state.rows], positions, guidance_scale, errors)
+        codes = self.pick(logits, state.keys, positions, guidance_scale, errors)
         state.errors[state.rows] = errors
         return codes if fixed is None else torch.where(fixed >= 0, fixed, codes)
 
@@ -193,25 +170,13 @@ class ScheduleSampler(Sampler):
         return draw(logits, seeds=keys, positions=positions, errors=errors, **warp)
 
     def finish(self, state: ScheduleState) -> SamplerOutput:
-        """Collect codes and statistics."""
+        """Collect codes and statistics; rows that could not be drawn from are named."""
         raise_errors(state.errors)
-        notes = self.departures(state)
-        stats = DecodeStats(
-            num_forwards=state.num_forwards,
-            forwards_per_image=state.trace.amax(-1) + 1,
-            commit_trace=state.trace.clone(),
-            guarantee="heuristic" if notes else self.guarantee,
-            notes=notes,
-        )
-        return SamplerOutput(codes=state.codes.clone(), seeds=state.seeds, stats=stats)
-
-    def departures(self, state: ScheduleState) -> list[str]:
-        """One line for each way in which this run left the sampler's guarantee."""
-        return []
+        return super().finish(state)
 
 
 def _draw_unsure(logits: Tensor, keys: Tensor, positions: Tensor, warp: dict[str, Any]) -> Tensor:
-    """Draw where top-p leaves a choice; a code that holds the whole mass alone needs no noise, which takes most of the time on a CPU."""
+    """Draw where top-p leaves a choice; a code that holds the whole mass alone needs no noise, which costs most on a CPU."""
     z = combine(logits, warp["guidance_scale"], warp["temperature"])
     mass = z.logsumexp(-1)
     if not bool(mass.isfinite().all()):

@@ -39,13 +39,13 @@ PHASES = (0.33, 0.67)  # progress at which Prophet's threshold falls
 class MaskedSampler(ScheduleSampler):
     """Draw by confidence in at most ``num_steps`` passes.
 
-    Codes of a pass are drawn independently of each other, so the law is not the backbone's.
+    Codes of a pass are drawn independently of each other, so their distribution is not the backbone's.
 
     Args:
         guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_ramp: as in ``ScheduleSampler``.
         num_steps: S, passes at most.
         share: how many codes a pass keeps: ``"cosine"`` (MaskGIT: few at first), ``"linear"`` (Dimple) or ``"even"``.
-        confidence: of a drawn code, from the guided law without temperature: its ``"probability"``, the ``"margin"``
+        confidence: of a drawn code, from the guided distribution without temperature: its ``"probability"``, the ``"margin"``
             between the two largest probabilities, or the ``"entropy"`` (small is sure).
         choice_temperature: Gumbel noise on the confidences, times the share of passes left; MaskGIT uses 4.5.
         commit_threshold: keep every code surer than this at once (entropy: below it); the share counts only where none
@@ -93,14 +93,14 @@ class MaskedSampler(ScheduleSampler):
 
     def decide(self, state: ScheduleState, step: Step, logits: Tensor) -> None:
         """Guess the masked codes and keep the surest."""
-        masked = state.codes[state.rows] < 0  # A N
+        masked = state.tokens[state.rows] < 0  # A N
         made = int((~masked).sum(-1).min())
         scale = self.guidance_at(step, state.schedule.num_codes, made)
         logits = logits[:1] if scale == 1.0 else logits
         now = torch.full_like(state.rows, state.num_forwards)
         guesses = draw(
             logits,
-            seeds=state.keys[state.rows],
+            seeds=state.keys,
             positions=step.targets.expand(len(masked), -1),
             guidance_scale=scale,
             temperature=self.temperature,
@@ -113,11 +113,11 @@ class MaskedSampler(ScheduleSampler):
         kept = self._keep(state, masked, self._confidences(guided, guesses), now)
         if self.early_commit is not None:
             kept = torch.where(self._sure(state, guided, masked)[:, None], masked, kept)
-        state.codes[state.rows] = torch.where(kept, guesses, state.codes[state.rows])
+        state.tokens[state.rows] = torch.where(kept, guesses, state.tokens[state.rows])
         state.trace[state.rows] = torch.where(kept, state.num_forwards, state.trace[state.rows])
         left = (masked & ~kept).any(-1)
         if not bool(left.all()):
-            state.rows = state.rows[left]
+            state.rows, state.keys = state.rows[left], state.keys[left]
             state.done = len(state.rows) == 0
             if not state.done:
                 state.backbone.select(state.session, left.nonzero().flatten())
@@ -161,7 +161,7 @@ class MaskedSampler(ScheduleSampler):
         score = confidence
         if self.choice_temperature > 0:
             places = torch.arange(masked.shape[1], device=masked.device).expand(len(masked), -1)
-            noise = gumbel(state.keys[state.rows], places, 1, Stream.MASK, now)[..., 0]
+            noise = gumbel(state.keys, places, 1, Stream.MASK, now)[..., 0]
             score = score + self.choice_temperature * (1 - (number + 1) / num_passes) * noise
         order = torch.argsort(score.masked_fill(~masked, -math.inf), dim=-1, descending=True, stable=True)
         rank = order.argsort(-1)

@@ -9,47 +9,42 @@ Letters: B images, N tokens, D numbers of a token, S steps of a chain, G guidanc
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from vargen.features import Feature
-from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
-from vargen.random import Stream, seed_tensor, uniform
-from vargen.samplers.heads.diffusion import ChainNoise, ContinuousSampler, philox_noise, work_dtype
-from vargen.validation.checks import check_choice, check_integer, check_seeds
+from vargen.outputs import Guarantee
+from vargen.random import Stream, uniform
+from vargen.samplers.base import Inputs, Run
+from vargen.samplers.heads.diffusion import ContinuousSampler, Noise, philox_noise, work_dtype
+from vargen.samplers.state import DecodeState
+from vargen.validation.checks import check_choice, check_integer
 
 STEP_SCHEDULES = ("linear", "two_stage")
 
 
-@dataclass
-class MaskedContinuousState:
-    """Everything that changes while a batch is decoded, and what ``stream`` yields."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class MaskedContinuousInputs(Inputs):
+    """What a call may give.
 
-    backbone: Any
-    condition: Any
-    seeds: list[int]
+    Args:
+        orders: ``[B, N]`` permutations, the last positions are drawn first; None draws them from the seeds.
+        noise: ``noise(images [n], positions [n], S) -> [n, S + 1, D]`` instead of the counter-based one.
+    """
+
+    orders: Tensor | None = None
+    noise: Noise | None = None
+
+
+@dataclass(kw_only=True)
+class MaskedContinuousState(DecodeState):
+    """Everything that changes while masked tokens are drawn; the session is the prepared condition."""
+
     orders: Tensor  # [B, N] int64, position of the i-th token; the last ones are drawn first
-    latents: Tensor  # [B, N, D] tokens, zero where not drawn
-    mask: Tensor  # [B, N] bool, True = not drawn
-    trace: Tensor  # [B, N] int64 forward that drew the token
-    noise: ChainNoise
-    num_forwards: int = 0
-    num_head_rows: int = 0
-    done: bool = False
-
-    @property
-    def codes(self) -> Tensor:
-        """[B, N, D] tokens, NaN where not drawn."""
-        return self.latents.masked_fill(self.mask[..., None], math.nan)
-
-    @property
-    def num_committed(self) -> Tensor:
-        """[B] int64 tokens drawn."""
-        return (~self.mask).sum(1)
+    noise: Noise
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +71,7 @@ class ContinuousMaskedSampler(ContinuousSampler):
 
     guarantee: ClassVar[Guarantee] = "exact"
     required_features: ClassVar[frozenset[str]] = frozenset({Feature.CONTINUOUS, Feature.MASKED_CONTINUOUS})
+    inputs_type: ClassVar[type[Inputs]] = MaskedContinuousInputs
 
     num_iter: int = 64
     last_diffusion_steps: int | None = None
@@ -112,55 +108,35 @@ class ContinuousMaskedSampler(ContinuousSampler):
             return 0
         return max(1, min(num_masked - 1, int(num_tokens * math.cos(math.pi / 2 * (s + 1) / self.num_iter))))
 
-    def start(  # type: ignore[override]  # names its own inputs
-        self,
-        backbone: Any,
-        condition: Any,
-        *,
-        seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
-        drafter: Any = None,
-        orders: Tensor | None = None,
-        noise: ChainNoise | None = None,
-    ) -> MaskedContinuousState:
-        """Check the arguments and draw the first tokens.
-
-        Args:
-            backbone, condition, seeds: as in ``sample``.
-            tokenizer, drafter: not read.
-            orders: ``[B, N]`` permutations, the last positions are drawn first; None draws them from the seeds.
-            noise: ``noise(images [n], positions [n], S) -> [n, S + 1, D]`` instead of the counter-based one.
-        """
-        self.check_backbone(backbone)
-        check_integer("num_iter", self.num_iter, low=1, high=backbone.num_codes, hint="the number of tokens")
-        prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
-        listed = check_seeds(seeds, prepared.batch)
-        shape = (len(listed), backbone.num_codes)
-        keys = seed_tensor(listed, backbone.device)
+    def begin(self, run: Run, inputs: MaskedContinuousInputs) -> MaskedContinuousState:
+        """Choose the orders and draw the first tokens."""
+        backbone, keys, shape = run.backbone, run.keys, (len(run.seeds), run.backbone.num_codes)
+        check_integer("num_iter", self.num_iter, low=1, high=shape[1], hint="the number of tokens")
+        orders, dtype = inputs.orders, work_dtype(backbone)
         if orders is None:
-            first = torch.zeros(shape[0], 1, dtype=torch.int64, device=keys.device)
-            orders = uniform(keys, first, shape[1], Stream.ORDER)[:, 0].argsort(dim=-1, stable=True)
-        dtype = work_dtype(backbone)
+            orders = uniform(keys, torch.zeros_like(keys)[:, None], shape[1], Stream.ORDER)[:, 0]
+            orders = orders.argsort(dim=-1, stable=True)
         state = MaskedContinuousState(
             backbone=backbone,
-            condition=prepared,
-            seeds=listed,
-            orders=orders.to(keys.device),
-            latents=torch.zeros(*shape, backbone.token_dim, dtype=dtype, device=keys.device),
-            mask=torch.ones(shape, dtype=torch.bool, device=keys.device),
+            session=run.condition,
+            seeds=run.seeds,
+            keys=keys,
+            rows=torch.arange(shape[0], device=keys.device),
+            tokens=torch.full((*shape, backbone.token_dim), math.nan, dtype=dtype, device=keys.device),
             trace=torch.full(shape, -1, device=keys.device),
-            noise=noise or philox_noise(keys, backbone.token_dim, dtype),
+            orders=orders.to(keys.device),
+            noise=inputs.noise or philox_noise(keys, backbone.token_dim, dtype),
         )
         return self.step(state)
 
     @torch.no_grad()
     def step(self, state: MaskedContinuousState) -> MaskedContinuousState:
         """Spend one forward pass: draw the tokens of the next pass. Advances the state in place."""
-        s, num_tokens = state.num_forwards, state.mask.shape[1]
-        z = state.backbone.predict(state.condition, state.latents, state.mask)
-        left = self.num_left(s, int(state.mask[0].sum()), num_tokens)
-        later = torch.zeros_like(state.mask).scatter(1, state.orders[:, :left], True)
-        images, positions = (state.mask & ~later).nonzero().unbind(1)
+        s, masked, num_tokens = state.num_forwards, state.trace < 0, state.trace.shape[1]
+        z = state.backbone.predict(state.session, state.tokens.nan_to_num(), masked)
+        left = self.num_left(s, int(masked[0].sum()), num_tokens)
+        later = torch.zeros_like(masked).scatter(1, state.orders[:, :left], True)
+        images, positions = (masked & ~later).nonzero().unbind(1)
         chain = state.backbone.head.diffusion(self.steps_at(s), self.last_timestep)
         path = state.backbone.head.sample(
             z[:, images, positions],
@@ -169,25 +145,15 @@ class ContinuousMaskedSampler(ContinuousSampler):
             guidance_scale=self.guidance_at(num_tokens - left, num_tokens),
             temperature=self.temperature,
         )
-        state.latents[images, positions] = path.states[:, -1].to(state.latents.dtype)
+        state.tokens[images, positions] = path.states[:, -1].to(state.tokens.dtype)
         state.trace[images, positions] = s
-        state.mask = state.mask & later
         state.num_forwards += 1
         state.num_head_rows += len(images) * chain.num_steps * len(z)
         state.done = left == 0
         return state
 
-    def finish(self, state: MaskedContinuousState) -> SamplerOutput:
-        """Return the tokens ``[B, N, D]`` and statistics."""
-        notes = []
-        if self.last_diffusion_steps is not None or self.last_timestep is not None:
-            notes.append("chains were shortened (DiSA): the law of a token is not the model's own")
-        stats = DecodeStats(
-            num_forwards=state.num_forwards,
-            num_head_rows=state.num_head_rows,
-            forwards_per_image=torch.full((len(state.seeds),), state.num_forwards),
-            commit_trace=state.trace,
-            guarantee="heuristic" if notes else self.guarantee,
-            notes=notes,
-        )
-        return SamplerOutput(None, state.seeds, stats, latents=state.latents)
+    def departures(self, state: MaskedContinuousState) -> list[str]:
+        """Shortened chains sample another distribution."""
+        if self.last_diffusion_steps is None and self.last_timestep is None:
+            return []
+        return ["chains were shortened (DiSA): the distribution of a token is not the model's own"]

@@ -7,8 +7,7 @@ code; a model of frame prediction continues given frames.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, ClassVar
 
@@ -18,7 +17,8 @@ from torch import Tensor
 from vargen.features import Feature
 from vargen.orders import block_order
 from vargen.outputs import SamplerOutput
-from vargen.samplers.schedule.decoder import ScheduleSampler, ScheduleState
+from vargen.samplers.base import Run
+from vargen.samplers.schedule.decoder import ScheduleInputs, ScheduleSampler, ScheduleState
 from vargen.samplers.schedule.schedule import DecodeSchedule
 
 
@@ -43,27 +43,18 @@ class NextBlockSampler(ScheduleSampler):
         """Blocks of the backbone's grid, nothing given."""
         return block_schedule(backbone, 0)
 
-    def start(
-        self,
-        backbone: Any,
-        condition: Any,
-        *,
-        seeds: Sequence[int] | Tensor | int,
-        forced_codes: Tensor | None = None,
-        schedule: DecodeSchedule | None = None,
-        **options: Any,
-    ) -> ScheduleState:
-        """As ``ScheduleSampler.start``; the pass over given blocks is chosen by what ``forced_codes`` holds."""
-        self.check_backbone(backbone)
-        if schedule is None:
-            schedule = block_schedule(backbone, given_codes(backbone, forced_codes))
-        return super().start(backbone, condition, seeds=seeds, forced_codes=forced_codes, schedule=schedule, **options)
+    def begin(self, run: Run, inputs: ScheduleInputs) -> ScheduleState:
+        """Choose the pass over given blocks by what ``forced_codes`` holds, and run it."""
+        if inputs.schedule is None:
+            prefix = given_codes(run.backbone, inputs.forced_codes)
+            inputs = replace(inputs, schedule=block_schedule(run.backbone, prefix))
+        return super().begin(run, inputs)
 
     def finish(self, state: ScheduleState) -> SamplerOutput:
         """Collect codes and statistics; what a head that knows text drew beside codes becomes code 0, as published."""
         out = super().finish(state)
-        stray = state.codes >= state.backbone.codebook_size
-        out.codes = torch.where(stray, 0, state.codes)
+        stray = state.tokens >= state.backbone.codebook_size
+        out.codes = torch.where(stray, 0, state.tokens)
         if bool(stray.any()):
             out.stats.extra["num_stray_codes"] = int(stray.sum())
         return out

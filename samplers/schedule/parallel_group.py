@@ -58,7 +58,7 @@ class ParallelGroupSampler(ScheduleSampler):
         return _any_order(grid, num_condition, self.num_groups, self.order, int(self.order_seed), self.growth)
 
     def departures(self, state: ScheduleState) -> list[str]:
-        """Any-order models are trained one code after the other: a group of independent draws is another law."""
+        """Any-order models are trained one code after the other: a group of independent draws is another distribution."""
         largest = max(state.schedule.group_sizes)
         if state.schedule.kind == "par" or largest == 1:
             return []

@@ -6,15 +6,16 @@ token, where the model has one, is known; otherwise the newest code of row r - 1
 its last code is fed again, only to write its cache entry. Cells that do not exist yet are masked (the released LlamaGen
 code attends to them as zero keys).
 
-The adaptive rule opens rows earlier and treats the first code of a row as a draft until the law it came from stops
-changing under it. Nothing here samples the backbone's own law: each code is drawn from a shortened context.
+The adaptive rule opens rows earlier and treats the first code of a row as a draft until the distribution it came from
+stops changing under it. Nothing here samples the backbone's own distribution: each code is drawn from a shortened context.
+
+It has a loop of its own: which codes a forward draws follows from what was drawn, image by image, so there is no schedule.
 
 Letters: B images, G guidance branches, N codes, h w code grid, m entries of one forward, V codes of the codebook.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -25,10 +26,11 @@ from vargen.features import Feature
 from vargen.kernels.acceptance import accept, residual
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
-from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
-from vargen.random import Stream, gumbel, seed_tensor, uniform
-from vargen.samplers.base import Sampler
-from vargen.validation.checks import check_integer, check_seeds
+from vargen.outputs import Guarantee
+from vargen.random import Stream, gumbel, uniform
+from vargen.samplers.base import Inputs, Run, Sampler
+from vargen.samplers.state import DecodeState
+from vargen.validation.checks import check_integer
 
 
 class Entry(NamedTuple):
@@ -130,31 +132,25 @@ class Rows:
         return Entry(self.grid.lead(row), self.grid.starts[above] + self.counts[above] - 1, self.grid.starts[row])
 
 
-@dataclass
-class ZipState:
-    """Everything that changes while a batch is decoded."""
+@dataclass(kw_only=True)
+class ZipState(DecodeState):
+    """Everything that changes while rows are written side by side.
 
-    backbone: Any
-    session: Any
-    seeds: list[int]
-    keys: Tensor  # [B] int64
-    rows: list[Rows]  # one for all images, or one an image
-    cells: Tensor  # [B, N + 1] int64 codes and drafts; the last column takes what is thrown away
-    trace: Tensor  # [B, N + 1] int64 forward that made a code permanent, -1 elsewhere
-    laws: dict[int, Tensor] = field(default_factory=dict)  # image -> [V] law of its draft
-    num_forwards: int = 0
-    num_redrawn: int = 0  # drafts that the adaptive rule rejected
-    done: bool = False
+    ``tokens`` and ``trace`` are ``[B, N + 1]``: codes and drafts; the last column takes what is thrown away.
+    """
+
+    progress: list[Rows]  # one for all images, or one an image
+    draft_probs: dict[int, Tensor] = field(default_factory=dict)  # image -> [V] distribution of its draft
 
     @property
     def codes(self) -> Tensor:
         """[B, N] int64, -1 where nothing is permanent."""
-        return torch.where(self.trace >= 0, self.cells, -1)[:, :-1]
+        return torch.where(self.trace >= 0, self.tokens, -1)[:, :-1]
 
     @property
-    def num_committed(self) -> Tensor:
-        """[B] int64."""
-        return (self.trace[:, :-1] >= 0).sum(-1)
+    def commit_trace(self) -> Tensor:
+        """[B, N] int64 forward that made each code permanent, -1 where none did yet."""
+        return self.trace[:, :-1]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +161,7 @@ class ZipARSampler(Sampler):
 
     Args:
         window: codes a row must hold before the next one opens; the adaptive rule takes it as the least number.
-        adaptive: accept the first code of a row only while its law is stable, else redraw it and wait.
+        adaptive: accept the first code of a row only while its distribution is stable, else redraw it and wait.
     """
 
     required_features: ClassVar[frozenset[str]] = frozenset({Feature.ANY_SLOT})
@@ -187,55 +183,41 @@ class ZipARSampler(Sampler):
         names = ("guidance_scale", "temperature", "top_k", "top_p")
         return {name: getattr(self, name) for name in names}
 
-    def start(  # type: ignore[override]  # names its own inputs
-        self,
-        backbone: Any,
-        condition: Any,
-        *,
-        seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
-        drafter: Any = None,
-    ) -> ZipState:
-        """Check the arguments, run the condition and draw the first code; tokenizer and drafter are not read."""
-        self.check_backbone(backbone)
-        prepared = backbone.prepare(condition, guidance_scale=self.guidance_scale)
-        listed = check_seeds(seeds, prepared.batch)
-        grid = Grid.of(backbone, self.window)
-        session, out = backbone.open(prepared, max_window=2 * len(grid.starts))
-        device = out.logits.device
-        empty = torch.full((len(listed), len(grid.slots) + 1), -1, device=device)
-        rows = [Rows.begin(grid) for _ in range(len(listed) if self.adaptive else 1)]
-        state = ZipState(backbone, session, listed, seed_tensor(listed, device), rows, empty, empty.clone())
-        self._decide(state, [[Entry(-1, 0, 0)] for _ in rows], out.logits)
+    def begin(self, run: Run, inputs: Inputs) -> ZipState:
+        """Run the condition and draw the first code."""
+        grid = Grid.of(run.backbone, self.window)
+        session, out = run.backbone.open(run.condition, max_window=2 * len(grid.starts))
+        num_images, device = len(run.seeds), out.logits.device
+        empty = torch.full((num_images, len(grid.slots) + 1), -1, device=device)
+        state = ZipState(
+            backbone=run.backbone,
+            session=session,
+            seeds=run.seeds,
+            keys=run.keys,
+            rows=torch.arange(num_images, device=device),
+            tokens=empty,
+            trace=empty.clone(),
+            progress=[Rows.begin(grid) for _ in range(num_images if self.adaptive else 1)],
+            counts={"num_redrawn": 0} if self.adaptive else {},  # drafts that the adaptive rule rejected
+        )
+        self._decide(state, [[Entry(-1, 0, 0)] for _ in state.progress], out.logits)
         return state
 
     def step(self, state: ZipState) -> ZipState:
         """One forward: every open row of every image advances by one code."""
         if state.done:
             return state
-        entries = [rows.entries() for rows in state.rows]
+        entries = [rows.entries() for rows in state.progress]
         most = max(len(listed) for listed in entries)
         entries = [listed + [Entry(-1, 0, -1)] * (most - len(listed)) for listed in entries]
         table = self._table(state, entries)  # b m 3
-        codes = state.cells.gather(1, table[..., 1]).clamp(min=0)
+        codes = state.tokens.gather(1, table[..., 1]).clamp(min=0)
         out = state.backbone.step_at(state.session, codes, table[..., 0])
         self._decide(state, entries, out.logits)
         return state
 
-    def finish(self, state: ZipState) -> SamplerOutput:
-        """Collect codes and statistics."""
-        trace = state.trace[:, :-1].clone()
-        stats = DecodeStats(
-            num_forwards=state.num_forwards,
-            forwards_per_image=trace.amax(-1) + 1,
-            commit_trace=trace,
-            guarantee=self.guarantee,
-            extra={"num_redrawn": state.num_redrawn} if self.adaptive else {},
-        )
-        return SamplerOutput(codes=state.codes.clone(), seeds=state.seeds, stats=stats)
-
     def _table(self, state: ZipState, entries: list[list[Entry]]) -> Tensor:
-        table = torch.tensor(entries, device=state.cells.device)  # b m 3
+        table = torch.tensor(entries, device=state.tokens.device)  # b m 3
         return table.expand(len(state.seeds), -1, -1)
 
     def _decide(self, state: ZipState, entries: list[list[Entry]], logits: Tensor) -> None:
@@ -244,16 +226,16 @@ class ZipARSampler(Sampler):
         tokens = draw(logits, seeds=state.keys, positions=targets.clamp(min=0), **self.warp)
         if self.adaptive:
             self._settle(state, entries, logits, tokens)
-        place = torch.where(targets < 0, state.cells.shape[1] - 1, targets)
-        state.cells.scatter_(1, place, tokens)
+        place = torch.where(targets < 0, state.tokens.shape[1] - 1, targets)
+        state.tokens.scatter_(1, place, tokens)
         if not self.adaptive:
             state.trace.scatter_(1, place, state.num_forwards)
-        for image, (rows, listed) in enumerate(zip(state.rows, entries, strict=True)):
+        for image, (rows, listed) in enumerate(zip(state.progress, entries, strict=True)):
             for entry in listed:
                 if entry.target >= 0:
                     self._count(state, rows, image, entry.target)
         state.num_forwards += 1
-        state.done = all(rows.done for rows in state.rows)
+        state.done = all(rows.done for rows in state.progress)
 
     def _count(self, state: ZipState, rows: Rows, image: int, target: int) -> None:
         row = max(i for i, start in enumerate(rows.grid.starts) if start <= target)
@@ -265,33 +247,33 @@ class ZipARSampler(Sampler):
 
     def _settle(self, state: ZipState, entries: list[list[Entry]], logits: Tensor, tokens: Tensor) -> None:
         """The adaptive rule, for the first codes of rows that opened early; changes ``tokens`` in place."""
-        for image, (rows, listed) in enumerate(zip(state.rows, entries, strict=True)):
+        for image, (rows, listed) in enumerate(zip(state.progress, entries, strict=True)):
             for j, entry in enumerate(listed):
                 row = rows.opened - 1
                 if row == 0 or entry.target != rows.grid.starts[row]:
                     continue
                 final = rows.complete(row - 1)  # the context above is whole: whatever is drawn now stays
-                law = warp_logits(logits[:, image, None, j, None], **self.warp).softmax(-1)[0, 0]
+                probs = warp_logits(logits[:, image, None, j, None], **self.warp).softmax(-1)[0, 0]
                 if self.temperature == 0:
-                    law = torch.zeros_like(law).scatter_(0, tokens[image, j, None], 1.0)
-                if image in state.laws:
-                    draft = state.cells[image, entry.target]
-                    kept = self._test(state, image, entry.target, state.laws[image], law, draft)
-                    tokens[image, j] = draft if kept else self._redraw(state, image, entry.target, law)
-                    state.num_redrawn += not kept
+                    probs = torch.zeros_like(probs).scatter_(0, tokens[image, j, None], 1.0)
+                if image in state.draft_probs:
+                    draft = state.tokens[image, entry.target]
+                    kept = self._test(state, image, entry.target, state.draft_probs[image], probs, draft)
+                    tokens[image, j] = draft if kept else self._redraw(state, image, entry.target, probs)
+                    state.counts["num_redrawn"] += not kept
                     final = final or kept
                 rows.pending = -1 if final else row
-                state.laws[image] = law
+                state.draft_probs[image] = probs
                 if final:
-                    del state.laws[image]
+                    del state.draft_probs[image]
 
     def _test(self, state: ZipState, image: int, target: int, q: Tensor, p: Tensor, draft: Tensor) -> bool:
         u = uniform(*self._where(state, image, target), 1, Stream.ACCEPT, self._iteration(state))[0, 0, 0]
         return bool(accept.fn(p[draft], q[draft], u))
 
     def _redraw(self, state: ZipState, image: int, target: int, p: Tensor) -> Tensor:
-        """Draw from the residual of the law that held until now; with ``_test`` the result follows ``p``."""
-        weights = residual.fn(p, state.laws[image])
+        """Draw from the residual of the distribution that held until now; with ``_test`` the result follows ``p``."""
+        weights = residual.fn(p, state.draft_probs[image])
         weights = weights if bool((weights > 0).any()) else p
         noise = gumbel(*self._where(state, image, target), len(p), Stream.RESIDUAL, self._iteration(state))[0, 0]
         return (weights.log() + noise).argmax()

@@ -37,7 +37,7 @@ class XARSession:
     """The state of one decode: the cache and the labels of its rows."""
 
     def __init__(self, cache: KVCache, labels: Tensor, branches: int) -> None:
-        self.cache, self.labels, self.branches = cache, labels, branches
+        self.cache, self.labels, self.branches, self.batch = cache, labels, branches, len(labels) // branches
 
 
 class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
