@@ -47,16 +47,16 @@ def candidates(guidance_scale: float, temperature: float, num_tokens: int) -> di
     shared = {"guidance_scale": guidance_scale, "temperature": temperature, "guidance_schedule": "constant"}
     loose = {"guidance_scale": 1.0, "temperature": 1.0, **EARLY}  # the settings under which most drafts pass
     causal = {
-        "next-token": ContinuousSpeculativeSampler(gamma=0, **shared),
-        "exact, gamma 4": ContinuousSpeculativeSampler(gamma=4, **shared),
-        "next-token, early end": ContinuousSpeculativeSampler(gamma=0, **loose),
-        "exact, gamma 4, early end": ContinuousSpeculativeSampler(gamma=4, **loose),
+        "next-token": ContinuousSpeculativeSampler(num_draft_tokens=0, **shared),
+        "exact, gamma 4": ContinuousSpeculativeSampler(num_draft_tokens=4, **shared),
+        "next-token, early end": ContinuousSpeculativeSampler(num_draft_tokens=0, **loose),
+        "exact, gamma 4, early end": ContinuousSpeculativeSampler(num_draft_tokens=4, **loose),
     }
     masked = {}
     for count in sorted({min(count, num_tokens) for count in PASSES}):
-        masked[f"masked, {count} passes"] = ContinuousMaskedSampler(num_iter=count, **shared)
+        masked[f"masked, {count} passes"] = ContinuousMaskedSampler(num_steps=count, **shared)
     for count in sorted({min(count, num_tokens) for count in (16, 64)}):
-        masked[f"masked, {count} passes, DiSA"] = ContinuousMaskedSampler(num_iter=count, **DISA, **shared)
+        masked[f"masked, {count} passes, DiSA"] = ContinuousMaskedSampler(num_steps=count, **DISA, **shared)
     rows = {name: ("causal", sampler) for name, sampler in causal.items()}
     return rows | {name: ("masked", sampler) for name, sampler in masked.items()}
 

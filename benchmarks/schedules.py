@@ -85,7 +85,7 @@ def equal_models(device: str) -> dict[str, tuple[Any, Any]]:
         ),
         "any order, 32 groups": (
             randomized(AnyOrderTransformer(**SMALL, num_layers=NUM_BLOCKS), device),
-            ParallelGroupSampler(guidance_scale=g, num_groups=32),
+            ParallelGroupSampler(guidance_scale=g, num_steps=32),
         ),
         "masked, 12 passes": (
             randomized(MaskedTransformer(**SMALL, num_layers=NUM_BLOCKS), device),

@@ -37,6 +37,7 @@ from vargen.validation.checks import (
 )
 from vargen.validation.folders import Stored
 
+GUIDANCE_SCHEDULES = ("constant", "linear")
 MAX_DRAFTS = (
     256  # what one iteration may draft, in passes of a drafter one after the other; published methods stay below 30
 )

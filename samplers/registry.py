@@ -54,6 +54,10 @@ class Alias:
     keys: Mapping[str, str] = field(default_factory=dict)  # old name: new name
     values: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)  # new name: {old value: new value}
     gone: tuple[str, ...] = ()  # settings that another sampler has today
+    dropped: tuple[str, ...] = ()  # settings that nothing reads any more
+
+
+RAMP = {"guidance_ramp": "guidance_schedule"}
 
 
 ALIASES = {
@@ -64,6 +68,13 @@ ALIASES = {
         {"rule": {"gumbel": "shared-noise", "independent": "rejection"}},
     ),
     "LanternSampler": Alias(gone=("acceptance", "typical_epsilon", "typical_alpha")),
+    "ScheduleSampler": Alias(RAMP),
+    "ParallelGroupSampler": Alias(RAMP | {"num_groups": "num_steps"}),
+    "NextScaleSampler": Alias(RAMP),
+    "ContinuousMaskedSampler": Alias({"num_iter": "num_steps"}),
+    "ContinuousSpeculativeSampler": Alias(
+        {"gamma": "num_draft_tokens"}, dropped=("num_iter", "prefill", "inner_temperature")
+    ),
 }
 
 
@@ -75,7 +86,7 @@ def alias_of(cls: type) -> Alias:
 def old_names(cls: type) -> tuple[str, ...]:
     """Names of settings that are accepted though the class has none of that name."""
     alias = alias_of(cls)
-    return (*alias.keys, *alias.gone)
+    return (*alias.keys, *alias.gone, *alias.dropped)
 
 
 def same_sampler(one: str, other: str) -> bool:
@@ -97,6 +108,8 @@ def renamed(cls: type, settings: dict[str, Any], whole: bool = True) -> tuple[st
     alias = alias_of(cls)
     found: dict[str, Any] = {}
     for name, value in settings.items():
+        if name in alias.dropped:
+            continue
         new = alias.keys.get(name, name)
         if new in found:
             raise ValueError(

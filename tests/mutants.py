@@ -56,22 +56,22 @@ MUTANTS = (
     Mutant(
         "the uniform of an acceptance comes back in the residual",
         "samplers/acceptance/gaussian_chains.py",
-        "sampler.inside(state, where[:, None]), 1, Stream.FRESH, numbers)",
-        "sampler.inside(state, where[:, None]), 1, Stream.ACCEPT, numbers)",
+        "sampler.inside(state, where), 1, Stream.FRESH, numbers)",
+        "sampler.inside(state, where), 1, Stream.ACCEPT, numbers)",
         NOISE,
     ),
     Mutant(
         "the uniform of an acceptance is kept for the residual",
         "samplers/acceptance/gaussian_chains.py",
         "survive(ratio, v[:, 0, 0])",
-        "survive(ratio, u[rows, count.clamp(max=gamma - 1)[rows]])",
+        "survive(ratio, u[rows, count.clamp(max=num - 1)[rows]])",
         USED,
     ),
     Mutant(
         "the uniform of an acceptance is kept for the residual: its law",
         "samplers/acceptance/gaussian_chains.py",
         "survive(ratio, v[:, 0, 0])",
-        "survive(ratio, u[rows, count.clamp(max=gamma - 1)[rows]])",
+        "survive(ratio, u[rows, count.clamp(max=num - 1)[rows]])",
         LAW,
     ),
     Mutant(

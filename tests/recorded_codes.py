@@ -120,13 +120,13 @@ def _cases() -> list[Case]:
     model, shipped = "heroes32-var", {"guidance_scale": 1.5, "temperature": 0.7, "top_p": 0.7}
     shipped["final_temperature"] = 0.0
     add(model, "next-scale", "NextScaleSampler", **shipped)
-    add(model, "next-scale-constant", "NextScaleSampler", guidance_scale=2.0, guidance_ramp="constant", top_k=200)
+    add(model, "next-scale-constant", "NextScaleSampler", guidance_scale=2.0, guidance_schedule="constant", top_k=200)
     add(model, "next-scale-smooth", "NextScaleSampler", smooth=True, guidance_stop_scale=3, **shipped)
     add(model, "next-scale-two-models", "NextScaleSampler", drafter="near", refine_scale=3, guidance_scale=1.5)
 
     model, near = "heroes32-nar", "NeighboringSampler"
     add(model, "neighboring", near, guidance_scale=1.5, temperature=0.7)
-    ramp = {"guidance_ramp": "linear", "top_k": 500, "top_p": 0.8}
+    ramp = {"guidance_schedule": "linear", "top_k": 500, "top_p": 0.8}
     add(model, "neighboring-ramp", near, forwards=20, guidance_scale=2.0, **ramp)
     add(model, "neighboring-interval", near, forwards=16, guidance_scale=2.0, guidance_interval=30, top_p=0.6)
 
@@ -136,17 +136,27 @@ def _cases() -> list[Case]:
 
     model, masked = "heroes32-mar", "ContinuousMaskedSampler"
     constant = {"guidance_scale": 1.5, "guidance_schedule": "constant", "temperature": 0.25}
-    add(model, "masked", masked, num_iter=8, **constant)
-    add(model, "masked-unguided", masked, forwards=8, num_iter=64, num_diffusion_steps=10)
-    add(model, "masked-disa", masked, num_iter=8, num_diffusion_steps=12, last_diffusion_steps=3, guidance_scale=2.0)
+    add(model, "masked", masked, num_steps=8, **constant)
+    add(model, "masked-unguided", masked, forwards=8, num_steps=64, num_diffusion_steps=10)
+    add(model, "masked-disa", masked, num_steps=8, num_diffusion_steps=12, last_diffusion_steps=3, guidance_scale=2.0)
 
     model, causal, quick = "heroes32-mar-causal", "ContinuousSpeculativeSampler", {"num_diffusion_steps": 5}
-    add(model, "next-token", causal, forwards=6, gamma=0, **constant)
-    add(model, "paths", causal, forwards=5, gamma=2, **quick)
+    add(model, "next-token", causal, forwards=6, num_draft_tokens=0, **constant)
+    add(model, "paths", causal, forwards=5, num_draft_tokens=2, **quick)
     for mode in ("exact", "stepwise"):
-        add(model, f"near-{mode}", causal, drafter="near", forwards=8, mode=mode, gamma=3, **quick)
+        add(model, f"near-{mode}", causal, drafter="near", forwards=8, mode=mode, num_draft_tokens=3, **quick)
         guided = {"guidance_scale": 1.5, "temperature": 0.8}
-        add(model, f"near-{mode}-guided", causal, drafter="near", forwards=4, mode=mode, gamma=2, **guided, **quick)
+        add(
+            model,
+            f"near-{mode}-guided",
+            causal,
+            drafter="near",
+            forwards=4,
+            mode=mode,
+            num_draft_tokens=2,
+            **guided,
+            **quick,
+        )
     return cases
 
 

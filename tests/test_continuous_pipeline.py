@@ -50,8 +50,8 @@ def pipeline(backbone: Any, sampler: Any, **components: Any) -> ImagePipeline:
 @pytest.fixture(scope="module")
 def pipes() -> dict[str, ImagePipeline]:
     return {
-        "masked": pipeline(masked(), ContinuousMaskedSampler(num_iter=5)),
-        "causal": pipeline(causal(), ContinuousSpeculativeSampler(gamma=3), drafter=causal(1)),
+        "masked": pipeline(masked(), ContinuousMaskedSampler(num_steps=5)),
+        "causal": pipeline(causal(), ContinuousSpeculativeSampler(num_draft_tokens=3), drafter=causal(1)),
     }
 
 
@@ -91,7 +91,7 @@ def test_refusals(pipes: dict[str, ImagePipeline]) -> None:
     with pytest.raises(ValueError, match="same latent channels, got 3"):
         ImagePipeline(tokenizer=autoencoder(3), backbone=masked(), sampler=ContinuousMaskedSampler())
     with pytest.raises(ValueError, match="needs a backbone with masked_continuous"):
-        pipeline(causal(), ContinuousMaskedSampler(num_iter=4))(class_labels=1, seed=0)
+        pipeline(causal(), ContinuousMaskedSampler(num_steps=4))(class_labels=1, seed=0)
     with pytest.raises(ValueError, match="top_k must be 0"):
         pipes["masked"](class_labels=1, top_k=3)
     assert "continuous-masked" in fitting_samplers(masked())

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-import warnings
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
+from tests.continuous_official import OfficialSampler
 from tests.continuous_toys import DTYPE, ToyCausal, compare, linear_gaussian, mixture, normality, whiten
 from tests.golden_files import load_file
 from vargen.backbones.mar.causal import CausalMARTransformer
@@ -120,7 +121,7 @@ def test_a_capped_residual_is_drawn_and_counted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(
         "vargen.samplers.acceptance.gaussian_chains.accept", lambda ratio, u: torch.zeros_like(ratio, dtype=torch.bool)
     )
-    output = run(linear_gaussian(), linear_gaussian(), 2, mode="exact", gamma=2)
+    output = run(linear_gaussian(), linear_gaussian(), 2, mode="exact", num_draft_tokens=2)
     assert output.stats.guarantee == "relaxed"
     assert "met their cap" in output.stats.notes[0]
     assert output.latents.isfinite().all()
@@ -137,13 +138,13 @@ def test_linear_gaussian_closed_form(mode: str) -> None:
         linear_gaussian(),
         linear_gaussian(spread=0.55, shift=0.35, values=0.05 if mode == "exact" else 0.0),
     )
-    output = run(target, draft, num, mode=mode, gamma=3)
+    output = run(target, draft, num, mode=mode, num_draft_tokens=3)
     found = normality(whiten(target, output.latents, [1.0] * 4))
     print(f"{mode}: N={num}, accepted {rate(output):.3f}, p {found}")
     assert 0.2 < rate(output) < 0.95
     assert min(found.values()) > LEAST_P
     assert output.stats.guarantee == "exact"
-    own = normality(whiten(target, run(draft, None, num, gamma=0).latents, [1.0] * 4))
+    own = normality(whiten(target, run(draft, None, num, num_draft_tokens=0).latents, [1.0] * 4))
     assert min(own.values()) < LEAST_P  # the draft alone has another law
 
 
@@ -151,7 +152,7 @@ def test_linear_gaussian_closed_form(mode: str) -> None:
 def test_guided_and_cooled_closed_form(mode: str) -> None:
     num = 3000
     target, draft = linear_gaussian(dim=2), linear_gaussian(dim=2, shift=0.36, null_shift=-0.55)
-    output = run(target, draft, num, mode=mode, gamma=2, guidance_scale=2.0, temperature=0.9)
+    output = run(target, draft, num, mode=mode, num_draft_tokens=2, guidance_scale=2.0, temperature=0.9)
     scales = [1 + known / 4 for known in (1, 2, 3, 3)]
     found = normality(whiten(target, output.latents, scales, 0.9))
     print(f"{mode}, guided: N={num}, accepted {rate(output):.3f}, p {found}")
@@ -165,7 +166,7 @@ def test_what_replaces_a_draft_does_not_know_the_uniform_that_refused_it() -> No
     """Dies here: an acceptance uniform that is kept for the residual of whole paths."""
     num = 3000
     target, draft = linear_gaussian(slope=0.0), linear_gaussian(slope=0.0, shift=0.45, spread=0.55)
-    output = run(target, draft, num, mode="exact", gamma=1)
+    output = run(target, draft, num, mode="exact", num_draft_tokens=1)
     trace = output.stats.commit_trace
     refused = trace[:, 1] != trace[:, 2]  # the first draft brought no second token
     u = uniform(torch.arange(num), torch.ones(num, 1, dtype=torch.int64), 1, Stream.ACCEPT)[:, 0, 0]
@@ -179,31 +180,27 @@ def test_what_replaces_a_draft_does_not_know_the_uniform_that_refused_it() -> No
 def test_mixtures(mode: str) -> None:
     num = 1000
     target, draft = mixture(), mixture(move=0.1)
-    reference = run(target, None, num, first_seed=50_000, gamma=0).latents
-    output = run(target, draft, num, mode=mode, gamma=3)
+    reference = run(target, None, num, first_seed=50_000, num_draft_tokens=0).latents
+    output = run(target, draft, num, mode=mode, num_draft_tokens=3)
     found = compare(output.latents, reference)
     print(f"{mode}, mixture: N={num}, accepted {rate(output):.3f}, {found}")
     assert 0.3 < rate(output) < 0.98
     assert min(found[name] for name in ("ks", "energy", "lag")) > LEAST_P
     assert found["energy"] > 0.01
-    wrong = compare(run(draft, None, num, gamma=0).latents, reference)
+    wrong = compare(run(draft, None, num, num_draft_tokens=0).latents, reference)
     assert wrong["energy"] == 1 / 200  # no permutation is as far
 
 
 def test_official_rule_fails() -> None:
     num = 1000
     target, draft = mixture(), mixture(move=0.1)
-    reference = run(target, None, num, first_seed=50_000, gamma=0).latents
+    reference = run(target, None, num, first_seed=50_000, num_draft_tokens=0).latents
     labels = torch.zeros(num, dtype=torch.int64)
     raster = torch.arange(3, -1, -1).expand(num, -1)
-    sampler = ContinuousSpeculativeSampler(mode="official", gamma=4, prefill=0.0)
+    sampler = OfficialSampler(gamma=4, prefill=0.0)
 
     def official(drafter: ToyCausal) -> Any:
-        with pytest.warns(UserWarning, match="does not preserve the distribution"):
-            state = sampler.start(target, labels, seeds=range(num), drafter=drafter, orders=raster)
-        while not state.done:
-            state = sampler.step(state)
-        return sampler.finish(state)
+        return sampler.sample(target, labels, seeds=range(num), drafter=drafter, orders=raster)
 
     for drafter in (draft, target):
         output = official(drafter)
@@ -211,7 +208,6 @@ def test_official_rule_fails() -> None:
         print(f"official: N={num}, accepted {rate(output):.3f}, {found}")
         assert found["energy"] == 1 / 200
         assert found["lag"] < 1e-6
-        assert output.stats.guarantee == "heuristic"
     assert rate(output) < 0.9  # it refuses drafts of the very same model
 
 
@@ -244,8 +240,8 @@ def sample(model: Any, drafter: Any = None, rows: slice = slice(None), **setting
 @pytest.mark.parametrize("guidance_scale", [1.0, 1.5])
 def test_draft_equal_to_target_is_always_accepted(mode: str, guidance_scale: float) -> None:
     model = causal(0)
-    plain = sample(model, gamma=0, guidance_scale=guidance_scale)
-    drafted = sample(model, model, mode=mode, gamma=4, guidance_scale=guidance_scale)
+    plain = sample(model, num_draft_tokens=0, guidance_scale=guidance_scale)
+    drafted = sample(model, model, mode=mode, num_draft_tokens=4, guidance_scale=guidance_scale)
     # with the noise of the position; one row and five of float64 are multiplied in other orders on some processors
     torch.testing.assert_close(drafted.latents, plain.latents, rtol=0, atol=1e-12)
     assert rate(drafted) == 1.0
@@ -257,11 +253,11 @@ def test_draft_equal_to_target_is_always_accepted(mode: str, guidance_scale: flo
 @pytest.mark.parametrize("mode", EXACT)
 def test_images_do_not_depend_on_their_batch(mode: str) -> None:
     model, drafter = causal(0), causal(0, noise=0.004)
-    together = sample(model, drafter, mode=mode, gamma=3, guidance_scale=1.5)
+    together = sample(model, drafter, mode=mode, num_draft_tokens=3, guidance_scale=1.5)
     assert 0 < rate(together) < 1
     assert len(set(together.stats.forwards_per_image.tolist())) > 1  # rows advance by different amounts
     for i in range(3):
-        alone = sample(model, drafter, rows=slice(i, i + 1), mode=mode, gamma=3, guidance_scale=1.5)
+        alone = sample(model, drafter, rows=slice(i, i + 1), mode=mode, num_draft_tokens=3, guidance_scale=1.5)
         torch.testing.assert_close(alone.latents[0], together.latents[i])
         assert alone.stats.num_forwards == together.stats.forwards_per_image[i]
     counts = together.stats
@@ -301,23 +297,21 @@ def test_official_run_number_for_number() -> None:
     def close(a: Tensor, b: Tensor, tolerance: float) -> bool:
         return float((a - b).abs().max()) <= tolerance * float(b.abs().max())
 
-    sampler = ContinuousSpeculativeSampler(mode="official", gamma=4, guidance_scale=2.5)
+    sampler = OfficialSampler(gamma=4, guidance_scale=2.5)
     noise = {"orders": golden["orders"], "noise": golden["noise"], "step_noise": golden["inter_noise"], "draws": draws}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        drafter = MARTransformer.from_original(small, **read)
-        for state in sampler.stream(target, golden["labels"], seeds=[0, 1], drafter=drafter, **noise):
-            number = state.verifications - 1
-            if number < 0:
-                continue
-            for name, value in state.verified.items():
-                expected = golden[f"verify{number}.{name}"]
-                if name == "accept":
-                    assert torch.equal(value, expected)
-                else:
-                    assert close(value, expected, 1e-3 if name == "prob" else 1e-5), name
+    drafter = MARTransformer.from_original(small, **read)
+    for state in sampler.stream(target, golden["labels"], seeds=[0, 1], drafter=drafter, **noise):
+        number = state.verifications - 1
+        if number < 0:
+            continue
+        for name, value in state.verified.items():
+            expected = golden[f"verify{number}.{name}"]
+            if name == "accept":
+                assert torch.equal(value, expected)
+            else:
+                assert close(value, expected, 1e-3 if name == "prob" else 1e-5), name
     assert state.verifications == 4
-    assert close(target.to_latents(state.latents), golden["out_latents"], 1e-5)
+    assert close(target.to_latents(state.tokens), golden["out_latents"], 1e-5)
     assert sampler.finish(state).stats.num_forwards == 5
 
 
@@ -329,10 +323,13 @@ def test_refusals() -> None:
         ContinuousSpeculativeSampler(final_noise=False)
     with pytest.raises(ValueError, match="needs noise in every step"):
         ContinuousSpeculativeSampler(temperature=0.0)
-    with pytest.raises(ValueError, match="needs a bidirectional backbone"):
-        sample(model, model, mode="official")
+    with pytest.raises(ValueError, match="needs a causal drafter, got SimpleNamespace"):
+        sample(model, SimpleNamespace(features=("continuous",)))
+    bidirectional = SimpleNamespace(features=("continuous", "masked_continuous"))
+    with pytest.raises(ValueError, match=r"needs a backbone with continuous_window.*fit: ContinuousMaskedSampler$"):
+        sample(bidirectional, model)
     with pytest.raises(ValueError, match="the same tokens"):
         sample(linear_gaussian(), linear_gaussian(num_tokens=5))
     with pytest.raises(ValueError, match="mode must be one of"):
         ContinuousSpeculativeSampler(mode="fast")
-    assert sample(model, gamma=0, final_noise=False, temperature=0.0).latents.isfinite().all()
+    assert sample(model, num_draft_tokens=0, final_noise=False, temperature=0.0).latents.isfinite().all()

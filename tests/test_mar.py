@@ -58,7 +58,7 @@ def test_official_states(io: dict[str, Tensor], mar: MARTransformer) -> None:
 
 @pytest.mark.parametrize("tag", GENERATIONS)
 def test_official_generations(io: dict[str, Tensor], mar: MARTransformer, tag: str) -> None:
-    sampler = ContinuousMaskedSampler(num_iter=4, **GENERATIONS[tag])
+    sampler = ContinuousMaskedSampler(num_steps=4, **GENERATIONS[tag])
     labels = io["mar.labels"] if tag != "uncond" else torch.full((2,), mar.config.num_classes)
     states: list[MaskedContinuousState] = []
 
@@ -99,20 +99,20 @@ def test_images_may_know_different_numbers_of_tokens(io: dict[str, Tensor], mar:
 
 
 def test_batches_do_not_matter(mar: MARTransformer) -> None:
-    sampler = ContinuousMaskedSampler(num_iter=8, guidance_scale=2.0)
+    sampler = ContinuousMaskedSampler(num_steps=8, guidance_scale=2.0)
     both = sampler.sample(mar, torch.tensor([2, 3]), seeds=[5, 6])
     alone = sampler.sample(mar, torch.tensor([3]), seeds=[6])
     assert both.latents is not None
     assert alone.latents is not None
     torch.testing.assert_close(both.latents[1:], alone.latents)
     assert both.stats.num_head_rows == 2 * 16 * 4 * 2
-    one_each = ContinuousMaskedSampler(num_iter=16).sample(mar, torch.tensor([2, 3]), seeds=[5, 6]).stats
+    one_each = ContinuousMaskedSampler(num_steps=16).sample(mar, torch.tensor([2, 3]), seeds=[5, 6]).stats
     assert one_each.commit_trace is not None
     assert all(torch.equal(row.sort().values, torch.arange(16)) for row in one_each.commit_trace)
 
 
 def test_disa_shortens_chains_and_says_so(mar: MARTransformer) -> None:
-    sampler = ContinuousMaskedSampler(num_iter=4, num_diffusion_steps=10, last_diffusion_steps=2, last_timestep=950)
+    sampler = ContinuousMaskedSampler(num_steps=4, num_diffusion_steps=10, last_diffusion_steps=2, last_timestep=950)
     assert [sampler.steps_at(s) for s in range(4)] == [10, 7, 4, 2]
     assert [sampler.replace(step_schedule="two_stage").steps_at(s) for s in range(4)] == [10, 10, 2, 2]
     stats = sampler.sample(mar, torch.tensor([1]), seeds=[0]).stats
@@ -173,7 +173,7 @@ def test_attribute_conditions() -> None:
         decoder_depth=1, decoder_num_heads=2, condition_type="attributes", num_condition_tokens=3, num_attributes=7,
         head_depth=1, head_width=16, num_sampling_steps="5",
     ).eval()  # fmt: skip
-    output = ContinuousMaskedSampler(num_iter=4, guidance_scale=2.0).sample(
+    output = ContinuousMaskedSampler(num_steps=4, guidance_scale=2.0).sample(
         model, torch.tensor([[1, 0, 6]]), seeds=[0]
     )
     assert output.latents is not None
@@ -193,8 +193,8 @@ def test_refusals(mar: MARTransformer, tmp_path: Path) -> None:
     assert torch.equal(loaded.mask_token, weights["mask_token"])
     with pytest.raises(ValueError, match="class label must be in"):
         mar.prepare(torch.tensor([11]))
-    with pytest.raises(ValueError, match="num_iter must be an integer in"):
-        ContinuousMaskedSampler(num_iter=17).sample(mar, torch.tensor([1]), seeds=[0])
+    with pytest.raises(ValueError, match="num_steps must be an integer in"):
+        ContinuousMaskedSampler(num_steps=17).sample(mar, torch.tensor([1]), seeds=[0])
     with pytest.raises(ValueError, match="top_k must be 0"):
         ContinuousMaskedSampler(top_k=5)
     with pytest.raises(ValueError, match="last_diffusion_steps needs num_diffusion_steps"):

@@ -167,7 +167,7 @@ def test_cosine_keeps_the_counts_of_maskgit():
         {"commit_threshold": 0.3},
         {"commit_threshold": 1.0, "confidence": "entropy"},
         {"early_commit": (2.0, 1.0, 0.5), "share": "even"},
-        {"guidance_scale": 2.0, "guidance_ramp": "linear", "confidence": "margin"},
+        {"guidance_scale": 2.0, "guidance_schedule": "linear", "confidence": "margin"},
     ],
 )
 def test_an_image_depends_on_its_seed_only(settings):

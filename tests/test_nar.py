@@ -294,8 +294,8 @@ def test_what_does_not_fit_is_refused_in_one_line():
         NeighboringSampler().sample(model, labels, seeds=[0], forced_codes=torch.zeros(3, dtype=torch.int64))
     with pytest.raises(ValueError, match=r"must lie in 0..63, or be -1"):
         NeighboringSampler().sample(model, labels, seeds=[0], forced_codes=torch.full((16,), 64))
-    with pytest.raises(ValueError, match="guidance_ramp must be one of constant, linear"):
-        NeighboringSampler(guidance_ramp="cosine")
+    with pytest.raises(ValueError, match="guidance_schedule must be one of constant, linear"):
+        NeighboringSampler(guidance_schedule="cosine")
     with pytest.raises(ValueError, match=r"codes must be \[batch, 16\]"):
         model(torch.zeros(1, 15, dtype=torch.int64), labels)
     with pytest.raises(ValueError, match=r"\(height, width\) or \(frames, height, width\)"):
@@ -322,7 +322,7 @@ def test_bad_logits_are_named_by_the_kernels_too(settings, monkeypatch):
 
 
 def test_a_guidance_ramp_reaches_the_scale_at_the_end():
-    sampler, schedule = NeighboringSampler(guidance_scale=3.0, guidance_ramp="linear"), DecodeSchedule.nar2d((4, 4))
+    sampler, schedule = NeighboringSampler(guidance_scale=3.0, guidance_schedule="linear"), DecodeSchedule.nar2d((4, 4))
     assert sampler.guidance_at(schedule.steps[0], 16, 0) == 1.0
     assert sampler.guidance_at(schedule.steps[3], 16, 8) == 2.0
     assert NeighboringSampler(guidance_scale=3.0).guidance_at(schedule.steps[0], 16, 0) == 3.0

@@ -200,7 +200,7 @@ def test_an_image_depends_on_its_seed_alone(backbone, tokenizer):
 def test_guidance_ramps():
     linear = NextScaleSampler(guidance_scale=2.5)
     assert [linear.guidance_at(k, 4) for k in range(4)] == [1.0, 1.5, 2.0, 2.5]
-    constant = linear.replace(guidance_ramp="constant")
+    constant = linear.replace(guidance_schedule="constant")
     assert [constant.guidance_at(k, 4) for k in range(4)] == [2.5] * 4
     stopped = linear.replace(guidance_stop_scale=2)
     assert [stopped.guidance_at(k, 4) for k in range(4)] == [1.0, 1.5, 1.0, 1.0]
@@ -224,9 +224,9 @@ def test_temperature_falls_to_the_last_scale(backbone, tokenizer):
 
 def test_scales_behind_the_stop_of_guidance_run_one_branch(backbone, tokenizer):
     labels = torch.tensor([1, 2])
-    sampler = NextScaleSampler(guidance_scale=3.0, guidance_ramp="constant", guidance_stop_scale=1)
+    sampler = NextScaleSampler(guidance_scale=3.0, guidance_schedule="constant", guidance_stop_scale=1)
     output = sampler.sample(backbone, labels, seeds=[0, 1], tokenizer=tokenizer)
-    first = NextScaleSampler(guidance_scale=3.0, guidance_ramp="constant", stop_scale=1)
+    first = NextScaleSampler(guidance_scale=3.0, guidance_schedule="constant", stop_scale=1)
     coarse = first.sample(backbone, labels, seeds=[0, 1], tokenizer=tokenizer).codes[0]
     forced = [coarse, torch.full((2, 4), -1), torch.full((2, 16), -1)]
     plain = NextScaleSampler().sample(backbone, labels, seeds=[0, 1], tokenizer=tokenizer, forced_codes=forced)
@@ -372,7 +372,7 @@ class TestTwoModels:
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda b, t: NextScaleSampler(guidance_ramp="lineer"), "did you mean 'linear'"),
+        (lambda b, t: NextScaleSampler(guidance_schedule="lineer"), "did you mean 'linear'"),
         (lambda b, t: NextScaleSampler(final_temperature=-1.0), "final_temperature must be"),
         (lambda b, t: NextScaleSampler(stop_scale=0), "stop_scale must be an integer in 1..64, got 0"),
         (lambda b, t: NextScaleSampler(more_smooth=True), "did you mean 'smooth'"),
@@ -433,7 +433,7 @@ class TestPipeline:
         torch.testing.assert_close(output.images[:2], (partial.clamp(-1, 1) + 1) / 2)
 
     def test_saved_pipeline_draws_the_same(self, pipe, tmp_path):
-        pipe.sampler = pipe.sampler.replace(guidance_ramp="constant", smooth=True)
+        pipe.sampler = pipe.sampler.replace(guidance_schedule="constant", smooth=True)
         pipe.save_pretrained(tmp_path)
         again = ImagePipeline.from_pretrained(tmp_path)
         again.set_progress_bar_config(disable=True)

@@ -143,7 +143,7 @@ def test_one_code_a_pass_reads_the_training_forward_in_any_order(order, conditio
     if condition_type == "caption":
         features = torch.randn(2, 3, 6, generator=torch.Generator().manual_seed(0))
         condition = (features, torch.tensor([[0, 1, 1], [0, 0, 1]]))
-    sampler = RecordingSampler(temperature=0, num_groups=16, order=order, order_seed=4)
+    sampler = RecordingSampler(temperature=0, num_steps=16, order=order, order_seed=4)
     SEEN.clear()
     out = sampler.sample(model, condition, seeds=[0, 0])
     schedule = sampler.make_schedule(model)
@@ -187,7 +187,7 @@ def test_training_draws_an_order_for_each_image():
 @pytest.mark.parametrize("growth", GROWTHS)
 def test_an_image_depends_on_its_seed_only(growth):
     model = any_order()
-    sampler = ParallelGroupSampler(guidance_scale=2.0, num_groups=5, growth=growth, guidance_ramp="linear")
+    sampler = ParallelGroupSampler(guidance_scale=2.0, num_steps=5, growth=growth, guidance_schedule="linear")
     labels, seeds = torch.tensor([3, 1, 4]), [9, 3, 12]
     together = sampler.sample(model, labels, seeds=seeds)
     assert together.stats.num_forwards == 5
@@ -205,7 +205,7 @@ def test_what_does_not_fit_is_refused(golden):
     schedule = DecodeSchedule.groups((4, 4), range(16), (16,), style="lpd")
     with pytest.raises(ValueError, match="schedules that fit: randar"):
         ParallelGroupSampler().sample(any_order(), labels[:1], seeds=[0], schedule=schedule)
-    with pytest.raises(ValueError, match=r"num_groups must be an integer in 1..16, got 32 \(the grid has 16 codes\)"):
+    with pytest.raises(ValueError, match=r"num_steps must be an integer in 1..16, got 32 \(the grid has 16 codes\)"):
         ParallelGroupSampler().sample(any_order(), labels[:1], seeds=[0])
     with pytest.raises(ValueError, match="order must be one of random, raster"):
         ParallelGroupSampler(order="spiral")
@@ -219,6 +219,6 @@ def test_saving_and_loading_changes_nothing(kind, tmp_path):
     model = any_order() if kind == "any" else random_weights(PARTransformer(**small, group_size=4))
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
-    sampler, labels = ParallelGroupSampler(num_groups=6), torch.tensor([1])
+    sampler, labels = ParallelGroupSampler(num_steps=6), torch.tensor([1])
     expected = sampler.sample(model, labels, seeds=[3]).codes
     assert torch.equal(sampler.sample(again, labels, seeds=[3]).codes, expected)

@@ -16,8 +16,6 @@ import vargen
 from tests.recorded_codes import CASES, MODELS, NUM_SEEDS, SHARED_NOISE, STRIDE, Case, decode, digest, load, read
 
 TOLERANCE = 1e-6
-# takes a bidirectional model in its comparison mode only
-OFFICIAL_ONLY = ("heroes32-mar", "ContinuousSpeculativeSampler")
 NUMBERS = {case: number for number, case in enumerate(CASES)}
 
 
@@ -87,7 +85,7 @@ def test_every_sampler_that_fits_a_shipped_model_is_recorded() -> None:
                 getattr(vargen, name)().check_backbone(backbone)
             except ValueError:
                 continue
-            assert (model, name) in {*recorded, OFFICIAL_ONLY}
+            assert (model, name) in recorded
 
 
 def test_the_record_is_whole_and_samplers_that_share_noise_agree() -> None:

@@ -96,6 +96,43 @@ def test_a_bad_setting_is_one_clear_line(settings, message):
         assert "\n" not in str(error.value)
 
 
+RENAMED = [
+    ("NeighboringSampler", "guidance_ramp", "guidance_schedule", "linear"),
+    ("NextBlockSampler", "guidance_ramp", "guidance_schedule", "linear"),
+    ("MaskedSampler", "guidance_ramp", "guidance_schedule", "linear"),
+    ("ParallelGroupSampler", "guidance_ramp", "guidance_schedule", "linear"),
+    ("ParallelGroupSampler", "num_groups", "num_steps", 5),
+    ("NextScaleSampler", "guidance_ramp", "guidance_schedule", "constant"),
+    ("ContinuousMaskedSampler", "num_iter", "num_steps", 5),
+    ("ContinuousSpeculativeSampler", "gamma", "num_draft_tokens", 2),
+]
+
+
+@pytest.mark.parametrize(("name", "old", "new", "value"), RENAMED, ids=lambda part: str(part))
+def test_settings_load_under_their_old_names(name, old, new, value, tmp_path):
+    cls = getattr(vargen, name)
+    expected = cls(**{new: value})
+    assert expected != cls()
+    stored = {key: part for key, part in cls().config.items() if key != new} | {old: value}
+    (tmp_path / "sampler_config.json").write_text(json.dumps(stored))
+    assert cls(**{old: value}) == cls().replace(**{old: value}) == cls.from_config(stored) == expected
+    assert cls.from_config(cls().config, **{old: value}) == Sampler.from_pretrained(tmp_path) == expected
+    with pytest.raises(ValueError, match=f"give {new} only once"):
+        cls(**{old: value, new: value})
+
+
+def test_the_released_speculation_of_continuous_tokens_is_named_and_its_settings_are_ignored():
+    cls = vargen.ContinuousSpeculativeSampler
+    official = {"num_iter": None, "prefill": 0.05, "inner_temperature": 42.0}
+    old = {"_class_name": cls.__name__, "mode": "exact", "gamma": 0, "final_noise": False} | official
+    assert Sampler.from_config(old) == cls(num_draft_tokens=0, final_noise=False)
+    assert cls(**official) == cls().replace(**official) == cls()
+    for build in (lambda: cls(mode="official"), lambda: Sampler.from_config(old | {"mode": "official"})):
+        with pytest.raises(ValueError, match=r'mode="official".*take mode="exact" or "stepwise"') as error:
+            build()
+        assert "\n" not in str(error.value)
+
+
 def test_samplers_swap_like_schedulers():
     jacobi = SpeculativeJacobiSampler(window=8, top_k=3, guidance_scale=4.0)
     plain = NextTokenSampler.from_config(jacobi.config)

@@ -19,7 +19,7 @@ from vargen.training.export import halve_weights, share_component
 @pytest.fixture
 def folders(tmp_path: Path) -> tuple[Path, Path]:
     whole = tmp_path / "whole"
-    pipeline(causal(), ContinuousSpeculativeSampler(gamma=0)).save_pretrained(whole)
+    pipeline(causal(), ContinuousSpeculativeSampler(num_draft_tokens=0)).save_pretrained(whole)
     halve_weights(whole / "tokenizer" / "diffusion_pytorch_model.safetensors")
     shutil.copytree(whole, tmp_path / "lean")
     share_component(tmp_path / "lean", "tokenizer", "whole")

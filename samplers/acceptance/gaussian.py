@@ -4,7 +4,7 @@ Two exact rules. Over whole paths: keep the draft's chain with min(1, p(path) / 
 target chain that survives 1 - q / p. Over steps: run the target's chain along the draft's, keep each state with min(1, p / q),
 and where a state is refused reflect it (equal spreads) or draw it from the residual. Both are maximal couplings, of paths
 and of steps (De Bortoli et al., 2025, arXiv:2501.05370, for the reflection). The rule of the paper (Wang et al., 2024,
-arXiv:2411.11925) judges the last step only and times a factor that breaks it; see ``continuous_official``.
+arXiv:2411.11925) judges the last step only and times a factor that breaks it.
 
 p is the target, q the draft. Letters: n tokens, S steps, D numbers of a token.
 """
@@ -19,10 +19,10 @@ from torch import Tensor
 MAX_PROPOSALS = 4096  # of a residual, see ``draw_residual``
 _FIRST_BATCH = 4  # proposals of the first round; doubles
 
-Laws = tuple[Tensor, Tensor]  # means and standard deviations
+Gaussian = tuple[Tensor, Tensor]  # means and standard deviations
 
 
-def log_ratio(states: Tensor, target: Laws, draft: Laws) -> Tensor:
+def log_ratio(states: Tensor, target: Gaussian, draft: Gaussian) -> Tensor:
     """Log of p / q over the last two axes (steps, numbers), or the last one: ``[..., S, D]`` to ``[...]``.
 
     Differences are taken number by number before anything is summed, in float64: the two sums are large and nearly equal.
@@ -34,7 +34,7 @@ def log_ratio(states: Tensor, target: Laws, draft: Laws) -> Tensor:
 
 
 def accept(log_p_over_q: Tensor, u: Tensor) -> Tensor:
-    """Keep with probability min(1, p / q): u in [0, 1), strict, so that equal laws always pass."""
+    """Keep with probability min(1, p / q): u in [0, 1), strict, so that equal distributions always pass."""
     return u.double().log() < log_p_over_q  # log 0 = -inf passes; NaN does not
 
 
@@ -57,7 +57,7 @@ def draw_residual(
 
     Returns:
         Tokens ``[n, D]``, target chains run, and rows that met ``MAX_PROPOSALS``: these hold a draw of p itself. A row gets
-        so far with a chance of at most 1 / (e MAX_PROPOSALS), which bounds the error of its law.
+        so far with a chance of at most 1 / (e MAX_PROPOSALS), which bounds the error of its distribution.
     """
     tokens: Tensor | None = None
     pending = torch.arange(count, device=device)
@@ -84,7 +84,7 @@ def draw_residual(
 
 
 def reflect(noise: Tensor, mean_gap: Tensor) -> Tensor:
-    """Mirror the noise of a refused state at the plane between two laws of equal spread.
+    """Mirror the noise of a refused state at the plane between two Gaussians of equal spread.
 
     Args:
         noise: ``[n, D]``, (state - mean_q) / std.
@@ -99,8 +99,8 @@ def reflect(noise: Tensor, mean_gap: Tensor) -> Tensor:
 
 def couple_step(
     state: Tensor,
-    target: Laws,
-    draft: Laws,
+    target: Gaussian,
+    draft: Gaussian,
     u: Tensor,
     draw: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
 ) -> tuple[Tensor, Tensor, int]:

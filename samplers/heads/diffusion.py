@@ -1,9 +1,8 @@
-"""What samplers of continuous tokens share: settings of guidance and chains, counter-based normal noise, statistics.
+"""Continuous tokens: the head that draws them by diffusion chains, and the settings that their samplers share.
 
-A token is drawn by a chain of the backbone's diffusion head. Its S + 1 rows of noise (the start, then one row a step) are keyed
-by the image's seed and the token's position, so an image depends on its seed and its settings only.
+A token's S + 1 rows of noise (the start, then one row a step) are keyed by the image's seed and the token's position.
 
-Letters: B images, N tokens, D numbers of a token, S steps of a chain, G guidance branches, n tokens drawn at once.
+Letters: A images, N tokens, D numbers of a token, S steps of a chain, G guidance branches, g tokens an image drawn at once.
 """
 
 from __future__ import annotations
@@ -17,12 +16,10 @@ from torch import Tensor
 
 from vargen.features import Feature
 from vargen.random import Stream, normal
-from vargen.samplers.base import Sampler
+from vargen.samplers.base import GUIDANCE_SCHEDULES, Sampler
 from vargen.validation.checks import check_choice, check_integer
 
-GUIDANCE_SCHEDULES = ("linear", "constant")
-
-ChainNoise = Callable[[Tensor, Tensor, int], Tensor]  # images [n], positions [n], S to [n, S + 1, D]
+Noise = Callable[[Tensor, Tensor, int], Tensor]  # keys [A], positions [A, g], S to [A, g, S + 1, D]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,16 +53,6 @@ class ContinuousSampler(Sampler):
         if not isinstance(self.num_diffusion_steps, str | None):
             check_integer("num_diffusion_steps", self.num_diffusion_steps, low=1, hint="None is the model's own")
 
-    def check_backbone(self, backbone: Any) -> None:
-        """Raise ``ValueError`` unless the backbone has continuous tokens and what else this sampler needs."""
-        offered = Feature.of(backbone)
-        missing = self.required_features - offered
-        if missing:
-            raise ValueError(
-                f"{type(self).__name__} needs a backbone with {', '.join(sorted(missing))}; {type(backbone).__name__} "
-                f"offers {', '.join(sorted(offered)) or 'none of it'}"
-            )
-
     def guidance_at(self, num_known: Tensor | int, num_tokens: int) -> Any:
         """The guidance scale of tokens with which ``num_known`` of N will be known."""
         if self.guidance_schedule == "constant":
@@ -77,13 +64,55 @@ class ContinuousSampler(Sampler):
         return 1.0 + (self.guidance_scale - 1.0) * known / num_tokens
 
 
-def philox_noise(keys: Tensor, token_dim: int, dtype: torch.dtype) -> ChainNoise:
-    """Noise of chains by seed and position; ``keys [B]`` int64."""
+@dataclass(kw_only=True)
+class ChainHead:
+    """The ``TokenHead`` of continuous tokens: each is the end of a chain of the backbone's diffusion head."""
 
-    def draw(images: Tensor, positions: Tensor, num_steps: int) -> Tensor:
-        return path_noise(keys[images], positions, num_steps, token_dim, dtype)
+    net: Any  # the diffusion head of a backbone, which runs chains and scores them
+    chain: Any  # its S steps
+    dtype: torch.dtype  # of the tokens
+    temperature: float = 1.0
+    final_noise: bool = False  # the last step adds its noise too
+    noise: Noise | None = None  # instead of the counter-based one
+    num_rows: int = 0  # of the network, spent so far
 
-    return draw
+    def draw(self, rows: Tensor, keys: Tensor, positions: Tensor, guidance_scale: float | Tensor) -> Tensor:
+        """Draw tokens ``[A, g, D]``."""
+        if self.noise is None:
+            noise = path_noise(keys, positions, self.chain.num_steps, self.net.token_dim, self.dtype)
+        else:
+            noise = self.noise(keys, positions, self.chain.num_steps)
+        return self.paths(rows, noise, guidance_scale).states[:, :, -1].to(self.dtype)
+
+    def paths(self, rows: Tensor, noise: Tensor, guidance_scale: float | Tensor) -> Any:
+        """Whole chains for noise ``[A, g, S + 1, D]``: states of that shape, means and deviations ``[A, g, S, D]``."""
+        self.num_rows += rows.shape[:3].numel() * self.chain.num_steps
+        path = self.net.sample(
+            rows.flatten(1, 2),
+            noise.flatten(0, 1),
+            self.chain,
+            guidance_scale=_column(guidance_scale, noise),
+            temperature=self.temperature,
+            final_noise=self.final_noise,
+        )
+        return type(path)(*(part.unflatten(0, noise.shape[:2]) for part in path))
+
+    def score(self, states: Tensor, rows: Tensor, guidance_scale: float | Tensor) -> list[Tensor]:
+        """Means and deviations ``[A, g, S, D]`` of the steps of given chains ``[A, g, S + 1, D]``."""
+        self.num_rows += rows.shape[:3].numel() * self.chain.num_steps
+        moments = self.net.path_params(
+            states.flatten(0, 1),
+            rows.flatten(1, 2),
+            self.chain,
+            guidance_scale=_column(guidance_scale, states),
+            temperature=self.temperature,
+        )
+        return [part.unflatten(0, states.shape[:2]) for part in moments]
+
+
+def _column(guidance_scale: float | Tensor, like: Tensor) -> float | Tensor:
+    """One scale a token ``[A, g]`` as ``[A g, 1]``; a number as it is."""
+    return guidance_scale.to(like).flatten()[:, None] if isinstance(guidance_scale, Tensor) else guidance_scale
 
 
 def path_noise(
@@ -95,9 +124,9 @@ def path_noise(
     stream: Stream = Stream.NORMAL,
     iteration: Tensor | None = None,
 ) -> Tensor:
-    """Standard normal numbers ``[n, S + 1, D]`` for keys and positions ``[n]``."""
-    flat = normal(keys, positions[:, None], (num_steps + 1) * token_dim, stream, iteration)
-    return flat.to(dtype).view(len(keys), num_steps + 1, token_dim)
+    """Standard normal numbers ``[A, g, S + 1, D]`` for keys ``[A]`` and positions ``[A, g]``."""
+    flat = normal(keys, positions, (num_steps + 1) * token_dim, stream, iteration)
+    return flat.to(dtype).unflatten(-1, (num_steps + 1, token_dim))
 
 
 def work_dtype(backbone: Any) -> torch.dtype:

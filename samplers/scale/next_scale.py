@@ -21,12 +21,11 @@ from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel
-from vargen.samplers.base import Inputs, Run, Sampler
+from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
 from vargen.samplers.scale.editing import check_forced_codes
 from vargen.samplers.scale.state import NextScaleState, Noise
 from vargen.validation.checks import check_choice, check_integer, check_number
 
-RAMPS = ("linear", "constant")
 MAX_SCALES = 64  # published models have 10 to 14
 SMOOTH_TEMPERATURE = (0.27, 0.95, 0.005)  # start, share that is lost by the last scale, floor: the official constants
 
@@ -55,7 +54,7 @@ class NextScaleSampler(Sampler):
 
     Args:
         guidance_scale, temperature, top_k, top_p: as in ``Sampler``; the guidance is that of the last scale.
-        guidance_ramp: ``"linear"`` from none at the first scale to all at the last (official), or ``"constant"``.
+        guidance_schedule: ``"linear"`` from none at the first scale to all at the last (official), or ``"constant"``.
         final_temperature: temperature of the last scale, reached linearly from ``temperature`` at the first; ``None`` =
             the same for all. Codes of one scale are drawn without knowledge of each other: coarse scales can afford
             variety, in the finest it is noise.
@@ -86,7 +85,7 @@ class NextScaleSampler(Sampler):
     required_features: ClassVar[frozenset[str]] = frozenset({Feature.SCALES})
     inputs_type: ClassVar[type[Inputs]] = NextScaleInputs
 
-    guidance_ramp: str = "linear"
+    guidance_schedule: str = "linear"
     final_temperature: float | None = None
     guidance_stop_scale: int | None = None
     stop_scale: int | None = None
@@ -96,7 +95,7 @@ class NextScaleSampler(Sampler):
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range."""
         super().check()
-        check_choice("guidance_ramp", self.guidance_ramp, RAMPS)
+        check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
         if self.final_temperature is not None:
             check_number("final_temperature", self.final_temperature, low=0.0, hint="0 is greedy, None is temperature")
         for name, low in (("guidance_stop_scale", 0), ("stop_scale", 1), ("refine_scale", 0)):
@@ -111,7 +110,7 @@ class NextScaleSampler(Sampler):
         """The guidance scale of scale k of K."""
         if self.guidance_stop_scale is not None and k >= self.guidance_stop_scale:
             return 1.0
-        ramp = self.ratio(k, num_scales) if self.guidance_ramp == "linear" else 1.0
+        ramp = self.ratio(k, num_scales) if self.guidance_schedule == "linear" else 1.0
         return 1.0 + (self.guidance_scale - 1.0) * ramp
 
     def temperature_at(self, k: int, num_scales: int) -> float:

@@ -19,12 +19,11 @@ from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.warp import combine
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.protocols import Step
-from vargen.samplers.base import Inputs, Run, Sampler
+from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.state import DecodeState
 from vargen.validation.checks import check_choice, check_integer
 
-RAMPS = ("constant", "linear")
 CLOSE = 1e-4  # log-probabilities so near to the threshold of top-p may fall on either side of it by rounding
 
 
@@ -69,20 +68,20 @@ class ScheduleSampler(Sampler):
         guidance_scale, temperature, top_k, top_p: as in ``Sampler``, for every code on its own.
         guidance_interval: guide only passes before which at most so many codes were drawn; -1 = always
             (``cfg_interval`` of the official code).
-        guidance_ramp: ``"constant"``, or ``"linear"`` from 1 at the first code to ``guidance_scale`` at the last.
+        guidance_schedule: ``"constant"``, or ``"linear"`` from 1 at the first code to ``guidance_scale`` at the last.
     """
 
     guarantee: ClassVar[Guarantee] = "exact"
     inputs_type: ClassVar[type[Inputs]] = ScheduleInputs
 
     guidance_interval: int = -1
-    guidance_ramp: str = "constant"
+    guidance_schedule: str = "constant"
 
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range."""
         super().check()
         check_integer("guidance_interval", self.guidance_interval, low=-1, hint="-1 is always")
-        check_choice("guidance_ramp", self.guidance_ramp, RAMPS)
+        check_choice("guidance_schedule", self.guidance_schedule, GUIDANCE_SCHEDULES)
 
     def make_schedule(self, backbone: Any) -> DecodeSchedule:
         """The schedule for a backbone."""
@@ -92,7 +91,7 @@ class ScheduleSampler(Sampler):
         """The guidance scale of a pass before which ``made`` of N codes were drawn."""
         if 0 <= self.guidance_interval < step.counted:
             return 1.0
-        ramp = made / num_codes if self.guidance_ramp == "linear" else 1.0
+        ramp = made / num_codes if self.guidance_schedule == "linear" else 1.0
         return 1.0 + (self.guidance_scale - 1.0) * ramp
 
     def begin(self, run: Run, inputs: ScheduleInputs) -> ScheduleState:

@@ -42,7 +42,7 @@ class MaskedSampler(ScheduleSampler):
     Codes of a pass are drawn independently of each other, so their distribution is not the backbone's.
 
     Args:
-        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_ramp: as in ``ScheduleSampler``.
+        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_schedule: as in ``ScheduleSampler``.
         num_steps: S, passes at most.
         share: how many codes a pass keeps: ``"cosine"`` (MaskGIT: few at first), ``"linear"`` (Dimple) or ``"even"``.
         confidence: of a drawn code, from the guided distribution without temperature: its ``"probability"``, the ``"margin"``

@@ -23,7 +23,7 @@ class NeighboringSampler(ScheduleSampler):
     text-to-image with 7.5, video with 1.25.
 
     Args:
-        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_ramp: as in ``ScheduleSampler``.
+        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_schedule: as in ``ScheduleSampler``.
 
     Example:
         >>> NeighboringSampler(guidance_scale=2.0).config["guidance_scale"]

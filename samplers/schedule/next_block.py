@@ -30,7 +30,7 @@ class NextBlockSampler(ScheduleSampler):
     beforehand (``forced_codes``) are read in one pass as far as they fill the first blocks.
 
     Args:
-        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_ramp: as in ``ScheduleSampler``.
+        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_schedule: as in ``ScheduleSampler``.
 
     Example:
         >>> NextBlockSampler(top_p=0.9).config["top_p"]

@@ -23,11 +23,11 @@ class ParallelGroupSampler(ScheduleSampler):
 
     The last four settings are read for any-order models only; PAR models have their order and group size in their
     configuration. PAR is sampled with a guidance scale of about 1.5, RandAR with ``guidance_scale=4`` and
-    ``guidance_ramp="linear"``.
+    ``guidance_schedule="linear"``.
 
     Args:
-        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_ramp: as in ``ScheduleSampler``.
-        num_groups: forward passes.
+        guidance_scale, temperature, top_k, top_p, guidance_interval, guidance_schedule: as in ``ScheduleSampler``.
+        num_steps: forward passes.
         order: "random", "raster", "diagonal", "regions" (PAR's), or "local" (LPD's: near what is drawn, members apart).
         order_seed: of random orders; one order serves all images of a call.
         growth: group sizes: "cosine" (RandAR), "arccos" (ARPG) or "even".
@@ -35,7 +35,7 @@ class ParallelGroupSampler(ScheduleSampler):
 
     required_features: ClassVar[frozenset[str]] = frozenset({Feature.GROUPS})
 
-    num_groups: int = 32
+    num_steps: int = 32
     order: str = "random"
     order_seed: int = 0
     growth: str = "cosine"
@@ -43,7 +43,7 @@ class ParallelGroupSampler(ScheduleSampler):
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range."""
         super().check()
-        check_integer("num_groups", self.num_groups, low=1)
+        check_integer("num_steps", self.num_steps, low=1)
         check_integer("order_seed", self.order_seed, low=0)
         check_choice("order", self.order, ORDERS)
         check_choice("growth", self.growth, GROWTHS)
@@ -54,8 +54,8 @@ class ParallelGroupSampler(ScheduleSampler):
         if "par" in backbone.schedules:
             return _regions(grid, int(backbone.config.group_size), num_condition)
         num_codes = int(backbone.num_codes)
-        check_integer("num_groups", self.num_groups, low=1, high=num_codes, hint=f"the grid has {num_codes} codes")
-        return _any_order(grid, num_condition, self.num_groups, self.order, int(self.order_seed), self.growth)
+        check_integer("num_steps", self.num_steps, low=1, high=num_codes, hint=f"the grid has {num_codes} codes")
+        return _any_order(grid, num_condition, self.num_steps, self.order, int(self.order_seed), self.growth)
 
     def departures(self, state: ScheduleState) -> list[str]:
         """Any-order models are trained one code after the other: a group of independent draws is another distribution."""
@@ -72,11 +72,11 @@ def _regions(grid_size: tuple[int, ...], group_size: int, num_condition: int) ->
 
 @lru_cache(maxsize=16)
 def _any_order(
-    grid_size: tuple[int, ...], num_condition: int, num_groups: int, order: str, seed: int, growth: str
+    grid_size: tuple[int, ...], num_condition: int, num_steps: int, order: str, seed: int, growth: str
 ) -> DecodeSchedule:
     num_codes = 1
     for side in grid_size:
         num_codes *= side
-    sizes = group_sizes(num_codes, num_groups, growth)
+    sizes = group_sizes(num_codes, num_steps, growth)
     places = make_order(order, grid_size, seed, sizes)
     return DecodeSchedule.groups(grid_size, places, sizes, num_condition)

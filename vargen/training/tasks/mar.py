@@ -117,7 +117,7 @@ class MARTask(Task):
     def draw(self, model: Any, attributes: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` for the grid."""
         sampler = ContinuousMaskedSampler(
-            guidance_scale=self.options.guidance_scale, num_iter=min(16, model.num_codes)
+            guidance_scale=self.options.guidance_scale, num_steps=min(16, model.num_codes)
         )
         latents = sampler.sample(model, attributes, seeds=list(range(len(attributes)))).latents
         assert latents is not None
@@ -136,7 +136,7 @@ class CausalMARTask(MARTask):
 
     def draw(self, model: Any, attributes: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` for the grid, next-token."""
-        sampler = ContinuousSpeculativeSampler(guidance_scale=self.options.guidance_scale, gamma=0)
+        sampler = ContinuousSpeculativeSampler(guidance_scale=self.options.guidance_scale, num_draft_tokens=0)
         latents = sampler.sample(model, attributes, seeds=list(range(len(attributes)))).latents
         assert latents is not None
         return latents

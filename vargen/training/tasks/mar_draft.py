@@ -91,7 +91,9 @@ class MARDraftTask(CausalMARTask):
 
     def draw(self, model: Any, attributes: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` for the grid: the target's, drafted by the model."""
-        sampler = ContinuousSpeculativeSampler(guidance_scale=self.options.guidance_scale, gamma=self.options.gamma)
+        sampler = ContinuousSpeculativeSampler(
+            guidance_scale=self.options.guidance_scale, num_draft_tokens=self.options.gamma
+        )
         seeds = list(range(len(attributes)))
         latents = sampler.sample(self.backbone, attributes, seeds=seeds, drafter=model.eval()).latents
         assert latents is not None
