@@ -39,7 +39,7 @@ CASES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "jacobi-32": ("heroes32-llamagen", "SpeculativeJacobiSampler", GUIDED | {"window": 32}),
     "var": ("heroes32-var", "NextScaleSampler", {"guidance_scale": 1.5, "temperature": 0.7, "top_p": 0.7}),
     "nar": ("heroes32-nar", "NeighboringSampler", {"guidance_scale": 1.5, "temperature": 0.7}),
-    "mar": ("heroes32-mar", "ContinuousMaskedSampler", CONTINUOUS | {"num_steps": 8}),
+    "mar": ("heroes32-mar", "ContinuousMaskedSampler", CONTINUOUS | {"num_iter": 8}),
 }
 BATCHES = (1, 8)
 PROMPT = "deep elf with a red cloak, wizard hat and great sword"

@@ -40,10 +40,10 @@ MUTANTS = (
         FORCED,
     ),
     Mutant(
-        "the threshold of top-p is squared in the schedule loop",
-        "samplers/schedule/decoder.py",
-        'math.log(warp["top_p"])',
-        'math.log(warp["top_p"] ** 2)',
+        "the threshold of top-p is squared where sure codes are not drawn",
+        "samplers/heads/categorical.py",
+        "math.log(self.top_p)",
+        "math.log(self.top_p**2)",
         "tests/test_nar.py::test_a_code_is_sure_only_if_it_holds_the_whole_mass_of_top_p",
     ),
     Mutant(

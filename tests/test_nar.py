@@ -9,6 +9,7 @@ import torch.nn.functional as F
 
 from tests.enumeration import chi_square_p
 from tests.golden_files import load_file, unpacked
+from tests.recording_head import SEEN, RecordingHead
 from tests.tiny import CODEBOOK_SIZE, tiny_pipeline, tiny_tokenizer
 from vargen.backbones.nar.model import NARTransformer
 from vargen.checkpoints.manifests.published import PARAMETERS
@@ -16,6 +17,7 @@ from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import verify_checkpoint
 from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
+from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.schedule.neighboring import NeighboringSampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.window.next_token import NextTokenSampler
@@ -92,28 +94,22 @@ def test_greedy_runs_are_the_official_ones_token_for_token(case, run):
     torch.testing.assert_close(torch.cat(SEEN, dim=1), io["step_logits"], atol=1e-4, rtol=0)
 
 
-SEEN = []  # guided logits, step by step
-
-
 class RecordingSampler(NeighboringSampler):
-    def pick(self, logits, keys, positions, guidance_scale, errors):
-        kept = logits[:1] if guidance_scale == 1.0 else logits
-        SEEN.append(warp_logits(kept, guidance_scale=guidance_scale))
-        return super().pick(logits, keys, positions, guidance_scale, errors)
+    def make_head(self, errors):
+        return RecordingHead(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+class TorchHead(CategoricalHead):
+    """Draws with torch's generator as the official code does: one multinomial a position."""
+
+    def draw(self, rows, keys, positions, guidance_scale):
+        z = warp_logits(rows, **self.warp(guidance_scale))
+        return torch.cat([torch.multinomial(p, 1) for p in z.softmax(-1).unbind(1)], dim=1)
 
 
 class TorchSampler(NeighboringSampler):
-    """Draws with torch's generator as the official code does: one multinomial a position."""
-
-    def pick(self, logits, keys, positions, guidance_scale, errors):
-        z = warp_logits(
-            logits,
-            guidance_scale=guidance_scale,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-        )
-        return torch.cat([torch.multinomial(p, 1) for p in z.softmax(-1).unbind(1)], dim=1)
+    def make_head(self, errors):
+        return TorchHead(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 def test_the_stochastic_run_filters_and_draws_in_the_official_order(case):
@@ -242,8 +238,7 @@ def test_skipping_the_noise_of_sure_codes_changes_nothing(settings):
     logits = torch.randn(2, 3, 8, 64) * torch.tensor([0.1, 1, 2, 4, 8, 16, 32, 64])[:, None]
     keys, positions = torch.tensor([1, 2, 3]), torch.arange(8).expand(3, -1)
     expected = draw(logits, seeds=keys, positions=positions, guidance_scale=1.5, **settings)
-    sampler = NeighboringSampler(**settings)
-    assert torch.equal(sampler.pick(logits, keys, positions, 1.5, None), expected)
+    assert torch.equal(CategoricalHead(**settings).draw(logits, keys, positions, 1.5), expected)
 
 
 @pytest.mark.parametrize("top_p", [0.3, 0.6, 0.9])
@@ -255,7 +250,7 @@ def test_a_code_is_sure_only_if_it_holds_the_whole_mass_of_top_p(top_p):
     expected = draw(logits.expand(1, 20, -1, -1), seeds=keys, positions=positions, top_p=top_p)
     assert bool((expected[:, (largest > top_p**2) & (largest < top_p - 0.02)] > 0).any())  # rows that are not sure
     assert bool((expected[:, largest > top_p + 0.02] == 0).all())
-    found = NeighboringSampler(top_p=top_p).pick(logits.expand(1, 20, -1, -1), keys, positions, 1.0, None)
+    found = CategoricalHead(top_p=top_p).draw(logits.expand(1, 20, -1, -1), keys, positions, 1.0)
     assert torch.equal(found, expected)
 
 
@@ -321,8 +316,11 @@ def test_bad_logits_are_named_by_the_kernels_too(settings, monkeypatch):
         NeighboringSampler(**settings).sample(model, torch.tensor([1, 2]), seeds=[0, 1])
 
 
-def test_a_guidance_ramp_reaches_the_scale_at_the_end():
-    sampler, schedule = NeighboringSampler(guidance_scale=3.0, guidance_schedule="linear"), DecodeSchedule.nar2d((4, 4))
+def test_a_guidance_schedule_reaches_the_scale_at_the_end():
+    sampler, schedule = (
+        NeighboringSampler(guidance_scale=3.0, guidance_schedule="linear"),
+        DecodeSchedule.nar2d((4, 4)),
+    )
     assert sampler.guidance_at(schedule.steps[0], 16, 0) == 1.0
     assert sampler.guidance_at(schedule.steps[3], 16, 8) == 2.0
     assert NeighboringSampler(guidance_scale=3.0).guidance_at(schedule.steps[0], 16, 0) == 3.0

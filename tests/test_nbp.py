@@ -9,15 +9,14 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden_files import load_file, unpacked
+from tests.recording_head import SEEN, RecordingHead
 from vargen.backbones.nbp.model import NBPTransformer
 from vargen.checkpoints.reader import CheckpointError
-from vargen.kernels.warp import warp_logits
 from vargen.orders import block_order
 from vargen.samplers.schedule.next_block import NextBlockSampler, block_schedule
 from vargen.samplers.schedule.schedule import DecodeSchedule
 
 GOLDEN = Path(__file__).parent / "golden" / "nbp"
-SEEN = []  # guided logits, step by step
 
 
 def load(name):
@@ -50,10 +49,8 @@ def small(**config):
 
 
 class RecordingSampler(NextBlockSampler):
-    def pick(self, logits, keys, positions, guidance_scale, errors):
-        kept = logits[:1] if guidance_scale == 1.0 else logits
-        SEEN.append(warp_logits(kept, guidance_scale=guidance_scale))
-        return super().pick(logits, keys, positions, guidance_scale, errors)
+    def make_head(self, errors):
+        return RecordingHead(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 @torch.no_grad()

@@ -197,7 +197,7 @@ def test_an_image_depends_on_its_seed_alone(backbone, tokenizer):
     assert not torch.equal(same_label.codes[2][0], same_label.codes[2][1])
 
 
-def test_guidance_ramps():
+def test_guidance_schedules():
     linear = NextScaleSampler(guidance_scale=2.5)
     assert [linear.guidance_at(k, 4) for k in range(4)] == [1.0, 1.5, 2.0, 2.5]
     constant = linear.replace(guidance_schedule="constant")

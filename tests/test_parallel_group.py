@@ -8,18 +8,19 @@ import torch
 import torch.nn.functional as F
 
 from tests.golden_files import load_file, unpacked
+from tests.recording_head import SEEN, RecordingHead
 from vargen.backbones.llamagen.any_order import AnyOrderTransformer
 from vargen.backbones.par.model import PARTransformer
 from vargen.checkpoints.manifests.published import PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import verify_checkpoint
 from vargen.kernels.warp import warp_logits
+from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.schedule.orders import GROWTHS, ORDERS
 from vargen.samplers.schedule.parallel_group import ParallelGroupSampler
 from vargen.samplers.schedule.schedule import DecodeSchedule
 
 GOLDEN = Path(__file__).parent / "golden" / "par"
-SEEN = []  # guided logits, step by step
 
 
 @pytest.fixture(scope="module")
@@ -43,19 +44,21 @@ def any_order(**config):
 
 
 class RecordingSampler(ParallelGroupSampler):
-    def pick(self, logits, keys, positions, guidance_scale, errors):
-        kept = logits[:1] if guidance_scale == 1.0 else logits
-        SEEN.append(warp_logits(kept, guidance_scale=guidance_scale))
-        return super().pick(logits, keys, positions, guidance_scale, errors)
+    def make_head(self, errors):
+        return RecordingHead(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
+
+
+class TorchHead(CategoricalHead):
+    """Draws with torch's generator as the official code does: one multinomial for all rows of a group."""
+
+    def draw(self, rows, keys, positions, guidance_scale):
+        p = warp_logits(rows, **self.warp(guidance_scale)).softmax(-1)
+        return torch.multinomial(p.flatten(0, 1), 1).view(p.shape[:2])
 
 
 class TorchSampler(ParallelGroupSampler):
-    """Draws with torch's generator as the official code does: one multinomial for all rows of a group."""
-
-    def pick(self, logits, keys, positions, guidance_scale, errors):
-        kept = {"temperature": self.temperature, "top_k": self.top_k, "top_p": self.top_p}
-        p = warp_logits(logits, guidance_scale=guidance_scale, **kept).softmax(-1)
-        return torch.multinomial(p.flatten(0, 1), 1).view(p.shape[:2])
+    def make_head(self, errors):
+        return TorchHead(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p)
 
 
 @torch.no_grad()

@@ -72,7 +72,7 @@ def judge_paths(
         scale = sampler.scale_at(state, where)
         path = head.paths(context[:, rows], noise, scale)
         draft = draft_head.score(path.states, draft_z[:, rows], scale)
-        ratio = log_ratio(path.states[:, 0, 1:], (path.means[:, 0], path.stds[:, 0]), [part[:, 0] for part in draft])
+        ratio = log_ratio(path.states[:, :, 1:], (path.means, path.stds), draft)[:, 0]
         v = uniform(state.keys[rows], sampler.inside(state, where), 1, Stream.FRESH, numbers)
         return path.states[:, 0, -1], survive(ratio, v[:, 0, 0])
 

@@ -97,17 +97,17 @@ class ChainHead:
         )
         return type(path)(*(part.unflatten(0, noise.shape[:2]) for part in path))
 
-    def score(self, states: Tensor, rows: Tensor, guidance_scale: float | Tensor) -> list[Tensor]:
+    def score(self, states: Tensor, rows: Tensor, guidance_scale: float | Tensor) -> tuple[Tensor, Tensor]:
         """Means and deviations ``[A, g, S, D]`` of the steps of given chains ``[A, g, S + 1, D]``."""
         self.num_rows += rows.shape[:3].numel() * self.chain.num_steps
-        moments = self.net.path_params(
+        mean, std = self.net.path_params(
             states.flatten(0, 1),
             rows.flatten(1, 2),
             self.chain,
             guidance_scale=_column(guidance_scale, states),
             temperature=self.temperature,
         )
-        return [part.unflatten(0, states.shape[:2]) for part in moments]
+        return mean.unflatten(0, states.shape[:2]), std.unflatten(0, states.shape[:2])
 
 
 def _column(guidance_scale: float | Tensor, like: Tensor) -> float | Tensor:

@@ -2,7 +2,8 @@
 
 One step is one forward pass and one scale: score it, draw it, add its vectors to the picture so far, shrink the picture to
 the next scale. How codes become vectors, are enlarged and shrunk is the tokenizer's; how logits come about is the
-backbone's. Collaborative decoding with two models (CoDe, arXiv:2411.17787) is a setting.
+backbone's. Collaborative decoding with two models (CoDe, arXiv:2411.17787) is a setting. The loop stays apart from that of
+schedules: a pass reads the picture drawn so far, not codes at positions.
 
 Letters: B images, K scales, n_k codes of scale k, L all codes, V codebook, C channels, h w the last scale, G branches.
 """
@@ -17,11 +18,11 @@ import torch
 from torch import Tensor
 
 from vargen.features import Feature
-from vargen.kernels.draw import draw
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel
 from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
+from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.scale.editing import check_forced_codes
 from vargen.samplers.scale.state import NextScaleState, Noise
 from vargen.validation.checks import check_choice, check_integer, check_number
@@ -188,21 +189,21 @@ class NextScaleSampler(Sampler):
         k = len(state.scales)
         start = sum(state.sizes[:k])
         positions = torch.arange(start, start + state.sizes[k], device=logits.device).expand(len(state.seeds), -1)
-        warp: dict[str, Any] = {
-            "guidance_scale": self.guidance_at(k, len(state.sizes)),
-            "temperature": self.temperature_at(k, len(state.sizes)),
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-        }
         shape = (len(state.seeds), state.sizes[k], logits.shape[-1])
-        noise = None if state.noise is None else state.noise(k, Stream.GUMBEL, shape)
-        codes = draw(logits, seeds=state.keys, positions=positions, noise=noise, **warp)
+        scale = self.guidance_at(k, len(state.sizes))
+        head = CategoricalHead(
+            temperature=self.temperature_at(k, len(state.sizes)),
+            top_k=self.top_k,
+            top_p=self.top_p,
+            noise=None if state.noise is None else state.noise(k, Stream.GUMBEL, shape),
+        )
+        codes = head.draw(logits, state.keys, positions, scale)
         fixed = None if state.forced is None else state.forced[k].to(codes.device)
         if fixed is not None:
             codes = torch.where(fixed >= 0, fixed, codes)
         vectors = state.tokenizer.lookup(codes)
         if self.smooth:
-            soft = self._soft_vectors(state, warp_logits(logits, **warp), positions, k)
+            soft = self._soft_vectors(state, warp_logits(logits, **head.warp(scale)), positions, k)
             vectors = soft if fixed is None else torch.where((fixed >= 0)[..., None], vectors, soft)
         return codes, vectors
 

@@ -8,23 +8,21 @@ Letters: B images, N codes, V codes of the codebook, G guidance branches, g targ
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
-from vargen.kernels.draw import draw, new_errors, raise_errors
-from vargen.kernels.warp import combine
+from vargen.kernels.draw import new_errors, raise_errors
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.protocols import Step
 from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
+from vargen.samplers.heads.base import TokenHead
+from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.samplers.state import DecodeState
 from vargen.validation.checks import check_choice, check_integer
-
-CLOSE = 1e-4  # log-probabilities so near to the threshold of top-p may fall on either side of it by rounding
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -46,6 +44,7 @@ class ScheduleState(DecodeState):
     """Everything that changes while a schedule runs; images leave it only if the sampler finishes some early."""
 
     schedule: DecodeSchedule
+    head: TokenHead
     forced: Tensor | None  # [B, N] int64, -1 where free
     errors: Tensor  # [B] record of bad rows, read at the end
 
@@ -87,6 +86,10 @@ class ScheduleSampler(Sampler):
         """The schedule for a backbone."""
         raise NotImplementedError
 
+    def make_head(self, errors: Tensor) -> TokenHead:
+        """What turns the rows of a step into tokens; bad rows are noted in ``errors [B]``."""
+        return CategoricalHead(temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, errors=errors)
+
     def guidance_at(self, step: Step, num_codes: int, made: int) -> float:
         """The guidance scale of a pass before which ``made`` of N codes were drawn."""
         if 0 <= self.guidance_interval < step.counted:
@@ -106,6 +109,7 @@ class ScheduleSampler(Sampler):
         backbone.check_schedule(schedule)
         device, num_images = run.keys.device, len(run.seeds)
         forced = check_forced(inputs.forced_codes, num_images, schedule, int(backbone.codebook_size))
+        errors = new_errors(num_images, device)
         empty = torch.full((num_images, schedule.num_codes), -1, dtype=torch.int64, device=device)
         state = ScheduleState(
             backbone=backbone,
@@ -116,8 +120,9 @@ class ScheduleSampler(Sampler):
             tokens=empty,
             trace=empty.clone(),
             schedule=schedule.to(device),
+            head=self.make_head(errors),
             forced=None if forced is None else forced.to(device),
-            errors=new_errors(num_images, device),
+            errors=errors,
         )
         if state.forced is not None and schedule.prefix:
             first = torch.arange(schedule.prefix, device=device)
@@ -137,56 +142,21 @@ class ScheduleSampler(Sampler):
         state.done = state.done or state.num_forwards == len(state.schedule.steps)
         return state
 
-    def decide(self, state: ScheduleState, step: Step, logits: Tensor) -> None:
-        """Choose codes from ``logits [G, A, g, V]`` of the step's targets and record them."""
+    def decide(self, state: ScheduleState, step: Step, rows: Tensor) -> None:
+        """Draw a token a target from ``rows [G, A, g, V]`` and record them; fixed codes as they are."""
         made = sum(state.schedule.group_sizes[: state.num_forwards])
-        codes = self.draw_codes(state, step, logits, self.guidance_at(step, state.schedule.num_codes, made))
-        state.record(state.rows, step.targets, codes)
-
-    def draw_codes(self, state: ScheduleState, step: Step, logits: Tensor, guidance_scale: float) -> Tensor:
-        """Draw one code a target ``[A, g]``; fixed ones as they are."""
-        positions = step.targets.expand(logits.shape[1], -1)
+        scale = self.guidance_at(step, state.schedule.num_codes, made)
+        rows = rows[:1] if scale == 1.0 else rows
         fixed = None if state.forced is None else state.forced[state.rows][:, step.targets]
         if fixed is not None:  # the distribution of a fixed code is never read
-            logits = torch.where((fixed >= 0)[None, :, :, None], 0.0, logits)
-        errors = state.errors[state.rows]  # a copy: kernels note bad rows in it
-        codes = self.pick(logits, state.keys, positions, guidance_scale, errors)
-        state.errors[state.rows] = errors
-        return codes if fixed is None else torch.where(fixed >= 0, fixed, codes)
-
-    def pick(self, logits: Tensor, keys: Tensor, positions: Tensor, guidance_scale: float, errors: Tensor) -> Tensor:
-        """Draw ``[A, g]`` codes from ``[G, A, g, V]`` logits."""
-        if guidance_scale == 1.0:
-            logits = logits[:1]
-        warp: dict[str, Any] = {
-            "guidance_scale": guidance_scale,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-        }
-        if self.temperature > 0 and self.top_p < 1 and logits.device.type == "cpu":
-            return _draw_unsure(logits, keys, positions, warp)
-        return draw(logits, seeds=keys, positions=positions, errors=errors, **warp)
+            rows = torch.where((fixed >= 0)[None, :, :, None], 0.0, rows)
+        tokens = state.head.draw(rows, state.keys, step.targets.expand(rows.shape[1], -1), scale)
+        state.record(state.rows, step.targets, tokens if fixed is None else torch.where(fixed >= 0, fixed, tokens))
 
     def finish(self, state: ScheduleState) -> SamplerOutput:
         """Collect codes and statistics; rows that could not be drawn from are named."""
         raise_errors(state.errors)
         return super().finish(state)
-
-
-def _draw_unsure(logits: Tensor, keys: Tensor, positions: Tensor, warp: dict[str, Any]) -> Tensor:
-    """Draw where top-p leaves a choice; a code that holds the whole mass alone needs no noise, which costs most on a CPU."""
-    z = combine(logits, warp["guidance_scale"], warp["temperature"])
-    mass = z.logsumexp(-1)
-    if not bool(mass.isfinite().all()):
-        return draw(logits, seeds=keys, positions=positions, **warp)  # which names the bad row
-    best, codes = z.max(-1)
-    images, columns = (best - mass < math.log(warp["top_p"]) + CLOSE).nonzero(as_tuple=True)
-    if len(images):
-        rows = logits[:, images, columns][:, :, None]  # G n 1 V
-        where = positions[images, columns][:, None]
-        codes[images, columns] = draw(rows, seeds=keys[images], positions=where, **warp)[:, 0]
-    return codes
 
 
 def check_forced(

@@ -1,7 +1,8 @@
 """Masked decoding of continuous tokens: several at a time in a random order (MAR, Li et al., 2024, arXiv:2406.11838).
 
 One step is one forward pass: states of all positions, chains of the head for those whose turn it is. Tokens of one step are
-independent given the ones before. DiSA (Zhao et al., 2025, arXiv:2505.20297) shortens the chains as tokens accumulate.
+independent given the ones before. The loop stays apart from that of schedules, with which it would share only the counting: each
+image has targets and an order of its own, there is no session, and the chain changes from pass to pass. DiSA (Zhao et al., 2025, arXiv:2505.20297) shortens the chains as tokens accumulate.
 
 Letters: B images, N tokens, D numbers of a token, S steps of a chain, G guidance branches.
 """

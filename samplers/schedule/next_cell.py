@@ -1,7 +1,7 @@
 """Next-cell sampling: cell after cell, each by a stochastic flow from noise (xAR, Ren et al., 2025, arXiv:2502.20388).
 
 One step is one cell: ``num_steps`` passes of the backbone, whose cache holds the cells before. States are float64, as in the
-official sampler.
+official sampler. It has a loop of its own: the chain runs through the backbone, so there are no rows for a token head.
 
 Letters: B images, K cells, M tokens of a cell, C latent channels, S steps.
 """
