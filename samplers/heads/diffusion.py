@@ -19,7 +19,7 @@ from vargen.random import Stream, normal
 from vargen.samplers.base import GUIDANCE_SCHEDULES, Sampler
 from vargen.validation.checks import check_choice, check_integer
 
-Noise = Callable[[Tensor, Tensor, int], Tensor]  # keys [A], positions [A, g], S to [A, g, S + 1, D]
+ChainNoise = Callable[[Tensor, Tensor, int], Tensor]  # keys [A], positions [A, g], S to [A, g, S + 1, D]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,7 +73,7 @@ class ChainHead:
     dtype: torch.dtype  # of the tokens
     temperature: float = 1.0
     final_noise: bool = False  # the last step adds its noise too
-    noise: Noise | None = None  # instead of the counter-based one
+    noise: ChainNoise | None = None  # instead of the counter-based one
     num_rows: int = 0  # of the network, spent so far
 
     def draw(self, rows: Tensor, keys: Tensor, positions: Tensor, guidance_scale: float | Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from vargen.random import Stream, gumbel
 from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
 from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.scale.editing import check_forced_codes
-from vargen.samplers.scale.state import NextScaleState, Noise
+from vargen.samplers.scale.state import NextScaleState, ScaleNoise
 from vargen.validation.checks import check_choice, check_integer, check_number
 
 MAX_SCALES = 64  # published models have 10 to 14
@@ -43,7 +43,7 @@ class NextScaleInputs(Inputs):
     """
 
     forced_codes: Sequence[Tensor] | None = None
-    noise: Noise | None = None
+    noise: ScaleNoise | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

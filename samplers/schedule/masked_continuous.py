@@ -22,7 +22,7 @@ from vargen.features import Feature
 from vargen.outputs import Guarantee
 from vargen.random import Stream, uniform
 from vargen.samplers.base import Inputs, Run
-from vargen.samplers.heads.diffusion import ChainHead, ContinuousSampler, Noise, work_dtype
+from vargen.samplers.heads.diffusion import ChainHead, ContinuousSampler, ChainNoise, work_dtype
 from vargen.samplers.state import DecodeState
 from vargen.validation.checks import check_choice, check_integer
 
@@ -47,7 +47,7 @@ class MaskedContinuousState(DecodeState):
     """Everything that changes while masked tokens are drawn; the session is the prepared condition."""
 
     orders: Tensor  # [B, N] int64, position of the i-th token; the last ones are drawn first
-    noise: Noise | None
+    noise: ChainNoise | None
 
 
 @dataclass(frozen=True, kw_only=True)
