@@ -39,7 +39,7 @@ def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
         model = kind(**recipe.model)
         model.load_state_dict(weights)
     else:
-        model = kind.from_pretrained(_component(source, "tokenizer"))
+        model = kind.from_pretrained(component_folder(source, "tokenizer"))
     model.eval().requires_grad_(False)
     return model
 
@@ -88,7 +88,12 @@ def stored_recipe(run: Path) -> Recipe:
         raise ValueError(f"cannot read the recipe {printable(file)}: {error}") from None
 
 
-def _component(source: str | Path, name: str) -> Path:
+def component_folder(source: str | Path, name: str) -> Path:
+    """Folder of a component: the folder given, the one of this name inside it, or that of a shipped model.
+
+    Raises:
+        ValueError: neither a folder nor the name of a shipped model.
+    """
     folder = Path(source)
     if not folder.is_dir():
         names = sorted(place.name for place in MODELS_FOLDER.glob("*") if place.is_dir())

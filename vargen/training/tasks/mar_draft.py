@@ -89,11 +89,11 @@ class MARDraftTask(CausalMARTask):
             count += len(ratio)
         return {"held_out_acceptance": accepted / count, "held_out_path_kl": nats / count}
 
-    def draw(self, model: Any, attributes: Tensor) -> Tensor:
+    def draw(self, model: Any, condition: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` for the grid: the target's, drafted by the model."""
         sampler = ContinuousSpeculativeSampler(guidance_scale=self.options.guidance_scale, gamma=self.options.gamma)
-        seeds = list(range(len(attributes)))
-        latents = sampler.sample(self.backbone, attributes, seeds=seeds, drafter=model.eval()).latents
+        seeds = list(range(len(condition)))
+        latents = sampler.sample(self.backbone, condition, seeds=seeds, drafter=model.eval()).latents
         assert latents is not None
         return latents
 
@@ -101,7 +101,7 @@ class MARDraftTask(CausalMARTask):
         self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Paths of the target at some positions of every image, and the laws of both models along them."""
-        tokens, condition = model.to_tokens(batch["latents"]), batch["attributes"]
+        tokens, condition = model.to_tokens(batch["latents"]), batch["condition"]
         chosen = torch.rand(tokens.shape[:2], generator=generator, device=tokens.device).argsort(1)
         chosen = chosen[:, : self.options.num_positions]  # B k
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]

@@ -33,7 +33,7 @@ class MultiScaleVQTask(VQTask):
     Options = MultiScaleVQOptions
 
     def build(self, initialize: bool) -> MultiScaleVQTokenizer:  # type: ignore[override]
-        """Make the tokenizer; its codebook comes from another tokenizer or from k-means over training heroes."""
+        """Make the tokenizer; its codebook comes from another tokenizer or from k-means over training images."""
         model: MultiScaleVQTokenizer = model_from(MultiScaleVQTokenizer, self.recipe.model)
         if initialize and self.options.init_from:
             start = load_tokenizer(self.options.init_from)
@@ -42,7 +42,7 @@ class MultiScaleVQTask(VQTask):
             load_strict(model.decoder, start.decoder.state_dict())
         elif initialize:
             size = self.options.num_kmeans_images
-            images = self._train.examples(torch.arange(size).numpy())["image"]
+            images = self.train_data.examples(torch.arange(size).numpy())["image"]
             generator = torch.Generator().manual_seed(self.recipe.seed)
             rounds = self.options.num_kmeans_rounds
             model.init_codebook_(images, generator, self.options.num_kmeans_iterations, rounds)
