@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from vargen.evaluation.conditions import check_num
@@ -77,7 +78,7 @@ def evaluate_reconstruction(
         environment=environment(tokenizer),
     )
     if out is not None:
-        pairs = torch.stack([originals[:32], rebuilt[:32]], 1).flatten(0, 1)
+        pairs = rearrange([originals[:32], rebuilt[:32]], "pair n c h w -> (n pair) c h w")
         report.write(out, grid=pairs)
     return report
 

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from vargen.training.data import open_dataset
 from vargen.training.recipe import Recipe, build
@@ -182,10 +183,5 @@ def to_grid(images: Tensor, num_columns: int, scale: int = 3, gap: int = 2) -> T
     """Tile images ``[n, 3, H, W]`` in [-1, 1] row by row, enlarged without smoothing, as ``[3, H', W']`` uint8."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    n, c, h, w = pixels.shape
-    rows = -(-n // num_columns)
-    grid = torch.full((c, rows * (h + gap) - gap, num_columns * (w + gap) - gap), 255, dtype=torch.uint8)
-    for i, image in enumerate(pixels.cpu()):
-        top, left = i // num_columns * (h + gap), i % num_columns * (w + gap)
-        grid[:, top : top + h, left : left + w] = image
-    return grid
+    grid = make_grid(pixels.cpu(), nrow=num_columns, padding=gap, pad_value=255)
+    return grid[:, gap:-gap, gap:-gap] if len(pixels) > 1 else grid  # torchvision frames all but a single picture

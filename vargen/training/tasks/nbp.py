@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.nbp.model import NBPTransformer
@@ -81,7 +82,7 @@ class NBPTask(ClipTask, LlamaGenTask):
         output = sampler.sample(model, batch["condition"], seeds=list(range(len(batch["condition"]))))
         assert isinstance(output.codes, Tensor)
         drawn = self.tokenizer.decode(output.codes.view(-1, *model.grid_size))  # type: ignore[misc]
-        return to_strips(torch.stack([batch["clip"], drawn], dim=1).flatten(0, 1))
+        return to_strips(rearrange([batch["clip"], drawn], "pair n c t h w -> (n pair) c t h w"))
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -104,7 +105,7 @@ class _PatchCodes:
     def __call__(self, clips: Tensor) -> Tensor:
         """``[B, 3, T, H, W]`` to ``[B, t, h, w]``, as ``encode`` does."""
         patches = self.tokenizer.patch(clips)
-        rows = patches.permute(0, 2, 3, 4, 1).flatten(0, 3)
+        rows = rearrange(patches, "b c t h w -> (b t h w) c")
         keys, inverse = (((rows + 1) * 127.5).round().long() @ self.hash.to(rows.device)).unique(return_inverse=True)
         if len(self.keys):
             place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)

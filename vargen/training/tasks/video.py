@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.datasets.motion.compose import FRAMES
@@ -65,7 +66,7 @@ class VideoTask(ClipTask):
             o = self.options
             parts = np.array_split(np.arange(o.num_dictionary_clips), -(-o.num_dictionary_clips // 50))
             clips = (self.train_data.examples(part)["clip"] for part in parts)
-            rows = [model.features(part).permute(0, 2, 3, 4, 1).flatten(0, 3) for part in clips]
+            rows = [rearrange(model.features(part), "b c t h w -> (b t h w) c") for part in clips]
             patches = ((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8)
             generator = torch.Generator().manual_seed(self.recipe.seed)
             found = find_patches(patches, model.codebook_size, generator, o.num_kmeans_iterations)
@@ -100,13 +101,13 @@ class VideoTask(ClipTask):
     def sample_grid(self, model: nn.Module) -> Tensor:
         """Test clips as strips, each above its reconstruction."""
         clips = self.test_batch(0, self.options.grid_size)["clip"]
-        return to_strips(torch.stack([clips, model(clips).videos], dim=1).flatten(0, 1))
+        return to_strips(rearrange([clips, model(clips).videos], "pair n c t h w -> (n pair) c t h w"))
 
 
 def to_strips(clips: Tensor, scale: int = 2) -> Tensor:
     """One row a clip, ``[n, 3, T, H, W]`` in [-1, 1], the first frame and every second one after it: ``[3, H', W']`` uint8."""
     shown = clips[:, :, [0, *range(1, clips.shape[2], 2)]]
-    return to_grid(shown.transpose(1, 2).flatten(0, 1), shown.shape[2], scale)
+    return to_grid(rearrange(shown, "n c t h w -> (n t) c h w"), shown.shape[2], scale)
 
 
 @torch.no_grad()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.tokenizers.vq.model import VQTokenizer
@@ -81,9 +82,8 @@ class VQTask(Task):
             return
         first = (step + 1) * self.recipe.data.batch_size
         images = self.on_device(self.train_data.examples(np.arange(first, first + self.options.num_restart_images)))
-        vectors = torch.cat(
-            [model.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in images["image"].split(64)]
-        )
+        latents = [model.features(part) for part in images["image"].split(64)]
+        vectors = rearrange(torch.cat(latents), "b c h w -> (b h w) c")
         counts = torch.bincount(model.quantize.nearest(vectors), minlength=model.codebook_size)
         model.quantize.code_counts.copy_(counts)
         generator = torch.Generator().manual_seed(self.recipe.seed + step)
