@@ -7,6 +7,7 @@ belongs beside every acceptance rate measured on them.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,23 @@ from vargen.evaluation.features import Progress
 from vargen.evaluation.report import Report, environment
 from vargen.features import Feature
 from vargen.metrics.heroes import Heroes, draw_heroes
-from vargen.metrics.results import LikelihoodResult
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodResult:
+    """Nats per token on held-out images: mean, standard error over images, and what a uniform guess would pay."""
+
+    num_images: int
+    tokens_per_image: int
+    nats_per_token: float
+    standard_error: float
+    uniform: float  # log of the codebook size
+    held_out_pairs: float | None = None  # nats per token on (base, weapon) pairs that training never shows
+    condition: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
 
 
 def evaluate_likelihood(

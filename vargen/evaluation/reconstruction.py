@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,23 @@ from vargen.images import Rounding, TensorImages, to_uint8
 from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
 from vargen.metrics.networks.registry import FeatureNetwork, feature_network
-from vargen.metrics.results import FrechetResult, ReconstructionResult, protocol
+from vargen.metrics.results import FrechetResult, protocol
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionResult:
+    """How well a tokenizer gives images back, in dB on 8-bit pixels."""
+
+    num_images: int
+    psnr_all: float  # from the squared error pooled over all images and pixels
+    psnr_mean: float  # mean over images of their own PSNR, as some tables print it
+    psnr_hero: float | None  # pooled over the pixels that are not background; heroes only
+    codes_used: int | None = None  # different codes among all images
+    codebook_size: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
 
 
 def psnr(squared_error: Tensor) -> float:

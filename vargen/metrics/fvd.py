@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from vargen.metrics.files import file_digest, load_state
+from vargen.files import file_digest
 from vargen.metrics.frechet import FrechetDistance, frechet_distance
 from vargen.metrics.networks.i3d import I3D, MIN_FRAMES
 from vargen.metrics.networks.registry import feature_network, load_weights
+from vargen.metrics.networks.weights import load_state
 
 Protocol = Literal["styleganv", "larp", "nbp"]
 Covariance = Literal["n", "n-1"]

@@ -25,7 +25,7 @@ from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import compose
 from vargen.datasets.motion.compose import FRAMES, MOTIONS, sample_clips
 from vargen.datasets.motion.dataset import MotionDataset
-from vargen.metrics.files import read_classifier, state_digest, write_classifier
+from vargen.metrics.networks.weights import read_classifier, state_digest, write_classifier
 
 MOTION_CLASSIFIER_FOLDER = Path(__file__).parents[2] / "assets" / "models" / "heroes-video-classifier"
 _WIDTH = 48
