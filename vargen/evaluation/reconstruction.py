@@ -6,11 +6,11 @@ import math
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
 
 from vargen.evaluation.conditions import check_num
 from vargen.evaluation.features import Progress, extract, extract_cached
@@ -21,6 +21,7 @@ from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
 from vargen.metrics.networks.registry import FeatureNetwork, feature_network
 from vargen.metrics.results import FrechetResult, protocol
+from vargen.protocols import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,6 +40,14 @@ class ReconstructionResult:
         return asdict(self)
 
 
+class Autoencoder(Tokenizer, Protocol):
+    """A tokenizer that reads images too."""
+
+    def encode(self, images: Tensor) -> Any:
+        """Images in [-1, 1] to codes or, of a continuous tokenizer, to a distribution of latents."""
+        ...
+
+
 def psnr(squared_error: Tensor) -> float:
     """Return the peak signal-to-noise ratio in dB of squared errors on the 0..255 scale, pooled over all of them."""
     mean = float(squared_error.double().mean())
@@ -46,7 +55,7 @@ def psnr(squared_error: Tensor) -> float:
 
 
 def evaluate_reconstruction(
-    tokenizer: Any,
+    tokenizer: Autoencoder,
     out: str | Path | None = None,
     *,
     num: int = 2000,
@@ -133,14 +142,14 @@ def _psnrs(originals: Tensor, rebuilt: Tensor, figure: Tensor | None) -> dict[st
 
 
 def _rebuild(
-    tokenizer: Any, source: ImageSet, num: int, chunk: int, rounding: Rounding, progress: Progress | None
+    tokenizer: Autoencoder, source: ImageSet, num: int, chunk: int, rounding: Rounding, progress: Progress | None
 ) -> tuple[Tensor, Tensor, int | None]:
     device = getattr(tokenizer, "device", torch.device("cpu"))
     dtype = getattr(tokenizer, "dtype", torch.float32)
     originals, rebuilt, used, done = [], [], set(), 0
     was_training = getattr(tokenizer, "training", False)
     if was_training:
-        tokenizer.eval()
+        cast(nn.Module, tokenizer).eval()
     try:
         for batch in source.batches(chunk):
             batch = batch[: num - done]
@@ -157,11 +166,11 @@ def _rebuild(
                 break
     finally:
         if was_training:
-            tokenizer.train()
+            cast(nn.Module, tokenizer).train()
     return torch.cat(originals), torch.cat(rebuilt), len(used) or None
 
 
-def _round_trip(tokenizer: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
+def _round_trip(tokenizer: Autoencoder, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return codes, scale by scale (none for a continuous tokenizer), and reconstructions of images in [-1, 1]."""
     encoded = tokenizer.encode(images)
     if hasattr(encoded, "latent_dist"):  # diffusers' AutoencoderKL

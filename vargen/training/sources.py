@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from diffusers import ModelMixin
+from torch import nn
 
 from vargen.registry import MODELS_FOLDER
 from vargen.tokenizers.vq.model import VQTokenizer
@@ -15,11 +18,12 @@ from vargen.validation.printable import printable
 from vargen.validation.reading import read_json
 
 RECIPE_FILE = "recipe.json"
+T = TypeVar("T", bound=ModelMixin)
 TOKENIZER_TASKS = {"VQTokenizer": "vq", "MultiScaleVQTokenizer": "multiscale-vq", "VideoFSQTokenizer": "video-fsq"}
 OTHER_TASKS = (*TOKENIZER_TASKS.values(), "kl", "eagle")  # what trains no backbone
 
 
-def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
+def load_tokenizer(source: str | Path, kind: type[T] = VQTokenizer) -> T:  # type: ignore[assignment]
     """Load a frozen tokenizer in evaluation mode.
 
     Args:
@@ -44,7 +48,7 @@ def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
     return model
 
 
-def load_transformer(run: str | Path) -> Any:
+def load_transformer(run: str | Path) -> nn.Module:
     """Build the transformer of a run with its averaged weights, in evaluation mode.
 
     Raises:

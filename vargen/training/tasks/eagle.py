@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +47,7 @@ class DrafterTask(Task):
         super().__init__(recipe, rank, world_size)
         self.backbone = load_backbone(self.options.backbone)
         self.tokenizer: VQTokenizer = load_tokenizer(self.options.tokenizer)
-        sizes = self.backbone.codebook_size, self.tokenizer.codebook_size
+        sizes: tuple[int, int] = self.backbone.codebook_size, self.tokenizer.codebook_size
         if sizes[0] != sizes[1]:
             raise ValueError(f"backbone and tokenizer must have the same codebook size, got {sizes[0]} and {sizes[1]}")
 
@@ -153,7 +153,7 @@ def drafter_losses(
     return feature, (cross_entropy * mask).sum() / total
 
 
-def hidden_states(backbone: Any, codes: Tensor, condition: Any) -> Tensor:
+def hidden_states(backbone: LlamaGenTransformer, codes: Tensor, condition: Tensor) -> Tensor:
     """Hidden states of a whole sequence as they enter the head, condition positions included: ``[B, T + N - 1, D]``."""
     condition = backbone.cls_embedding.check(condition, values=False)
     x = torch.cat([backbone.cls_embedding(condition), backbone.embed(codes[:, :-1])], dim=1)
@@ -175,7 +175,7 @@ def load_backbone(source: str | Path) -> LlamaGenTransformer:
         ValueError: nothing of the kind is there.
     """
     if (Path(source) / RECIPE_FILE).is_file():
-        model = load_transformer(source)
+        model = cast(LlamaGenTransformer, load_transformer(source))
     else:
         model = LlamaGenTransformer.from_pretrained(component_folder(source, "backbone"))
     return model.float().eval().requires_grad_(False)

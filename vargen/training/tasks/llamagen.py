@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vargen.backbones.llamagen.model import LlamaGenTransformer
@@ -19,6 +20,9 @@ from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
 from vargen.training.sources import load_tokenizer
 from vargen.training.tasks.base import Task, model_from, paired_grid
+
+if TYPE_CHECKING:
+    from vargen.samplers.base import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +38,11 @@ class LlamaGenTask(Task):
     """Train a ``LlamaGenTransformer`` on conditions and codes."""
 
     Options: ClassVar[type[Any]] = LlamaGenOptions
-    tokenizer_kind: ClassVar[type[Any]] = VQTokenizer
+    tokenizer_kind: ClassVar[type[ModelMixin]] = VQTokenizer
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(recipe, rank, world_size)
-        self.tokenizer: Any = load_tokenizer(self.options.tokenizer, self.tokenizer_kind)
+        self.tokenizer: VQTokenizer = load_tokenizer(self.options.tokenizer, self.tokenizer_kind)
 
     def build(self, initialize: bool) -> LlamaGenTransformer:
         """Make the transformer for the tokenizer's codebook and the data set's conditions."""
@@ -92,9 +96,10 @@ class LlamaGenTask(Task):
         """Guided samples for the conditions of test images, below the images themselves."""
         batch = self.test_batch(0, self.options.grid_size)
         output = self.sampler().sample(model, batch["condition"], seeds=list(range(len(batch["condition"]))))
+        assert isinstance(output.codes, Tensor)
         return paired_grid(batch["image"], self.tokenizer.decode(output.codes))
 
-    def sampler(self) -> Any:
+    def sampler(self) -> Sampler:
         """What draws the sample grids."""
         from vargen.samplers.window.next_token import NextTokenSampler
 

@@ -9,7 +9,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -25,6 +25,8 @@ from vargen.training.sources import RECIPE_FILE, component_folder
 from vargen.training.tasks.base import Task, make_task, model_from, paired_grid
 from vargen.training.tasks.kl import load_autoencoder
 
+ContinuousTransformer = MARTransformer | CausalMARTransformer
+T = TypeVar("T", MARTransformer, CausalMARTransformer)
 _EVAL_SEED = 12345  # masks, times and noise of the evaluation
 
 
@@ -42,13 +44,13 @@ class MARTask(Task):
     """Train a ``MARTransformer`` on conditions and latents."""
 
     Options = MAROptions
-    kind: ClassVar[type[Any]] = MARTransformer
+    kind: ClassVar[type[ContinuousTransformer]] = MARTransformer
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(recipe, rank, world_size)
         self.tokenizer: AutoencoderKL = load_autoencoder(self.options.tokenizer)
 
-    def build(self, initialize: bool) -> Any:
+    def build(self, initialize: bool) -> ContinuousTransformer:
         """Make the transformer for the autoencoder's latents and the data set's conditions."""
         model = model_from(self.kind, self.recipe.model, **self.fixed())
         if initialize and self.options.start:
@@ -100,11 +102,11 @@ class MARTask(Task):
     def sample_grid(self, model: nn.Module) -> Tensor:
         """Guided samples for the conditions of test images, below the images themselves."""
         batch = self.test_batch(0, self.options.grid_size)
-        drawn = self.draw(model, batch["condition"])
+        drawn = self.draw(cast(ContinuousTransformer, model), batch["condition"])
         images = self.tokenizer.decode(model.to_latents(drawn) / self.tokenizer.config.scaling_factor).sample  # type: ignore[operator]
         return paired_grid(batch["image"], images)
 
-    def draw(self, model: Any, condition: Tensor) -> Tensor:
+    def draw(self, model: ContinuousTransformer, condition: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` for the grid."""
         sampler = ContinuousMaskedSampler(
             guidance_scale=self.options.guidance_scale, num_iter=min(16, model.num_codes)
@@ -119,7 +121,7 @@ class CausalMARTask(MARTask):
 
     kind = CausalMARTransformer
 
-    def draw(self, model: Any, condition: Tensor) -> Tensor:
+    def draw(self, model: ContinuousTransformer, condition: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` for the grid, next-token."""
         sampler = ContinuousSpeculativeSampler(guidance_scale=self.options.guidance_scale, gamma=0)
         latents = sampler.sample(model, condition, seeds=list(range(len(condition)))).latents
@@ -127,7 +129,11 @@ class CausalMARTask(MARTask):
         return latents
 
 
-def load_continuous(source: str | Path, kind: type[Any] = CausalMARTransformer, component: str = "backbone") -> Any:
+def load_continuous(
+    source: str | Path,
+    kind: type[T] = CausalMARTransformer,  # type: ignore[assignment]
+    component: str = "backbone",
+) -> T:
     """Load a frozen continuous backbone in evaluation mode.
 
     Args:

@@ -7,7 +7,7 @@ blocks know the positions and the parts already, what changes is who sees whom.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from vargen.backbones.nar.model import NARTransformer
 from vargen.training.sources import component_folder
 from vargen.training.tasks.base import model_from
 from vargen.training.tasks.llamagen import LlamaGenOptions, LlamaGenTask
+
+if TYPE_CHECKING:
+    from vargen.samplers.base import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +44,7 @@ class NARTask(LlamaGenTask):
             start_from(model, source, tuple(self.options.blocks), codes)
         return model
 
-    def sampler(self) -> Any:
+    def sampler(self) -> Sampler:
         """What draws the sample grids."""
         from vargen.samplers.schedule.neighboring import NeighboringSampler
 
