@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import nn
 
+from vargen.files import file_digest
 from vargen.metrics import FrechetVideoDistance
-from vargen.metrics.files import file_digest
 from vargen.metrics.fvd import VideoFeatures, _I3DBody, video_features
 from vargen.metrics.networks.i3d import I3D, same_padding
 

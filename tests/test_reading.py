@@ -25,9 +25,9 @@ from vargen.evaluation.drawing.run_folder import RunFolder, RunImages
 from vargen.evaluation.features import _read as read_features
 from vargen.evaluation.images import read_images
 from vargen.evaluation.report import read_report
-from vargen.metrics.arrays import open_npz
 from vargen.metrics.statistics import GaussianStatistics
 from vargen.validation import pictures
+from vargen.validation.arrays import open_npz
 from vargen.validation.printable import printable, shown
 from vargen.validation.reading import check_plain, parse_json, parse_toml, read_json, read_text, read_value
 

@@ -213,7 +213,7 @@ def test_reconstruction_improves_on_the_initialised_tokenizer(encoder, tmp_path)
     after = train(recipe, output=tmp_path / "run").metrics
     least = {"patch": 0.01, "conv": 3.0}[encoder]  # dB; bare patches are hard to improve, random weights are not
     assert after["psnr"] > before["psnr"] + least
-    assert after["psnr_hero"] > before["psnr_hero"]
+    assert after["psnr_foreground"] > before["psnr_foreground"]
 
 
 def test_transformer_learns(vq_run, tmp_path):
@@ -244,7 +244,7 @@ def test_unused_codes_move_onto_encoder_outputs():
 def test_run_leaves_metrics_grids_and_its_recipe(vq_run):
     lines = [json.loads(line) for line in (vq_run / METRICS_FILE).read_text().splitlines()]
     assert {"step", "images", "loss", "l1", "images_per_second"} <= lines[0].keys()
-    assert {"psnr", "psnr_hero"} <= lines[-1].keys()
+    assert {"psnr", "psnr_foreground"} <= lines[-1].keys()
     assert (vq_run / "samples" / "step-00000006.png").read_bytes().startswith(b"\x89PNG")
     assert parse_recipe(json.loads((vq_run / "recipe.json").read_text())) == parse_recipe(vq_table())
     assert len(checkpoint_folders(vq_run)) == 2
@@ -305,7 +305,10 @@ def test_two_processes_train_the_weights_of_one(vq_run, tmp_path):
 def test_bad_model_option_task_and_data_are_named(vq_run):
     for change, message in [
         ({"task": "gan"}, "unknown task 'gan'; choose from"),
-        ({"data": {"name": "cats"}}, "data.name must be 'heroes', got 'cats'"),
+        ({"data": {"name": "cats"}}, "data.name must be one of heroes, motion, got 'cats'"),
+        ({"data": {"name": "motion"}}, "data.name must be a set of images for task 'vq', got 'motion'"),
+        ({"data": {"options": {"hold_out": True}}}, "unknown key 'data.options.hold_out'.*did you mean 'held_out'"),
+        ({"data": {"options": {"seed": 3}}}, "unknown key 'data.options.seed'"),
         ({"options": {"num_kmeans_image": 3}}, "did you mean 'num_kmeans_images'"),
     ]:
         with pytest.raises(ValueError, match=message):

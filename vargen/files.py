@@ -1,8 +1,12 @@
-"""Write files so that a failure damages nothing on disk: beside the target first, then renamed. What fails names the file."""
+"""Write files so that a failure damages nothing on disk: beside the target first, then renamed. What fails names the file.
+
+And what a file holds, as a digest.
+"""
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -184,3 +188,9 @@ def _move_in(temporary: Path, path: Path) -> None:
         target = path / source.relative_to(temporary)
         target.parent.mkdir(parents=True, exist_ok=True)
         os.replace(source, target)
+
+
+def file_digest(path: str | Path) -> str:
+    """Return the SHA-256 of a file as hex digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

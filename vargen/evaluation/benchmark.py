@@ -13,8 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from matplotlib.figure import Figure
@@ -29,6 +28,11 @@ from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.registry import fitting_samplers, swap_sampler
 from vargen.validation.printable import printable, shown
 from vargen.validation.reading import read_json, read_value
+
+if TYPE_CHECKING:
+    from vargen.pipelines.image import ImagePipeline
+    from vargen.pipelines.outputs import ImagePipelineOutput
+    from vargen.samplers.base import Sampler
 
 REPORT = "bench.json"
 MAX_BATCH, MAX_REPEATS = 4096, 1000
@@ -76,7 +80,7 @@ class BenchReport:
 
 
 def bench(
-    pipe: Any,
+    pipe: ImagePipeline,
     out: str | Path,
     *,
     samplers: Sequence[str] | None = None,
@@ -152,7 +156,7 @@ def bench(
     return report
 
 
-def read_sampler(text: str, pipe: Any) -> Any:
+def read_sampler(text: str, pipe: ImagePipeline) -> Sampler:
     """Return the sampler of a text such as ``"jacobi:window=16,carry=maximal"`` for a pipeline.
 
     Settings that it shares with the pipeline's own sampler, such as guidance, are taken over.
@@ -267,8 +271,8 @@ def trade_off(report: BenchReport) -> Figure:
 
 
 def _times(
-    pipe: Any,
-    samplers: dict[str, Any],
+    pipe: ImagePipeline,
+    samplers: dict[str, Sampler],
     conditions: Conditions,
     batch_sizes: Sequence[int],
     repeats: int,
@@ -296,19 +300,20 @@ def _times(
     return seconds, forwards
 
 
-def _call(pipe: Any, sampler: Any, conditions: Conditions, batch: int, seed: int) -> Any:
+def _call(pipe: ImagePipeline, sampler: Sampler, conditions: Conditions, batch: int, seed: int) -> ImagePipelineOutput:
     pipe.sampler = sampler
     arguments = conditions.arguments(0, batch)
     given = next(iter(arguments.values()))
     arguments = {name: [given[i % len(given)] for i in range(batch)] for name in arguments}
-    output = pipe(**arguments, seed=[seed + i for i in range(batch)], output_type="codes")
+    seeds = [seed + i for i in range(batch)]
+    output = cast("ImagePipelineOutput", pipe(**arguments, seed=seeds, output_type="codes"))
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return output
 
 
-def _row(name: str, sampler: Any, seconds: dict[int, float], forwards: float) -> BenchRow:
-    record = sampler_record(SimpleNamespace(sampler=sampler))
+def _row(name: str, sampler: Sampler, seconds: dict[int, float], forwards: float) -> BenchRow:
+    record = sampler_record(sampler)
     return BenchRow(name=name, sampler=record, guarantee=str(sampler.guarantee), forwards=forwards, seconds=seconds)
 
 

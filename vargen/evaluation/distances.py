@@ -10,7 +10,6 @@ from torch import Tensor
 
 from vargen.evaluation.features import FeatureBank, Progress, extract_cached
 from vargen.evaluation.images import ImageSet, read_images
-from vargen.metrics.arrays import open_npz
 from vargen.metrics.frechet import FrechetDistance, frechet_error, frechet_infinity, statistics_distance
 from vargen.metrics.heroes import HeroImages
 from vargen.metrics.inception_score import InceptionScore
@@ -19,6 +18,7 @@ from vargen.metrics.networks.registry import NAMES, FeatureNetwork, feature_netw
 from vargen.metrics.precision_recall import ManifoldPrecisionRecall, precision_recall
 from vargen.metrics.results import MetricResult
 from vargen.metrics.statistics import GaussianStatistics
+from vargen.validation.arrays import open_npz
 
 MAX_MANIFOLD = 10_000  # images a side for precision and recall, as the field takes; more are cut
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,9 +27,13 @@ from vargen.metrics.attribute_accuracy import AttributeAccuracy
 from vargen.metrics.inception_score import InceptionScore
 from vargen.metrics.networks.registry import FeatureNetwork, feature_network
 
+if TYPE_CHECKING:
+    from vargen.pipelines.image import ImagePipeline
+    from vargen.samplers.base import Sampler
+
 
 def evaluate_fid(
-    pipe: Any,
+    pipe: ImagePipeline,
     out: str | Path,
     *,
     num: int = 2000,
@@ -94,7 +98,7 @@ def evaluate_fid(
     first = process_rank() == 0
     real = load_reference(reference, num, network, progress=progress) if first else None
     dtype = str(getattr(pipe, "dtype", "")).removeprefix("torch.")
-    record = {"model": model, "sampler": sampler_record(pipe), "dtype": dtype}
+    record = {"model": model, "sampler": sampler_record(getattr(pipe, "sampler", None)), "dtype": dtype}
     measures = _Measures(network, score, attributes, conditions, keep_images)
     drawn = generate(
         pipe,
@@ -219,9 +223,8 @@ def compare(
     )
 
 
-def sampler_record(pipe: Any) -> dict[str, Any]:
-    """Return class and settings of the pipeline's sampler as plain JSON values."""
-    sampler = getattr(pipe, "sampler", None)
+def sampler_record(sampler: Sampler | None) -> dict[str, Any]:
+    """Return class and settings of a pipeline's sampler as plain JSON values; {} for none."""
     if sampler is None:
         return {}
     config = {k: v for k, v in dict(getattr(sampler, "config", {})).items() if not k.startswith("_")}

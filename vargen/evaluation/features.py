@@ -20,9 +20,9 @@ from torch import Tensor
 
 from vargen.evaluation.images import ImageSet
 from vargen.files import atomic_write
-from vargen.metrics.arrays import open_npz
 from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.statistics import GaussianStatistics
+from vargen.validation.arrays import open_npz
 
 Progress = Callable[[str, int, int], Any]  # what is being done, how many are done, of how many
 MAX_KEPT = (

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from vargen.evaluation.drawing.run_folder import RunImages, holds_run
-from vargen.files import atomic_write
+from vargen.files import atomic_write, file_digest
 from vargen.images import TensorImages
-from vargen.metrics.arrays import fill, open_npz
-from vargen.metrics.files import file_digest
+from vargen.validation.arrays import fill, open_npz
 from vargen.validation.pictures import MAX_PIXELS, batch_count, image_size, open_image
 from vargen.validation.printable import printable, shown
 

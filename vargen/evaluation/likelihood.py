@@ -7,8 +7,9 @@ belongs beside every acceptance rate measured on them.
 from __future__ import annotations
 
 import math
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -19,11 +20,30 @@ from vargen.evaluation.features import Progress
 from vargen.evaluation.report import Report, environment
 from vargen.features import Feature
 from vargen.metrics.heroes import Heroes, draw_heroes
-from vargen.metrics.results import LikelihoodResult
+
+if TYPE_CHECKING:
+    from vargen.pipelines.image import ImagePipeline
+
+
+@dataclass(frozen=True, kw_only=True)
+class LikelihoodResult:
+    """Nats per token on held-out images: mean, standard error over images, and what a uniform guess would pay."""
+
+    num_images: int
+    tokens_per_image: int
+    nats_per_token: float
+    standard_error: float
+    uniform: float  # log of the codebook size
+    held_out_pairs: float | None = None  # nats per token on (base, weapon) pairs that training never shows
+    condition: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
 
 
 def evaluate_likelihood(
-    pipe: Any,
+    pipe: ImagePipeline,
     out: str | Path | None = None,
     *,
     num: int = 512,
@@ -71,7 +91,7 @@ def evaluate_likelihood(
     return report
 
 
-def token_nats(pipe: Any, images: Tensor, captions: list[str]) -> Tensor:
+def token_nats(pipe: ImagePipeline, images: Tensor, captions: list[str]) -> Tensor:
     """Return ``[B, N]`` float64: the negative log-likelihood of every code of uint8 ``[B, 3, H, W]`` images."""
     device, dtype = pipe.device, getattr(pipe.tokenizer, "dtype", torch.float32)
     codes = pipe.tokenizer.encode((images.float() / 127.5 - 1).to(device, dtype)).codes
@@ -93,7 +113,7 @@ def token_nats(pipe: Any, images: Tensor, captions: list[str]) -> Tensor:
 
 
 @torch.no_grad()
-def _nats(pipe: Any, heroes: Heroes, chunk: int, what: str, progress: Progress | None) -> Tensor:
+def _nats(pipe: ImagePipeline, heroes: Heroes, chunk: int, what: str, progress: Progress | None) -> Tensor:
     captions, parts = heroes.captions, []
     modules = [m for m in (pipe.tokenizer, pipe.backbone) if getattr(m, "training", False)]
     for module in modules:

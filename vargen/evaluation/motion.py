@@ -12,12 +12,12 @@ import time
 from collections.abc import Callable
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.datasets.motion.compose import MOTIONS, PARTS
@@ -31,6 +31,9 @@ from vargen.metrics.networks.motion import MotionClassifier, measure_motion
 from vargen.registry import resolve_model
 from vargen.validation.reading import read_json
 
+if TYPE_CHECKING:
+    from vargen.pipelines.video import VideoPipeline
+
 CHUNK = 50  # clips decoded together: part of the numbers through floating-point rounding only
 REPORT = "motion.json"
 _STREAM = 1001  # of the labels; training and its evaluation use others
@@ -38,7 +41,7 @@ _STREAM = 1001  # of the labels; training and its evaluation use others
 
 @torch.no_grad()
 def evaluate_motion(
-    model: str | Path | Any,
+    model: str | Path | VideoPipeline,
     num_clips: int = 500,
     *,
     network: str | None = "lite0",
@@ -193,7 +196,7 @@ def _card(folder: Path, report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _pipeline(model: Any) -> Any:
+def _pipeline(model: str | Path | VideoPipeline) -> VideoPipeline:
     from vargen.pipelines.video import VideoPipeline
 
     pipe = model if isinstance(model, VideoPipeline) else VideoPipeline.from_pretrained(model)
@@ -224,6 +227,6 @@ def _frechet(network: str, made: Tensor, real: Tensor, stream: MotionDataset) ->
     return {"metric": metric.metric_name, "network": network, "value": values[0], "floor": values[1]}
 
 
-def _nats(backbone: Any, codes: Tensor, condition: Tensor) -> float:
+def _nats(backbone: nn.Module, codes: Tensor, condition: Tensor) -> float:
     logits = backbone(codes, condition)
     return F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="sum").item()

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
-from torch import Tensor
+from einops import rearrange
+from torch import Tensor, nn
 
 from vargen.evaluation.conditions import check_num
 from vargen.evaluation.features import Progress, extract, extract_cached
@@ -18,7 +20,32 @@ from vargen.images import Rounding, TensorImages, to_uint8
 from vargen.metrics.frechet import statistics_distance
 from vargen.metrics.heroes import draw_heroes
 from vargen.metrics.networks.registry import FeatureNetwork, feature_network
-from vargen.metrics.results import FrechetResult, ReconstructionResult, protocol
+from vargen.metrics.results import FrechetResult, protocol
+from vargen.protocols import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructionResult:
+    """How well a tokenizer gives images back, in dB on 8-bit pixels."""
+
+    num_images: int
+    psnr_all: float  # from the squared error pooled over all images and pixels
+    psnr_mean: float  # mean over images of their own PSNR, as some tables print it
+    psnr_hero: float | None  # pooled over the pixels that are not background; heroes only
+    codes_used: int | None = None  # different codes among all images
+    codebook_size: int | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain JSON values."""
+        return asdict(self)
+
+
+class Autoencoder(Tokenizer, Protocol):
+    """A tokenizer that reads images too."""
+
+    def encode(self, images: Tensor) -> Any:
+        """Images in [-1, 1] to codes or, of a continuous tokenizer, to a distribution of latents."""
+        ...
 
 
 def psnr(squared_error: Tensor) -> float:
@@ -28,7 +55,7 @@ def psnr(squared_error: Tensor) -> float:
 
 
 def evaluate_reconstruction(
-    tokenizer: Any,
+    tokenizer: Autoencoder,
     out: str | Path | None = None,
     *,
     num: int = 2000,
@@ -77,7 +104,7 @@ def evaluate_reconstruction(
         environment=environment(tokenizer),
     )
     if out is not None:
-        pairs = torch.stack([originals[:32], rebuilt[:32]], 1).flatten(0, 1)
+        pairs = rearrange([originals[:32], rebuilt[:32]], "pair n c h w -> (n pair) c h w")
         report.write(out, grid=pairs)
     return report
 
@@ -115,14 +142,14 @@ def _psnrs(originals: Tensor, rebuilt: Tensor, figure: Tensor | None) -> dict[st
 
 
 def _rebuild(
-    tokenizer: Any, source: ImageSet, num: int, chunk: int, rounding: Rounding, progress: Progress | None
+    tokenizer: Autoencoder, source: ImageSet, num: int, chunk: int, rounding: Rounding, progress: Progress | None
 ) -> tuple[Tensor, Tensor, int | None]:
     device = getattr(tokenizer, "device", torch.device("cpu"))
     dtype = getattr(tokenizer, "dtype", torch.float32)
     originals, rebuilt, used, done = [], [], set(), 0
     was_training = getattr(tokenizer, "training", False)
     if was_training:
-        tokenizer.eval()
+        cast(nn.Module, tokenizer).eval()
     try:
         for batch in source.batches(chunk):
             batch = batch[: num - done]
@@ -139,11 +166,11 @@ def _rebuild(
                 break
     finally:
         if was_training:
-            tokenizer.train()
+            cast(nn.Module, tokenizer).train()
     return torch.cat(originals), torch.cat(rebuilt), len(used) or None
 
 
-def _round_trip(tokenizer: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
+def _round_trip(tokenizer: Autoencoder, images: Tensor) -> tuple[list[Tensor], Tensor]:
     """Return codes, scale by scale (none for a continuous tokenizer), and reconstructions of images in [-1, 1]."""
     encoded = tokenizer.encode(images)
     if hasattr(encoded, "latent_dist"):  # diffusers' AutoencoderKL

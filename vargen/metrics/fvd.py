@@ -15,12 +15,14 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
-from vargen.metrics.files import file_digest, load_state
+from vargen.files import file_digest
 from vargen.metrics.frechet import FrechetDistance, frechet_distance
 from vargen.metrics.networks.i3d import I3D, MIN_FRAMES
 from vargen.metrics.networks.registry import feature_network, load_weights
+from vargen.metrics.networks.weights import load_state
 
 Protocol = Literal["styleganv", "larp", "nbp"]
 Covariance = Literal["n", "n-1"]
@@ -56,8 +58,8 @@ class _I3DBody(nn.Module):
         self.network, self.protocol = network, protocol
 
     def forward(self, clips: Tensor) -> Tensor:
-        b, _, t, height, width = clips.shape
-        frames = clips.transpose(1, 2).flatten(0, 1)
+        height, width = clips.shape[3:]
+        frames = rearrange(clips, "b c t h w -> (b t) c h w")
         if self.protocol == "nbp":  # shorter side to 224, centre crop
             scale = 224 / min(height, width)
             size = [max(224, round(height * scale)), max(224, round(width * scale))]
@@ -66,7 +68,7 @@ class _I3DBody(nn.Module):
             frames = frames[..., top : top + 224, left : left + 224]
         else:
             frames = F.interpolate(frames, (224, 224), mode="bilinear", align_corners=False)
-        return self.network((frames * 2 - 1).view(b, t, 3, 224, 224).transpose(1, 2))
+        return self.network(rearrange(frames * 2 - 1, "(b t) c h w -> b c t h w", b=len(clips)))
 
 
 class _FrameBody(nn.Module):
@@ -77,8 +79,9 @@ class _FrameBody(nn.Module):
         self.network = network
 
     def forward(self, clips: Tensor) -> Tensor:
-        b, _, t = clips.shape[:3]
-        features = self.network(clips.transpose(1, 2).flatten(0, 1)).view(b, t, -1)
+        t = clips.shape[2]
+        frames = self.network(rearrange(clips, "b c t h w -> (b t) c h w"))
+        features = rearrange(frames, "(b t) d -> b t d", t=t)
         steps = features.diff(dim=1)
         # the sign of the first half against the second tells forth from back
         turn = features[:, t // 2 :].mean(1) - features[:, : t // 2].mean(1)

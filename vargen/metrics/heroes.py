@@ -17,8 +17,8 @@ from torch import Tensor
 
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER, HeroAtlas
 from vargen.datasets.heroes.compose import HeroesDataset, caption
+from vargen.files import file_digest
 from vargen.images import TensorImages
-from vargen.metrics.files import file_digest
 
 Stream = Literal["reference", "floor", "prompts"]
 _LAW = 1  # raise it when heroes of equal seeds change: cached features are then made anew

@@ -75,39 +75,6 @@ class PrecisionRecallResult(MetricResult):
     floor_recall: float | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class ReconstructionResult:
-    """How well a tokenizer gives images back, in dB on 8-bit pixels."""
-
-    num_images: int
-    psnr_all: float  # from the squared error pooled over all images and pixels
-    psnr_mean: float  # mean over images of their own PSNR, as some tables print it
-    psnr_hero: float | None  # pooled over the pixels that are not background; heroes only
-    codes_used: int | None = None  # different codes among all images
-    codebook_size: int | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LikelihoodResult:
-    """Nats per token on held-out images: mean, standard error over images, and what a uniform guess would pay."""
-
-    num_images: int
-    tokens_per_image: int
-    nats_per_token: float
-    standard_error: float
-    uniform: float  # log of the codebook size
-    held_out_pairs: float | None = None  # nats per token on (base, weapon) pairs that training never shows
-    condition: str = ""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain JSON values."""
-        return asdict(self)
-
-
 def protocol(network: FeatureNetwork, rounding: str, num_reference: int, num_generated: int) -> dict[str, Any]:
     """Fields that every ``MetricResult`` shares."""
     return {

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vargen.files import atomic_write
-from vargen.metrics.arrays import open_npz
+from vargen.validation.arrays import open_npz
 from vargen.validation.printable import printable, shown
 
 _BLOCK = 512  # samples in float64 at a time

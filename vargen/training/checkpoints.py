@@ -21,6 +21,7 @@ from vargen.files import atomic_write, make_folder, writing
 from vargen.validation.printable import printable
 from vargen.validation.reading import parse_json, read_json
 
+_RENAMED = {"mean": "exp_avg", "square": "exp_avg_sq"}
 _PATTERN = re.compile(r"step-(\d+)")
 
 
@@ -102,11 +103,12 @@ def named_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> dict[str,
 def load_named_state(
     optimizer: torch.optim.Optimizer, model: nn.Module, saved: Mapping[str, Mapping[str, Any]]
 ) -> None:
-    """Put back what ``named_state`` returned."""
+    """Put back what ``named_state`` returned, under the names of torch's AdamW where a checkpoint is older than its use."""
     for name, p in model.named_parameters():
         if name in saved:
             optimizer.state[p] = {
-                key: value.to(p.device) if isinstance(value, Tensor) else value for key, value in saved[name].items()
+                _RENAMED.get(key, key): torch.tensor(float(value)) if key == "step" else value.to(p.device)
+                for key, value in saved[name].items()
             }
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from typing import cast
 
 import torch
+from diffusers.training_utils import EMAModel
 from torch import nn
 
 
-class EMA:
+class EMA(EMAModel):
     """Average of the weights over about ``1 / (1 - decay)`` steps, shorter at the start so that the initial weights fade.
 
     Args:
@@ -18,17 +18,18 @@ class EMA:
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        self.decay = decay
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        super().__init__(self.model.parameters(), decay=decay, foreach=True)
+        self.shadow_params = list(self.model.parameters())  # a model to evaluate, not loose copies of its weights
+
+    def get_decay(self, optimization_step: int) -> float:
+        """The warm-up of diffusers, but without its first step, which keeps nothing of the initial weights."""
+        return min(self.decay, optimization_step / (9 + optimization_step))
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move towards ``model`` after step ``step``, counted from 0."""
-        decay = min(self.decay, (1 + step) / (10 + step))
-        averages = dict(self.model.named_parameters())
-        pairs = [(averages[name], p) for name, p in model.named_parameters()]
-        floats = [(a, p) for a, p in pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [cast(torch.Tensor, p.detach()) for _, p in floats], 1 - decay)
-        buffers = dict(self.model.named_buffers())
-        for name, value in model.named_buffers():
-            buffers[name].copy_(value)
+        """Move towards ``model`` after step ``step``, counted from 0; buffers are copied."""
+        self.optimization_step = step  # of a resumed run too
+        self.step(model.parameters())
+        for average, value in zip(self.model.buffers(), model.buffers(), strict=True):
+            average.copy_(value)

@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.conditioners.attributes import AttributeConditioner
+from vargen.conditioners.base import Conditioner
+from vargen.conditioners.class_labels import ClassConditioner
 from vargen.draft_models.eagle import EagleDrafter
 from vargen.files import atomic_dir, atomic_write, writing
 from vargen.pipelines.components import SHARED_KEY, read_index
@@ -29,6 +31,8 @@ from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_state
+from vargen.training.data import open_dataset
+from vargen.training.recipe import Recipe
 from vargen.training.sources import load_tokenizer, load_transformer, read_run, stored_recipe
 from vargen.training.tasks.base import make_task
 from vargen.training.tasks.kl import load_autoencoder
@@ -73,8 +77,9 @@ def export_pipeline(
         ValueError: not a run of this task, no checkpoint yet, unknown sampler setting, the folder exists.
     """
     backbone = load_transformer(run)
-    source = tokenizer if tokenizer is not None else stored_recipe(Path(run)).options["tokenizer"]
-    tokenizer_kind, sampler_kind = COMPANIONS[stored_recipe(Path(run)).task]
+    recipe = stored_recipe(Path(run))
+    source = tokenizer if tokenizer is not None else recipe.options["tokenizer"]
+    tokenizer_kind, sampler_kind = COMPANIONS[recipe.task]
     components: dict[str, Any] = {
         "tokenizer": load_autoencoder(source)
         if tokenizer_kind is AutoencoderKL
@@ -86,11 +91,11 @@ def export_pipeline(
     if tokenizer_kind is VideoFSQTokenizer:
         if drafter is not None:
             raise ValueError("pipelines for videos have no drafter; leave drafter out")
-        pipe = VideoPipeline(**components, conditioner=AttributeConditioner("motion", fill=True))
+        pipe = VideoPipeline(**components, conditioner=_conditioner(recipe, fill=True))
     else:
         drafted = None if drafter is None else load_transformer(drafter)
         # continuous tokens are drawn at low temperatures, at which a model leaves open slots empty every time
-        conditioner = AttributeConditioner("heroes", fill=tokenizer_kind is AutoencoderKL)
+        conditioner = _conditioner(recipe, fill=tokenizer_kind is AutoencoderKL)
         pipe = ImagePipeline(**components, conditioner=conditioner, drafter=drafted)
     facts = {"backbone": _facts(run), "tokenizer": _facts(source), "drafter": _facts(drafter)}
     with atomic_dir(folder, overwrite=overwrite) as beside:
@@ -190,6 +195,12 @@ def halve_weights(file: Path) -> None:
     with writing(file):
         save_file(halves, file, metadata={"format": "pt"})
     file.chmod(0o644)  # safetensors writes for the owner alone; an installed package is read by everyone
+
+
+def _conditioner(recipe: Recipe, fill: bool) -> Conditioner:
+    """What reads prompts for the data set of a run; ``fill`` whether open attributes are drawn before decoding."""
+    words = open_dataset(recipe).words
+    return AttributeConditioner(words, fill=fill) if isinstance(words, str) else ClassConditioner(words)
 
 
 def _facts(source: str | Path | None) -> dict[str, Any]:

@@ -42,8 +42,10 @@ def orthogonalize(matrices: Tensor, num_steps: int = 5) -> Tensor:
     return x.mT if tall else x
 
 
-class MuonAdamW(torch.optim.Optimizer):
-    """Muon in the groups with ``muon=True``, AdamW in the others.
+class MuonAdamW(torch.optim.AdamW):
+    """Muon in the groups with ``muon=True``, torch's AdamW in the others.
+
+    Not ``torch.optim.Muon``: it iterates in bfloat16, one matrix at a time, and takes neither kernels nor stacks.
 
     Args:
         params: parameter groups; a Muon group holds matrices, and kernels, which are matrices of one row per output
@@ -65,24 +67,28 @@ class MuonAdamW(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        defaults = {"lr": lr, "momentum": momentum, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(params, {**defaults, "muon": False})
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         for group in self.param_groups:
-            if group["muon"] and any(p.ndim < 2 for p in group["params"]):
+            group.setdefault("momentum", momentum)
+            if group.setdefault("muon", False) and any(p.ndim < 2 for p in group["params"]):
                 raise ValueError("a Muon group takes matrices and kernels; put biases and norms in an AdamW group")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
         """Update every parameter that has a gradient."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if params:
-                (self._muon if group["muon"] else self._adamw)(group, params)
+        groups = self.param_groups
+        self.param_groups = [group for group in groups if not group["muon"]]
+        try:
+            loss = super().step(closure)
+        finally:
+            self.param_groups = groups
+        for group in groups:
+            if group["muon"]:
+                self._muon(group, [p for p in group["params"] if p.grad is not None])
         return loss
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own looks for a count of steps in Muon's state too
 
     def _muon(self, group: dict[str, Any], params: list[Tensor]) -> None:
         stacks: dict[tuple[int, int], list[tuple[Tensor, Tensor]]] = defaultdict(
@@ -102,20 +108,6 @@ class MuonAdamW(torch.optim.Optimizer):
             step = group["lr"] * max(1.0, m / n) ** 0.5  # equal change of the outputs' size whatever the shape
             for (weight, _), update in zip(items, updates, strict=True):
                 weight.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=step)
-
-    def _adamw(self, group: dict[str, Any], params: list[Tensor]) -> None:
-        beta1, beta2 = group["betas"]
-        for p in params:
-            state = self.state[p]
-            if not state:
-                state.update(step=0, mean=torch.zeros_like(p), square=torch.zeros_like(p))
-            state["step"] += 1
-            state["mean"].lerp_(p.grad, 1 - beta1)  # type: ignore[arg-type]
-            state["square"].mul_(beta2).addcmul_(p.grad, p.grad, value=1 - beta2)  # type: ignore[arg-type]
-            scale = (1 - beta2 ** state["step"]) ** 0.5
-            denominator = state["square"].sqrt().div_(scale).add_(group["eps"])
-            p.mul_(1 - group["lr"] * group["weight_decay"])
-            p.addcdiv_(state["mean"], denominator, value=-group["lr"] / (1 - beta1 ** state["step"]))
 
 
 def parameter_groups(

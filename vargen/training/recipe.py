@@ -29,11 +29,12 @@ _NAME = re.compile(r"\w[\w.+ -]{0,99}")  # of a folder in runs/: no separators, 
 class DataConfig:
     """Where examples come from."""
 
-    name: str = "heroes"
+    name: str = "heroes"  # a key of vargen.datasets.base.DATASETS
+    options: Mapping[str, Any] = field(default_factory=dict)  # constructor arguments of the data set
     batch_size: int = 32  # images a step over all processes
     attribute_dropout: float = 0.0  # share of examples that forget single attributes, each at a rate of its own
     null_dropout: float = 0.0  # share of examples that forget all of them: the unconditional branch of guidance
-    num_eval_images: int = 256  # fresh heroes of the test split, any pair of parts
+    num_eval_images: int = 256  # of the test split
 
     def __post_init__(self) -> None:
         _between(self, "data", 1, 2**16, "batch_size")

@@ -187,6 +187,8 @@ class _Loop:
         target = self.folder / "samples" / f"step-{self.step:08d}.png"
         with atomic_write(target, overwrite=True) as beside:
             Image.fromarray(pixels).save(beside, format="PNG")
+        with atomic_write(target.with_name("captions.txt"), overwrite=True) as beside:  # the same at every step
+            beside.write_text("".join(f"{text}\n" for text in self.task.captions()), encoding="utf-8")
 
     def _save(self) -> None:
         self.accelerator.wait_for_everyone()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import difflib
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from diffusers import ModelMixin
+from torch import nn
 
 from vargen.registry import MODELS_FOLDER
 from vargen.tokenizers.vq.model import VQTokenizer
@@ -15,11 +18,12 @@ from vargen.validation.printable import printable
 from vargen.validation.reading import read_json
 
 RECIPE_FILE = "recipe.json"
+T = TypeVar("T", bound=ModelMixin)
 TOKENIZER_TASKS = {"VQTokenizer": "vq", "MultiScaleVQTokenizer": "multiscale-vq", "VideoFSQTokenizer": "video-fsq"}
 OTHER_TASKS = (*TOKENIZER_TASKS.values(), "kl", "eagle")  # what trains no backbone
 
 
-def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
+def load_tokenizer(source: str | Path, kind: type[T] = VQTokenizer) -> T:  # type: ignore[assignment]
     """Load a frozen tokenizer in evaluation mode.
 
     Args:
@@ -39,12 +43,12 @@ def load_tokenizer(source: str | Path, kind: type[Any] = VQTokenizer) -> Any:
         model = kind(**recipe.model)
         model.load_state_dict(weights)
     else:
-        model = kind.from_pretrained(_component(source, "tokenizer"))
+        model = kind.from_pretrained(component_folder(source, "tokenizer"))
     model.eval().requires_grad_(False)
     return model
 
 
-def load_transformer(run: str | Path) -> Any:
+def load_transformer(run: str | Path) -> nn.Module:
     """Build the transformer of a run with its averaged weights, in evaluation mode.
 
     Raises:
@@ -88,7 +92,12 @@ def stored_recipe(run: Path) -> Recipe:
         raise ValueError(f"cannot read the recipe {printable(file)}: {error}") from None
 
 
-def _component(source: str | Path, name: str) -> Path:
+def component_folder(source: str | Path, name: str) -> Path:
+    """Folder of a component: the folder given, the one of this name inside it, or that of a shipped model.
+
+    Raises:
+        ValueError: neither a folder nor the name of a shipped model.
+    """
     folder = Path(source)
     if not folder.is_dir():
         names = sorted(place.name for place in MODELS_FOLDER.glob("*") if place.is_dir())

@@ -5,14 +5,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch.utils.data import IterableDataset, get_worker_info
 
+from vargen.datasets.base import Dataset, Split
+from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import Pairs, sample_heroes
+from vargen.datasets.heroes.prompts import caption
 from vargen.datasets.philox import philox_words
 
 _STREAM_SEEDS = 0x53454544  # "SEED"
@@ -20,7 +23,7 @@ _STREAM_DROPOUT = 0x44524F50  # "DROP"
 _UNBATCHED_CHUNK = 64  # examples composed at once when they are handed out one by one
 
 
-class HeroesDataset(IterableDataset[dict[str, Any]]):
+class HeroesDataset(IterableDataset[dict[str, Any]], Dataset):
     """Endless heroes; example i is a pure function of (seed, split, held_out, i).
 
     Examples are dicts: "image" (3, 32, 32) float32 in [-1, 1]; "attributes" (s,) int64, 0 where dropped; "visible"
@@ -51,12 +54,17 @@ class HeroesDataset(IterableDataset[dict[str, Any]]):
         ValueError: an argument out of its range.
     """
 
+    kind: ClassVar[Literal["image", "clip"]] = "image"
+    condition_type: ClassVar[Literal["class", "attributes"]] = "attributes"
+    image_size = (32, 32)
+    words: str = "heroes"
+
     def __init__(
         self,
         seed: int = 0,
         start: int = 0,
         batch_size: int | None = None,
-        split: Literal["train", "test"] = "train",
+        split: Split = "train",
         *,
         held_out: bool = False,
         attribute_dropout: float = 0.0,
@@ -116,6 +124,23 @@ class HeroesDataset(IterableDataset[dict[str, Any]]):
             "visible": torch.from_numpy(heroes.visible),
             "seed": torch.from_numpy(seeds.astype(np.int64)),
         }
+
+    def condition_settings(self) -> dict[str, Any]:
+        """Sizes of the vocabulary and of an attribute vector."""
+        atlas = HeroAtlas.load()
+        return {
+            "condition_type": "attributes",
+            "num_attributes": atlas.num_attributes,
+            "num_condition_tokens": len(atlas.slots),
+        }
+
+    def captions(self, conditions: torch.Tensor) -> list[str]:
+        """One text a hero; empty and unspecified slots are not mentioned."""
+        return [caption(row) for row in conditions.cpu().numpy()]
+
+    def foreground(self, images: torch.Tensor) -> torch.Tensor:
+        """Pixels of the heroes: those that differ from the top left one, which is background."""
+        return (images != images[:, :, :1, :1]).any(1, keepdim=True)
 
     def _hero_seeds(self, indices: NDArray[np.int64]) -> NDArray[np.uint64]:
         keys = np.full(len(indices), self.seed, dtype=np.uint64)

@@ -4,14 +4,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from vargen.datasets.heroes.dataset import HeroesDataset
-from vargen.datasets.motion.compose import sample_clips
+from vargen.datasets.motion.compose import num_attributes, sample_clips
+from vargen.datasets.motion.prompts import caption
 
 
 class MotionDataset(HeroesDataset):
@@ -29,6 +30,9 @@ class MotionDataset(HeroesDataset):
     Raises:
         ValueError: an argument out of its range.
     """
+
+    kind: ClassVar[Literal["image", "clip"]] = "clip"
+    words = "motion"
 
     def __init__(self, seed: int = 0, *, frames: int = 17, **options: Any) -> None:
         super().__init__(seed, **options)
@@ -52,3 +56,19 @@ class MotionDataset(HeroesDataset):
             "labels": torch.from_numpy(batch.attributes),
             "seed": torch.from_numpy(seeds.astype(np.int64)),
         }
+
+    def condition_settings(self) -> dict[str, Any]:
+        """Sizes of the vocabulary and of an attribute vector, the motion included."""
+        hero = super().condition_settings()
+        slots = hero["num_condition_tokens"] + 1
+        return {**hero, "num_attributes": num_attributes(), "num_condition_tokens": slots}
+
+    def captions(self, conditions: torch.Tensor) -> list[str]:
+        """One text a clip."""
+        return [caption(row) for row in conditions.cpu().numpy()]
+
+    def variants(self, conditions: torch.Tensor) -> dict[str, torch.Tensor]:
+        """The same heroes without a word on how they move."""
+        still = conditions.clone()
+        still[:, -1] = 0
+        return {"_no_motion": still}

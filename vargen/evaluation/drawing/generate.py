@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from vargen.evaluation.images import write_npz
 from vargen.files import WriteError, atomic_write
 from vargen.images import Rounding, quantise
 from vargen.validation.printable import printable, shown
+
+if TYPE_CHECKING:
+    from vargen.pipelines.image import ImagePipeline
 
 CHUNK = 64  # images decoded together, always; part of the protocol
 TIMEOUT = 1800.0  # seconds without any finished chunk after which waiting for another process ends
@@ -88,7 +91,7 @@ class Generated:
 
 
 def generate(
-    pipe: Any,
+    pipe: ImagePipeline,
     conditions: Conditions,
     folder: str | Path,
     *,
@@ -222,7 +225,7 @@ def _make(run: RunFolder, artist: _Artist, start: int, measures: Mapping[str, Me
 class _Artist:
     """Draws chunks."""
 
-    pipe: Any
+    pipe: ImagePipeline
     conditions: Conditions
     seeds: list[int]
     rounding: Rounding
@@ -235,7 +238,7 @@ class _Artist:
         arguments = {name: values + values[:1] * surplus for name, values in arguments.items()}
         seeds = self.seeds[start:stop] + [(self.seeds[-1] + 1 + i) % 2**64 for i in range(surplus)]
         begun = time.perf_counter()
-        output = self.pipe(**arguments, seed=seeds, output_type="pt", **self.settings)
+        output: Any = self.pipe(**arguments, seed=seeds, output_type="pt", **self.settings)
         images = quantise(output.images[: stop - start], self.rounding).cpu()
         stats = output.stats
         each = stats.forwards_per_image

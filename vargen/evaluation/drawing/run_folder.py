@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from vargen.files import WriteError, atomic_write, make_folder, writing
-from vargen.metrics.arrays import check_npy
+from vargen.validation.arrays import check_npy
 from vargen.validation.pictures import MAX_PIXELS, batch_count
 from vargen.validation.printable import printable
 from vargen.validation.reading import read_json

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import HeroesDataset, sample_heroes
-from vargen.metrics.files import read_classifier, state_digest, write_classifier
+from vargen.metrics.networks.weights import read_classifier, state_digest, write_classifier
 
 CLASSIFIER_FOLDER = Path(__file__).parents[2] / "assets" / "models" / "heroes32-classifier"
 _WIDTHS = (48, 96, 128)  # channels at 16x16, 8x8 and 4x4 pixels: 0.48M parameters with the heads

@@ -18,13 +18,14 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import compose
 from vargen.datasets.motion.compose import FRAMES, MOTIONS, sample_clips
 from vargen.datasets.motion.dataset import MotionDataset
-from vargen.metrics.files import read_classifier, state_digest, write_classifier
+from vargen.metrics.networks.weights import read_classifier, state_digest, write_classifier
 
 MOTION_CLASSIFIER_FOLDER = Path(__file__).parents[2] / "assets" / "models" / "heroes-video-classifier"
 _WIDTH = 48
@@ -57,11 +58,10 @@ class MotionClassifier(nn.Module):
         Returns:
             ``[B, M]`` logits.
         """
-        b, _, t = clips.shape[:3]
         before = torch.cat([clips[:, :, :1], clips[:, :, :-1]], dim=2)
         both = torch.cat([clips * 2 - 1, 4 * (clips - before)], dim=1)
-        frames = self.space(self.stem(both.transpose(1, 2).flatten(0, 1)))
-        x = F.relu(self.squeeze(frames.flatten(1))).view(b, t, 64).transpose(1, 2)
+        frames = self.space(self.stem(rearrange(both, "b c t h w -> (b t) c h w")))
+        x = rearrange(F.relu(self.squeeze(frames.flatten(1))), "(b t) c -> b c t", b=len(clips))
         for layer in self.time:
             x = x + F.relu(layer(x))
         return self.head(torch.cat([x.mean(2), x.amax(2)], dim=1))

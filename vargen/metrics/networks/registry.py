@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vargen.files import file_digest
 from vargen.images import check_unit_range
-from vargen.metrics.files import file_digest, load_state, state_digest
+from vargen.metrics.networks.weights import load_state, state_digest
 from vargen.validation.printable import printable
 
 INCEPTION_FILE = "pt_inception-2015-12-05-6726825d.pth"

@@ -12,8 +12,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
-from vargen.datasets.heroes.compose import HeroesDataset
+from vargen.training.data import open_dataset
 from vargen.training.recipe import Recipe, build
 from vargen.validation.printable import shown
 
@@ -32,11 +33,10 @@ TASKS = {  # name -> (module, class); imported when asked for
     "nbp": ("vargen.training.tasks.nbp", "NBPTask"),
 }
 MAX_GRID = 1024  # pictures on a sample grid
-_EVAL_STREAM = 1  # added to the recipe's seed: evaluation heroes are another stream, of the test split
 
 
 class Task:
-    """Base of all tasks; heroes as data, unless a subclass says otherwise.
+    """Base of all tasks, over any data set of ``vargen.datasets.base``.
 
     Args:
         recipe: the run. ``recipe.options`` is read into the subclass's ``Options`` dataclass.
@@ -45,11 +45,9 @@ class Task:
     """
 
     Options: ClassVar[type[Any]]
-    data_name: ClassVar[str] = "heroes"
+    data_kind: ClassVar[str] = "image"  # or "clip"
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
-        if recipe.data.name != self.data_name:
-            raise ValueError(f"data.name must be {self.data_name!r}, got {shown(recipe.data.name)}")
         if recipe.data.batch_size % world_size:
             got = f"{recipe.data.batch_size} over {world_size} processes"
             raise ValueError(f"data.batch_size must be a multiple of the number of processes, got {got}")
@@ -59,14 +57,20 @@ class Task:
         if not 1 <= pictures <= MAX_GRID:
             raise ValueError(f"options.grid_size must be in 1..{MAX_GRID}, got {pictures}")
         self.device = torch.device("cpu")
-        self._train = self.dataset(
-            recipe.seed, attribute_dropout=recipe.data.attribute_dropout, null_dropout=recipe.data.null_dropout
-        )
-        self._test = self.dataset(recipe.seed + _EVAL_STREAM, split="test")
+        self.train_data = open_dataset(recipe, "train", self.data_kind, **self.data_options())
+        self.test_data = open_dataset(recipe, "test", self.data_kind, **self.data_options())
 
-    def dataset(self, seed: int, **options: Any) -> HeroesDataset:
-        """Open a stream of examples; ``options`` are those of ``HeroesDataset``."""
-        return HeroesDataset(seed, **options)
+    def data_options(self) -> dict[str, Any]:
+        """Arguments of the data set that the task decides."""
+        return {}
+
+    def condition_settings(self) -> dict[str, Any]:
+        """Settings of a backbone that the data set decides.
+
+        Attributes are dropped by the data set; labels by the backbone, which has a null label only if it drops some.
+        """
+        drop = self.recipe.data.null_dropout if self.train_data.condition_type == "class" else 0.0
+        return {**self.train_data.condition_settings(), "class_dropout_prob": drop}
 
     def build(self, initialize: bool) -> nn.Module:
         """Make the model to train.
@@ -88,11 +92,25 @@ class Task:
         """Examples of one step for this process: a function of (recipe, step, rank) alone."""
         size = self.recipe.data.batch_size
         indices = np.arange(step * size + self.rank, (step + 1) * size, self.world_size)
-        return self._to_device(self._train.examples(indices))
+        return self.encode(self.on_device(self.train_data.examples(indices)))
 
     def test_batch(self, start: int, size: int) -> dict[str, Tensor]:
-        """Fresh heroes of the test split that no training step sees."""
-        return self._to_device(self._test.examples(np.arange(start, start + size)))
+        """Examples of the test split, which no training step sees."""
+        return self.encode(self.on_device(self.test_data.examples(np.arange(start, start + size))))
+
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add what frozen models make of the examples: codes, latents, hidden states."""
+        return batch
+
+    def conditions(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """What test examples are scored under, by the suffix of the metric: their condition, none, the data set's own."""
+        given = batch["condition"]
+        settings = self.condition_settings()
+        if settings["condition_type"] == "attributes":
+            null = {"_null": torch.zeros_like(given)}
+        else:
+            null = {"_null": torch.full_like(given, settings["num_classes"])} if settings["class_dropout_prob"] else {}
+        return {"": given, **null, **self.test_data.variants(given)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the scalar to minimise and detached numbers for the log."""
@@ -102,20 +120,27 @@ class Task:
         """Change weights in a way that gradients do not; like everything in a step, a function of weights and step."""
 
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Measure a model on ``data.num_eval_images`` test heroes."""
+        """Measure a model on ``data.num_eval_images`` test examples."""
         raise NotImplementedError
 
     def sample_grid(self, model: nn.Module) -> Tensor:
         """Draw pictures to look at: ``[3, H, W]`` uint8."""
         raise NotImplementedError
 
+    def captions(self) -> list[str]:
+        """One text a picture of the sample grid."""
+        examples = self.test_data.examples(np.arange(getattr(self.options, "grid_size", 1)))
+        return self.test_data.captions(examples[self.test_data.condition_type])
+
     def test_batches(self, size: int = 64) -> list[dict[str, Tensor]]:
-        """All evaluation heroes in batches."""
+        """All test examples in batches."""
         total = self.recipe.data.num_eval_images
         return [self.test_batch(start, min(size, total - start)) for start in range(0, total, size)]
 
-    def _to_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {key: value.to(self.device) for key, value in batch.items()}
+    def on_device(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Examples on the device of training, their condition also under the name "condition"."""
+        moved = {key: value.to(self.device) for key, value in batch.items()}
+        return {**moved, "condition": moved[self.train_data.condition_type]}
 
 
 def make_task(recipe: Recipe, rank: int = 0, world_size: int = 1) -> Task:
@@ -147,14 +172,16 @@ def model_from(kind: type[Any], config: Mapping[str, Any], **fixed: Any) -> Any:
     return kind(**config, **fixed)
 
 
+def paired_grid(above: Tensor, below: Tensor) -> Tensor:
+    """Rows of at most 16 pictures ``[n, 3, H, W]``, each above its counterpart."""
+    columns = min(16, len(above))
+    pairs = zip(above.split(columns), below.split(columns), strict=True)
+    return to_grid(torch.cat([part for pair in pairs for part in pair]), columns)
+
+
 def to_grid(images: Tensor, num_columns: int, scale: int = 3, gap: int = 2) -> Tensor:
     """Tile images ``[n, 3, H, W]`` in [-1, 1] row by row, enlarged without smoothing, as ``[3, H', W']`` uint8."""
     pixels = ((images.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     pixels = pixels.repeat_interleave(scale, -1).repeat_interleave(scale, -2)
-    n, c, h, w = pixels.shape
-    rows = -(-n // num_columns)
-    grid = torch.full((c, rows * (h + gap) - gap, num_columns * (w + gap) - gap), 255, dtype=torch.uint8)
-    for i, image in enumerate(pixels.cpu()):
-        top, left = i // num_columns * (h + gap), i % num_columns * (w + gap)
-        grid[:, top : top + h, left : left + w] = image
-    return grid
+    grid = make_grid(pixels.cpu(), nrow=num_columns, padding=gap, pad_value=255)
+    return grid[:, gap:-gap, gap:-gap] if len(pixels) > 1 else grid  # torchvision frames all but a single picture

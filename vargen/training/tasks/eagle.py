@@ -1,6 +1,6 @@
 """Training of EAGLE drafters on the hidden states of a frozen backbone (arXiv:2401.15077; loss of LANTERN, arXiv:2410.03355).
 
-Teacher-forced passes of the backbone over encoded heroes give features and laws; the drafter learns to continue both.
+Teacher-forced passes of the backbone over encoded images give features and laws; the drafter learns to continue both.
 Unlike the released recipe, the pair that starts every image is trained too.
 
 Letters: B images, T condition positions, N codes, L = T + N - 2 pairs, D width, V codes of the codebook.
@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +21,8 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.draft_models.eagle import EagleDrafter
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
-from vargen.training.sources import RECIPE_FILE, _component, load_tokenizer, load_transformer
-from vargen.training.tasks.base import Task, model_from, to_grid
+from vargen.training.sources import RECIPE_FILE, component_folder, load_tokenizer, load_transformer
+from vargen.training.tasks.base import Task, model_from, paired_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class DrafterTask(Task):
         super().__init__(recipe, rank, world_size)
         self.backbone = load_backbone(self.options.backbone)
         self.tokenizer: VQTokenizer = load_tokenizer(self.options.tokenizer)
-        sizes = self.backbone.codebook_size, self.tokenizer.codebook_size
+        sizes: tuple[int, int] = self.backbone.codebook_size, self.tokenizer.codebook_size
         if sizes[0] != sizes[1]:
             raise ValueError(f"backbone and tokenizer must have the same codebook size, got {sizes[0]} and {sizes[1]}")
 
@@ -76,13 +76,11 @@ class DrafterTask(Task):
         for layer in model.layers:  # type: ignore[union-attr]
             layer.compile()
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Codes of one step and the target's hidden states."""
-        return self._read(super().batch(step))
-
-    def test_batch(self, start: int, size: int) -> dict[str, Tensor]:
-        """Codes of test heroes and the target's hidden states."""
-        return self._read(super().test_batch(start, size))
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the codes and the target's hidden states."""
+        codes = self.tokenizer.encode(batch["image"]).codes.flatten(1)
+        return {**batch, "codes": codes, "hidden": hidden_states(self.backbone, codes, batch["condition"])}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Feature and law loss of the pairs that end in a code."""
@@ -111,23 +109,15 @@ class DrafterTask(Task):
 
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
-        """Heroes drawn with the drafter, exactly, below the heroes that their attributes come from."""
+        """Images drawn with the drafter, exactly, below the test images that their conditions come from."""
         from vargen.samplers.window.speculative import SpeculativeSampler
 
-        batch = super().test_batch(0, self.options.grid_size)
+        batch = self.test_batch(0, self.options.grid_size)
         sampler = SpeculativeSampler(rule="recursive", num_draft_tokens=8, guidance_scale=self.options.guidance_scale)
         seeds = list(range(self.options.grid_size))
-        codes = sampler.sample(self.backbone, batch["attributes"], seeds=seeds, drafter=model.eval()).codes
+        codes = sampler.sample(self.backbone, batch["condition"], seeds=seeds, drafter=model.eval()).codes
         assert isinstance(codes, Tensor)
-        columns = min(16, self.options.grid_size)
-        rows = zip(batch["image"].split(columns), self.tokenizer.decode(codes).split(columns), strict=True)
-        return to_grid(torch.cat([part for pair in rows for part in pair]), columns)
-
-    @torch.no_grad()
-    def _read(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        batch["codes"] = self.tokenizer.encode(batch["image"]).codes.flatten(1)
-        batch["hidden"] = hidden_states(self.backbone, batch["codes"], batch["attributes"])
-        return batch
+        return paired_grid(batch["image"], self.tokenizer.decode(codes))
 
     def _embeddings(self, codes: Tensor) -> Tensor:
         """Embeddings of the codes behind each hidden state but the last, ``[B, L, D]``; placeholders are code 0."""
@@ -163,7 +153,7 @@ def drafter_losses(
     return feature, (cross_entropy * mask).sum() / total
 
 
-def hidden_states(backbone: Any, codes: Tensor, condition: Any) -> Tensor:
+def hidden_states(backbone: LlamaGenTransformer, codes: Tensor, condition: Tensor) -> Tensor:
     """Hidden states of a whole sequence as they enter the head, condition positions included: ``[B, T + N - 1, D]``."""
     condition = backbone.cls_embedding.check(condition, values=False)
     x = torch.cat([backbone.cls_embedding(condition), backbone.embed(codes[:, :-1])], dim=1)
@@ -185,7 +175,7 @@ def load_backbone(source: str | Path) -> LlamaGenTransformer:
         ValueError: nothing of the kind is there.
     """
     if (Path(source) / RECIPE_FILE).is_file():
-        model = load_transformer(source)
+        model = cast(LlamaGenTransformer, load_transformer(source))
     else:
-        model = LlamaGenTransformer.from_pretrained(_component(source, "backbone"))
+        model = LlamaGenTransformer.from_pretrained(component_folder(source, "backbone"))
     return model.float().eval().requires_grad_(False)

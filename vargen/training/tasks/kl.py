@@ -17,13 +17,14 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
-from vargen.datasets.heroes.compose import HeroesDataset
-from vargen.training.sources import RECIPE_FILE, _component, read_run
-from vargen.training.tasks.base import Task, model_from, to_grid
-from vargen.training.tasks.vq import _psnr, _to_uint8
+from vargen.datasets.base import Dataset
+from vargen.training.data import open_dataset
+from vargen.training.sources import RECIPE_FILE, component_folder, read_run
+from vargen.training.tasks.base import Task, model_from, paired_grid
+from vargen.training.tasks.vq import reconstruction_psnr
 from vargen.validation.folders import check_component, one_line, read_settings
 
-SCALE_IMAGES = 1024  # heroes over which the spread of latents is measured
+SCALE_IMAGES = 1024  # training images over which the spread of latents is measured
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,31 +73,20 @@ class KLTask(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """PSNR in dB of decoded posterior means over all pixels and over the pixels of the hero (8-bit images)."""
-        total = torch.zeros(4, dtype=torch.float64)
-        for batch in self.test_batches():
-            images = batch["image"]
-            restored = model(images).sample
-            error = ((_to_uint8(restored) - _to_uint8(images)) / 255).square()
-            hero = (images != images[:, :, :1, :1]).any(1, keepdim=True)  # the top left pixel is background
-            hero = hero.expand_as(error)
-            parts = [error.sum(), error.new_tensor(error.numel()), error[hero].sum(), hero.sum()]
-            total += torch.stack(parts).double().cpu()
-        return {"psnr": _psnr(total[0] / total[1]), "psnr_hero": _psnr(total[2] / total[3])}
+        """PSNR in dB of decoded posterior means over all pixels and over the foreground (8-bit images)."""
+        return reconstruction_psnr(self, lambda images: model(images).sample)
 
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
-        """Test heroes, each above its reconstruction."""
+        """Test images, each above its reconstruction."""
         images = self.test_batch(0, self.options.grid_size)["image"]
-        columns = min(16, len(images))
-        rows = zip(images.split(columns), model(images).sample.split(columns), strict=True)
-        return to_grid(torch.cat([part for pair in rows for part in pair]), columns)
+        return paired_grid(images, model(images).sample)
 
 
 def load_autoencoder(source: str | Path) -> AutoencoderKL:
     """Load a frozen autoencoder in evaluation mode.
 
-    Weights of a run come with no ``scaling_factor`` yet; it is measured on heroes, so that latents have unit variance.
+    Weights of a run come with no ``scaling_factor`` yet; it is measured on the run's data set, so that latents have unit variance.
 
     Args:
         source: folder of a training run (its newest averaged weights are taken), of a saved autoencoder, of a pipeline that
@@ -113,19 +103,18 @@ def load_autoencoder(source: str | Path) -> AutoencoderKL:
         model = AutoencoderKL(**recipe.model)
         model.load_state_dict(weights)
         model.eval()
-        model.register_to_config(scaling_factor=measure_scale(model, recipe.seed))
+        model.register_to_config(scaling_factor=measure_scale(model, open_dataset(recipe, kind="image")))
     else:
-        model = _from_folder(_component(source, "tokenizer"))
+        model = _from_folder(component_folder(source, "tokenizer"))
     return model.eval().requires_grad_(False)
 
 
 @torch.no_grad()
-def measure_scale(model: AutoencoderKL, seed: int) -> float:
-    """One over the standard deviation of the latents of ``SCALE_IMAGES`` training heroes, to four digits."""
-    heroes = HeroesDataset(seed)
+def measure_scale(model: AutoencoderKL, data: Dataset) -> float:
+    """One over the standard deviation of the latents of the first ``SCALE_IMAGES`` images, to four digits."""
     latents = []
     for part in np.array_split(np.arange(SCALE_IMAGES), 16):
-        posterior = model.encode(heroes.examples(part)["image"]).latent_dist
+        posterior = model.encode(data.examples(part)["image"]).latent_dist
         latents.append((posterior.mean.square() + posterior.var).mean())
     spread = torch.stack(latents).mean().sqrt()
     return float(f"{1 / spread.item():.4g}")

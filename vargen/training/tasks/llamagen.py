@@ -1,24 +1,28 @@
 """Training of LlamaGen's transformer on the codes of a frozen tokenizer (arXiv:2406.06525, section 3.2).
 
-Heroes are composed and encoded afresh at every step; no example is seen twice.
+Examples are made and encoded afresh at every step.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vargen.backbones.llamagen.model import LlamaGenTransformer
-from vargen.datasets.heroes.compose import HeroAtlas
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
 from vargen.training.sources import load_tokenizer
-from vargen.training.tasks.base import Task, model_from, to_grid
+from vargen.training.tasks.base import Task, model_from, paired_grid
+
+if TYPE_CHECKING:
+    from vargen.samplers.base import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,30 +31,31 @@ class LlamaGenOptions:
 
     tokenizer: str = "runs/heroes32-vq"  # folder of a tokenizer run or of a saved tokenizer, or a model's name
     guidance_scale: float = 2.0
-    grid_size: int = 16  # pictures on the sample grid, from attributes of test heroes
+    grid_size: int = 16  # pictures on the sample grid, from conditions of test images
 
 
 class LlamaGenTask(Task):
-    """Train a ``LlamaGenTransformer`` on attributes and codes of heroes."""
+    """Train a ``LlamaGenTransformer`` on conditions and codes."""
 
     Options: ClassVar[type[Any]] = LlamaGenOptions
-    tokenizer_kind: ClassVar[type[Any]] = VQTokenizer
+    tokenizer_kind: ClassVar[type[ModelMixin]] = VQTokenizer
 
     def __init__(self, recipe: Recipe, rank: int = 0, world_size: int = 1) -> None:
         super().__init__(recipe, rank, world_size)
-        self.tokenizer: Any = load_tokenizer(self.options.tokenizer, self.tokenizer_kind)
+        self.tokenizer: VQTokenizer = load_tokenizer(self.options.tokenizer, self.tokenizer_kind)
 
     def build(self, initialize: bool) -> LlamaGenTransformer:
-        """Make the transformer for the tokenizer's codebook and the atlas's attributes."""
-        atlas = HeroAtlas.load()
-        fixed: dict[str, Any] = {
-            "codebook_size": self.tokenizer.codebook_size,
-            "condition_type": "attributes",
-            "num_attributes": atlas.num_attributes,
-            "num_condition_tokens": len(atlas.slots),
-            "class_dropout_prob": 0.0,  # the stream of heroes drops conditions: a resumed run sees the same
-        }
-        return model_from(LlamaGenTransformer, self.recipe.model, **fixed)
+        """Make the transformer for the tokenizer's codebook and the data set's conditions."""
+        return model_from(LlamaGenTransformer, self.model_settings(), **self.fixed())
+
+    def fixed(self) -> dict[str, Any]:
+        """Settings that tokenizer and data decide."""
+        return {"codebook_size": self.tokenizer.codebook_size, **self.condition_settings()}
+
+    def model_settings(self) -> dict[str, Any]:
+        """The recipe's settings of the model; the grid is that of the data set's images unless they say otherwise."""
+        height, width = (side // self.tokenizer.downsample for side in self.train_data.image_size)
+        return {"grid_size": (height, width), **self.recipe.model}
 
     def setup(self, device: torch.device) -> None:
         """Move the tokenizer to the device of training."""
@@ -62,46 +67,40 @@ class LlamaGenTask(Task):
         for layer in model.layers:  # type: ignore[union-attr]
             layer.compile()
 
-    def batch(self, step: int) -> dict[str, Tensor]:
-        """Attributes and codes of one step."""
-        return self._encode(super().batch(step))
-
-    def test_batch(self, start: int, size: int) -> dict[str, Tensor]:
-        """Attributes, codes and pictures of test heroes."""
-        return self._encode(super().test_batch(start, size))
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the codes, ``[B, N]``."""
+        return {**batch, "codes": self.tokenizer.encode(batch["image"]).codes.flatten(1)}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy in nats per token."""
-        logits = model(batch["codes"], batch["attributes"])
+        logits = model(batch["codes"], batch["condition"])
         loss = F.cross_entropy(logits.flatten(0, 1), batch["codes"].flatten())
         return loss, {"nats_per_token": loss.detach()}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Nats per token of fresh heroes under their full attributes, and under none."""
-        total, null, count = 0.0, 0.0, 0
+        """Nats per token of test images under their full conditions, under none, and under the data set's variants."""
+        totals: dict[str, float] = defaultdict(float)
+        count = 0
         for batch in self.test_batches(32):
-            codes, attributes = batch["codes"], batch["attributes"]
-            for which, condition in enumerate((attributes, torch.zeros_like(attributes))):
-                nats = F.cross_entropy(model(codes, condition).flatten(0, 1), codes.flatten(), reduction="sum").item()
-                total, null = (total + nats, null) if which == 0 else (total, null + nats)
+            codes = batch["codes"]
+            for name, condition in self.conditions(batch).items():
+                logits = model(codes, condition).flatten(0, 1)
+                totals[name] += F.cross_entropy(logits, codes.flatten(), reduction="sum").item()
             count += codes.numel()
-        return {"held_out_nats_per_token": total / count, "held_out_nats_per_token_null": null / count}
+        return {f"held_out_nats_per_token{name}": total / count for name, total in totals.items()}
 
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
-        """Guided samples for the attributes of test heroes, below the heroes themselves."""
+        """Guided samples for the conditions of test images, below the images themselves."""
+        batch = self.test_batch(0, self.options.grid_size)
+        output = self.sampler().sample(model, batch["condition"], seeds=list(range(len(batch["condition"]))))
+        assert isinstance(output.codes, Tensor)
+        return paired_grid(batch["image"], self.tokenizer.decode(output.codes))
+
+    def sampler(self) -> Sampler:
+        """What draws the sample grids."""
         from vargen.samplers.window.next_token import NextTokenSampler
 
-        batch = self.test_batch(0, self.options.grid_size)
-        sampler = NextTokenSampler(guidance_scale=self.options.guidance_scale)
-        output = sampler.sample(model, batch["attributes"], seeds=list(range(self.options.grid_size)))
-        assert isinstance(output.codes, Tensor)
-        columns = min(16, self.options.grid_size)
-        rows = zip(batch["image"].split(columns), self.tokenizer.decode(output.codes).split(columns), strict=True)
-        return to_grid(torch.cat([part for pair in rows for part in pair]), columns)
-
-    @torch.no_grad()
-    def _encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        batch["codes"] = self.tokenizer.encode(batch["image"]).codes.flatten(1)
-        return batch
+        return NextTokenSampler(guidance_scale=self.options.guidance_scale)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,7 @@ from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.samplers.acceptance.gaussian import log_ratio
 from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.training.recipe import Recipe
-from vargen.training.tasks.mar import CausalMARTask, MAROptions, load_continuous
+from vargen.training.tasks.mar import CausalMARTask, ContinuousTransformer, MAROptions, load_continuous
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class MARDraftTask(CausalMARTask):
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """KL between the laws of whole paths, in nats a token."""
-        _, target, draft = self._laws(model, batch, None)
+        _, target, draft = self._laws(cast(CausalMARTransformer, model), batch, None)
         nats = _path_kl(target, draft).mean()
         return nats, {"path_kl": nats.detach()}
 
@@ -82,28 +82,28 @@ class MARDraftTask(CausalMARTask):
         accepted, nats, count = 0.0, 0.0, 0
         for i, batch in enumerate(self.test_batches(16)):
             generator = torch.Generator(self.device).manual_seed(i)
-            states, target, draft = self._laws(model, batch, generator)
+            states, target, draft = self._laws(cast(CausalMARTransformer, model), batch, generator)
             ratio = log_ratio(states[:, 1:], target, draft)
             accepted += float((-ratio).exp().clamp(max=1.0).sum())
             nats += float(_path_kl(target, draft).sum())
             count += len(ratio)
         return {"held_out_acceptance": accepted / count, "held_out_path_kl": nats / count}
 
-    def draw(self, model: Any, attributes: Tensor) -> Tensor:
+    def draw(self, model: ContinuousTransformer, condition: Tensor) -> Tensor:
         """Tokens ``[B, N, D]`` for the grid: the target's, drafted by the model."""
         sampler = ContinuousSpeculativeSampler(
             guidance_scale=self.options.guidance_scale, num_draft_tokens=self.options.gamma
         )
-        seeds = list(range(len(attributes)))
-        latents = sampler.sample(self.backbone, attributes, seeds=seeds, drafter=model.eval()).latents
+        seeds = list(range(len(condition)))
+        latents = sampler.sample(self.backbone, condition, seeds=seeds, drafter=model.eval()).latents
         assert latents is not None
         return latents
 
     def _laws(
-        self, model: Any, batch: Mapping[str, Tensor], generator: torch.Generator | None
+        self, model: CausalMARTransformer, batch: Mapping[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         """Paths of the target at some positions of every image, and the laws of both models along them."""
-        tokens, condition = model.to_tokens(batch["latents"]), batch["attributes"]
+        tokens, condition = model.to_tokens(batch["latents"]), batch["condition"]
         chosen = torch.rand(tokens.shape[:2], generator=generator, device=tokens.device).argsort(1)
         chosen = chosen[:, : self.options.num_positions]  # B k
         rows = torch.arange(len(tokens), device=tokens.device)[:, None]

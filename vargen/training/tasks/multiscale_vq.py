@@ -12,6 +12,7 @@ import torch
 
 from vargen.checkpoints.reader import load_strict
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
+from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.sources import load_tokenizer
 from vargen.training.tasks.base import model_from
 from vargen.training.tasks.vq import VQOptions, VQTask
@@ -33,16 +34,16 @@ class MultiScaleVQTask(VQTask):
     Options = MultiScaleVQOptions
 
     def build(self, initialize: bool) -> MultiScaleVQTokenizer:  # type: ignore[override]
-        """Make the tokenizer; its codebook comes from another tokenizer or from k-means over training heroes."""
+        """Make the tokenizer; its codebook comes from another tokenizer or from k-means over training images."""
         model: MultiScaleVQTokenizer = model_from(MultiScaleVQTokenizer, self.recipe.model)
         if initialize and self.options.init_from:
-            start = load_tokenizer(self.options.init_from)
+            start: VQTokenizer = load_tokenizer(self.options.init_from)
             model.quantize.embedding.weight.data.copy_(start.codebook)
             load_strict(model.post_quant_conv, start.post_quant_conv.state_dict())
             load_strict(model.decoder, start.decoder.state_dict())
         elif initialize:
             size = self.options.num_kmeans_images
-            images = self._train.examples(torch.arange(size).numpy())["image"]
+            images = self.train_data.examples(torch.arange(size).numpy())["image"]
             generator = torch.Generator().manual_seed(self.recipe.seed)
             rounds = self.options.num_kmeans_rounds
             model.init_codebook_(images, generator, self.options.num_kmeans_iterations, rounds)

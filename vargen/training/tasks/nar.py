@@ -7,17 +7,19 @@ blocks know the positions and the parts already, what changes is who sees whom.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.nar.model import NARTransformer
-from vargen.datasets.heroes.compose import HeroAtlas
-from vargen.training.sources import _component
-from vargen.training.tasks.base import model_from, to_grid
+from vargen.training.sources import component_folder
+from vargen.training.tasks.base import model_from
 from vargen.training.tasks.llamagen import LlamaGenOptions, LlamaGenTask
+
+if TYPE_CHECKING:
+    from vargen.samplers.base import Sampler
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,39 +31,24 @@ class NAROptions(LlamaGenOptions):
 
 
 class NARTask(LlamaGenTask):
-    """Train a ``NARTransformer`` on attributes and codes of heroes."""
+    """Train a ``NARTransformer`` on conditions and codes."""
 
     Options = NAROptions
 
     def build(self, initialize: bool) -> NARTransformer:  # type: ignore[override]
-        """Make the transformer for the tokenizer's codebook and the atlas's attributes."""
-        atlas = HeroAtlas.load()
-        fixed: dict[str, Any] = {
-            "codebook_size": self.tokenizer.codebook_size,
-            "condition_type": "attributes",
-            "num_attributes": atlas.num_attributes,
-            "num_condition_tokens": len(atlas.slots),
-            "class_dropout_prob": 0.0,  # the stream of heroes drops conditions: a resumed run sees the same
-        }
-        model: NARTransformer = model_from(NARTransformer, self.recipe.model, **fixed)
+        """Make the transformer for the tokenizer's codebook and the data set's conditions."""
+        model: NARTransformer = model_from(NARTransformer, self.model_settings(), **self.fixed())
         if initialize and self.options.start:
-            source = LlamaGenTransformer.from_pretrained(_component(self.options.start, "backbone"))
+            source = LlamaGenTransformer.from_pretrained(component_folder(self.options.start, "backbone"))
             codes = torch.cat([self.test_batch(start, 64)["codes"] for start in range(0, 256, 64)])
             start_from(model, source, tuple(self.options.blocks), codes)
         return model
 
-    @torch.no_grad()
-    def sample_grid(self, model: nn.Module) -> Tensor:
-        """Guided samples for the attributes of test heroes, below the heroes themselves."""
+    def sampler(self) -> Sampler:
+        """What draws the sample grids."""
         from vargen.samplers.schedule.neighboring import NeighboringSampler
 
-        batch = self.test_batch(0, self.options.grid_size)
-        sampler = NeighboringSampler(guidance_scale=self.options.guidance_scale)
-        output = sampler.sample(model, batch["attributes"], seeds=list(range(self.options.grid_size)))
-        assert isinstance(output.codes, Tensor)
-        columns = min(16, self.options.grid_size)
-        rows = zip(batch["image"].split(columns), self.tokenizer.decode(output.codes).split(columns), strict=True)
-        return to_grid(torch.cat([part for pair in rows for part in pair]), columns)
+        return NeighboringSampler(guidance_scale=self.options.guidance_scale)
 
 
 @torch.no_grad()

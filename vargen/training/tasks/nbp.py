@@ -1,25 +1,26 @@
 """Training of NBP's transformer on the codes of a frozen video tokenizer (arXiv:2502.07737, section 3.2).
 
-Clips are composed and encoded afresh at every step; no example is seen twice.
+Clips are made and encoded afresh at every step.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.nbp.model import NBPTransformer
-from vargen.datasets.heroes.atlas import HeroAtlas
-from vargen.datasets.motion.compose import FRAMES, num_attributes
+from vargen.datasets.motion.compose import FRAMES
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.training.recipe import Recipe
 from vargen.training.tasks.base import model_from
 from vargen.training.tasks.llamagen import LlamaGenTask
-from vargen.training.tasks.video import MotionTask, to_strips
+from vargen.training.tasks.video import ClipTask, to_strips
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class NBPOptions:
     frames: int = 17
     guidance_scale: float = 1.5
     temperature: float = 0.8
-    grid_size: int = 14  # clips on the sample strip, from attributes of test clips
+    grid_size: int = 14  # clips on the sample strip, from conditions of test clips
 
     def __post_init__(self) -> None:
         if self.frames not in FRAMES:
@@ -39,8 +40,8 @@ class NBPOptions:
             raise ValueError(f"options.grid_size must be >= 1, got {self.grid_size}")
 
 
-class NBPTask(MotionTask, LlamaGenTask):
-    """Train an ``NBPTransformer`` on attributes and codes of moving heroes."""
+class NBPTask(ClipTask, LlamaGenTask):
+    """Train an ``NBPTransformer`` on conditions and codes of clips."""
 
     Options = NBPOptions
     tokenizer_kind = VideoFSQTokenizer
@@ -50,29 +51,19 @@ class NBPTask(MotionTask, LlamaGenTask):
         self._known = _PatchCodes(self.tokenizer) if self.tokenizer.config.dictionary else None
 
     def build(self, initialize: bool) -> NBPTransformer:  # type: ignore[override]
-        """Make the transformer for the tokenizer's codes and the attributes of moving heroes."""
-        fixed: dict[str, Any] = {
-            "codebook_size": self.tokenizer.codebook_size,
-            "condition_type": "attributes",
-            "num_attributes": num_attributes(),
-            "num_condition_tokens": len(HeroAtlas.load().slots) + 1,
-            "max_positions": None,
-            "class_dropout_prob": 0.0,  # the stream of clips drops conditions: a resumed run sees the same
-            "attribute_dropout_prob": 0.0,
-        }
+        """Make the transformer for the tokenizer's codes and the data set's conditions."""
+        fixed: dict[str, Any] = {**self.fixed(), "max_positions": None, "attribute_dropout_prob": 0.0}
         return model_from(NBPTransformer, self.recipe.model, **fixed)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Nats per token of fresh clips: under full attributes, under none, without the motion; and of first frames."""
-        totals = {"": 0.0, "_null": 0.0, "_no_motion": 0.0, "_first_frame": 0.0}
-        count = frame = 0
+        """Nats per token of test clips: under full conditions, under none, under the variants; and of first frames."""
+        totals: dict[str, float] = defaultdict(float)
+        count = 0
         for batch in self.test_batches(16):
-            codes, full = batch["codes"], batch["labels"]
-            still = full.clone()
-            still[:, -1] = 0
+            codes = batch["codes"]
             frame = codes.shape[1] // (1 + (self.options.frames - 1) // self.tokenizer.temporal_factor)
-            for name, condition in (("", full), ("_null", torch.zeros_like(full)), ("_no_motion", still)):
+            for name, condition in self.conditions(batch).items():
                 logits = model(codes, condition)
                 nats = F.cross_entropy(logits.flatten(0, 1), codes.flatten(), reduction="none").view_as(codes)
                 totals[name] += nats.sum().item()
@@ -83,21 +74,21 @@ class NBPTask(MotionTask, LlamaGenTask):
 
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
-        """Guided samples for the attributes of test clips, each below the clip itself."""
+        """Guided samples for the conditions of test clips, each below the clip itself."""
         from vargen.samplers.schedule.next_block import NextBlockSampler
 
         batch = self.test_batch(0, self.options.grid_size)
         sampler = NextBlockSampler(guidance_scale=self.options.guidance_scale, temperature=self.options.temperature)
-        output = sampler.sample(model, batch["labels"], seeds=list(range(len(batch["labels"]))))
+        output = sampler.sample(model, batch["condition"], seeds=list(range(len(batch["condition"]))))
         assert isinstance(output.codes, Tensor)
         drawn = self.tokenizer.decode(output.codes.view(-1, *model.grid_size))  # type: ignore[misc]
-        return to_strips(torch.stack([batch["clip"], drawn], dim=1).flatten(0, 1))
+        return to_strips(rearrange([batch["clip"], drawn], "pair n c t h w -> (n pair) c t h w"))
 
     @torch.no_grad()
-    def _encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    def encode(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Add the codes, ``[B, N]``."""
         encode = self._known or (lambda clips: self.tokenizer.encode(clips).codes)
-        batch["codes"] = encode(batch["clip"]).flatten(1)
-        return batch
+        return {**batch, "codes": encode(batch["clip"]).flatten(1)}
 
 
 class _PatchCodes:
@@ -114,7 +105,7 @@ class _PatchCodes:
     def __call__(self, clips: Tensor) -> Tensor:
         """``[B, 3, T, H, W]`` to ``[B, t, h, w]``, as ``encode`` does."""
         patches = self.tokenizer.patch(clips)
-        rows = patches.permute(0, 2, 3, 4, 1).flatten(0, 3)
+        rows = rearrange(patches, "b c t h w -> (b t h w) c")
         keys, inverse = (((rows + 1) * 127.5).round().long() @ self.hash.to(rows.device)).unique(return_inverse=True)
         if len(self.keys):
             place = torch.searchsorted(self.keys, keys).clamp(max=len(self.keys) - 1)

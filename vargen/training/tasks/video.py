@@ -1,4 +1,4 @@
-"""Training of video tokenizers with scalar codes: reconstruction of moving heroes (arXiv:2502.07737, section 3.1).
+"""Training of video tokenizers with scalar codes: reconstruction of clips (arXiv:2502.07737, section 3.1).
 
 No discriminator. Where the encoder is a dictionary, its patches come from k-means before the first step, and the decoder
 alone is trained: it corrects patches from their surroundings and from earlier frames.
@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.datasets.motion.compose import FRAMES
-from vargen.datasets.motion.dataset import MotionDataset
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.vq.kmeans import _assign, _update
 from vargen.training.tasks.base import Task, model_from, to_grid
@@ -44,29 +44,29 @@ class VideoOptions:
                 raise ValueError(f"options.{name} must be >= 1, got {getattr(self, name)}")
 
 
-class MotionTask(Task):
-    """Base of the tasks on moving heroes."""
+class ClipTask(Task):
+    """Base of the tasks on clips."""
 
-    data_name = "motion"
+    data_kind = "clip"
 
-    def dataset(self, seed: int, **options: Any) -> MotionDataset:
-        """Open a stream of clips."""
-        return MotionDataset(seed, frames=self.options.frames, **options)
+    def data_options(self) -> dict[str, Any]:
+        """The length of clips."""
+        return {"frames": self.options.frames}
 
 
-class VideoTask(MotionTask):
+class VideoTask(ClipTask):
     """Train a ``VideoFSQTokenizer``."""
 
     Options = VideoOptions
 
     def build(self, initialize: bool) -> VideoFSQTokenizer:
-        """Make the tokenizer; the patches of a dictionary are found over clips of the training stream."""
+        """Make the tokenizer; the patches of a dictionary are found over training clips."""
         model: VideoFSQTokenizer = model_from(VideoFSQTokenizer, self.recipe.model)
         if initialize and self.recipe.model.get("dictionary"):
             o = self.options
             parts = np.array_split(np.arange(o.num_dictionary_clips), -(-o.num_dictionary_clips // 50))
-            clips = (self._train.examples(part)["clip"] for part in parts)
-            rows = [model.features(part).permute(0, 2, 3, 4, 1).flatten(0, 3) for part in clips]
+            clips = (self.train_data.examples(part)["clip"] for part in parts)
+            rows = [rearrange(model.features(part), "b c t h w -> (b t h w) c") for part in clips]
             patches = ((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8)
             generator = torch.Generator().manual_seed(self.recipe.seed)
             found = find_patches(patches, model.codebook_size, generator, o.num_kmeans_iterations)
@@ -101,13 +101,13 @@ class VideoTask(MotionTask):
     def sample_grid(self, model: nn.Module) -> Tensor:
         """Test clips as strips, each above its reconstruction."""
         clips = self.test_batch(0, self.options.grid_size)["clip"]
-        return to_strips(torch.stack([clips, model(clips).videos], dim=1).flatten(0, 1))
+        return to_strips(rearrange([clips, model(clips).videos], "pair n c t h w -> (n pair) c t h w"))
 
 
 def to_strips(clips: Tensor, scale: int = 2) -> Tensor:
     """One row a clip, ``[n, 3, T, H, W]`` in [-1, 1], the first frame and every second one after it: ``[3, H', W']`` uint8."""
     shown = clips[:, :, [0, *range(1, clips.shape[2], 2)]]
-    return to_grid(shown.transpose(1, 2).flatten(0, 1), shown.shape[2], scale)
+    return to_grid(rearrange(shown, "n c t h w -> (n t) c h w"), shown.shape[2], scale)
 
 
 @torch.no_grad()

@@ -6,16 +6,18 @@ Patch tokenizers have their codebook from k-means before the first step and trai
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.tokenizers.vq.model import VQTokenizer
-from vargen.training.tasks.base import Task, model_from, to_grid
+from vargen.training.tasks.base import Task, model_from, paired_grid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,7 +28,7 @@ class VQOptions:
     mse_weight: float = 1.0
     num_kmeans_images: int = 8000
     num_kmeans_iterations: int = 12
-    restart_every: int = 0  # steps between restarts of codes that no recent hero uses; 0 = never
+    restart_every: int = 0  # steps between restarts of codes that no recent image uses; 0 = never
     num_restart_images: int = 512
     grid_size: int = 16  # pictures on the sample grid, originals above reconstructions
 
@@ -44,11 +46,11 @@ class VQTask(Task):
     Options = VQOptions
 
     def build(self, initialize: bool) -> VQTokenizer:
-        """Make the tokenizer; its codebook starts from k-means over heroes of the training stream."""
+        """Make the tokenizer; its codebook starts from k-means over training images."""
         model: VQTokenizer = model_from(VQTokenizer, self.recipe.model)
         if initialize:
             size = self.options.num_kmeans_images
-            images = self._train.examples(np.arange(size))["image"]
+            images = self.train_data.examples(np.arange(size))["image"]
             generator = torch.Generator().manual_seed(self.recipe.seed)
             model.init_codebook_(images, generator, self.options.num_kmeans_iterations)
         return model
@@ -73,16 +75,15 @@ class VQTask(Task):
     def after_step(self, model: nn.Module, step: int) -> None:
         """Every ``restart_every`` steps, move unused codes of a learned codebook onto encoder outputs.
 
-        Use is counted afresh on heroes of this step's stream position, not remembered, so that a resumed run agrees.
+        Use is counted afresh on training images that follow this step's, not remembered, so that a resumed run agrees.
         """
         every = self.options.restart_every
         if not every or (step + 1) % every or not isinstance(model, VQTokenizer):
             return
         first = (step + 1) * self.recipe.data.batch_size
-        images = self._to_device(self._train.examples(np.arange(first, first + self.options.num_restart_images)))
-        vectors = torch.cat(
-            [model.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in images["image"].split(64)]
-        )
+        images = self.on_device(self.train_data.examples(np.arange(first, first + self.options.num_restart_images)))
+        latents = [model.features(part) for part in images["image"].split(64)]
+        vectors = rearrange(torch.cat(latents), "b c h w -> (b h w) c")
         counts = torch.bincount(model.quantize.nearest(vectors), minlength=model.codebook_size)
         model.quantize.code_counts.copy_(counts)
         generator = torch.Generator().manual_seed(self.recipe.seed + step)
@@ -90,28 +91,30 @@ class VQTask(Task):
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """PSNR in dB over all pixels and over the pixels of the hero (8-bit images, one mean over the set)."""
-        total = torch.zeros(4, dtype=torch.float64)
-        for batch in self.test_batches():
-            images = batch["image"]
-            restored = model(images).images
-            error = ((_to_uint8(restored) - _to_uint8(images)) / 255).square()
-            hero = (images != images[:, :, :1, :1]).any(1, keepdim=True)  # the top left pixel is background
-            hero = hero.expand_as(error)
-            total += (
-                torch.stack([error.sum(), error.new_tensor(error.numel()), error[hero].sum(), hero.sum()])
-                .double()
-                .cpu()
-            )
-        return {"psnr": _psnr(total[0] / total[1]), "psnr_hero": _psnr(total[2] / total[3])}
+        """PSNR in dB over all pixels and over the foreground (8-bit images, one mean over the set)."""
+        return reconstruction_psnr(self, lambda images: model(images).images)
 
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
-        """Test heroes, each above its reconstruction."""
+        """Test images, each above its reconstruction."""
         images = self.test_batch(0, self.options.grid_size)["image"]
-        columns = min(16, len(images))
-        rows = zip(images.split(columns), model(images).images.split(columns), strict=True)
-        return to_grid(torch.cat([part for pair in rows for part in pair]), columns)
+        return paired_grid(images, model(images).images)
+
+
+def reconstruction_psnr(task: Task, restore: Callable[[Tensor], Tensor]) -> dict[str, float]:
+    """PSNR in dB of test images over all pixels, and over the foreground where the data set knows one."""
+    sums: dict[str, list[Tensor]] = defaultdict(list)
+    for batch in task.test_batches():
+        images = batch["image"]
+        error = ((_to_uint8(restore(images)) - _to_uint8(images)) / 255).square()
+        foreground = task.test_data.foreground(images)
+        parts = {"psnr": error}
+        if foreground is not None:
+            parts["psnr_foreground"] = error[foreground.expand_as(error)]
+        for name, part in parts.items():
+            sums[name].append(torch.stack([part.sum(), part.new_tensor(part.numel())]).double().cpu())
+    totals = {name: torch.stack(rows).sum(0) for name, rows in sums.items()}
+    return {name: _psnr(total / count) for name, (total, count) in totals.items()}
 
 
 def _to_uint8(images: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Digests of files, and folders of small classifiers."""
+"""Weights of feature networks: digests, strict loading, folders of small classifiers."""
 
 from __future__ import annotations
 
@@ -14,12 +14,6 @@ from vargen.files import atomic_write, make_folder
 from vargen.validation.reading import read_json
 
 _CONFIG, _WEIGHTS = "classifier.json", "model.safetensors"
-
-
-def file_digest(path: str | Path) -> str:
-    """Return the SHA-256 of a file as hex digits."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def state_digest(module: Any) -> str:
