@@ -22,7 +22,7 @@ from vargen.features import Feature
 from vargen.outputs import Guarantee
 from vargen.random import Stream, uniform
 from vargen.samplers.base import Inputs, Run
-from vargen.samplers.heads.diffusion import ChainHead, ContinuousSampler, ChainNoise, work_dtype
+from vargen.samplers.heads.diffusion import ChainHead, ChainNoise, ContinuousSampler, work_dtype
 from vargen.samplers.state import DecodeState
 from vargen.validation.checks import check_choice, check_integer
 
