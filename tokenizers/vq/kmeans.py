@@ -16,7 +16,7 @@ _CHUNK_ENTRIES = 1 << 22  # distances held at once: 16 MiB of float32, close to 
 _SEEDS_PER_CENTROID = 16  # size of the seeding sample, in vectors for each centroid
 
 
-def _assign(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
+def assign(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, Tensor]:
     """Return nearest index ``[n]`` and squared distance ``[n]``."""
     norms = centroids.square().sum(-1)
     index = torch.empty(vectors.shape[0], dtype=torch.int64, device=vectors.device)
@@ -91,14 +91,14 @@ def kmeans(
     centroids = _seed(vectors, weights, num_centroids, generator)
     previous = None
     for _ in range(num_iterations):
-        index, distance = _assign(vectors, centroids)
+        index, distance = assign(vectors, centroids)
         if previous is not None and bool((index == previous).all()):
             break
         previous = index
-        centroids = _update(vectors, weights, index, distance, num_centroids)
+        centroids = update(vectors, weights, index, distance, num_centroids)
         if l2_norm:
             centroids = F.normalize(centroids, dim=-1)
-    _, distance = _assign(vectors, centroids)
+    _, distance = assign(vectors, centroids)
     return centroids, float((distance * weights).sum() / weights.sum())
 
 
@@ -115,12 +115,13 @@ def refine(vectors: Tensor, centroids: Tensor) -> tuple[Tensor, float]:
     """
     vectors, counts = vectors.unique(dim=0, return_counts=True)
     weights = counts.float()
-    index, distance = _assign(vectors, centroids)
+    index, distance = assign(vectors, centroids)
     error = float((distance * weights).sum() / weights.sum())
-    return _update(vectors, weights, index, distance, len(centroids)), error
+    return update(vectors, weights, index, distance, len(centroids)), error
 
 
-def _update(vectors: Tensor, weights: Tensor, index: Tensor, distance: Tensor, num_centroids: int) -> Tensor:
+def update(vectors: Tensor, weights: Tensor, index: Tensor, distance: Tensor, num_centroids: int) -> Tensor:
+    """Means of the vectors of each centroid ``[V, C]``; an empty centroid moves to the worst-served vector."""
     sums = vectors.new_zeros(num_centroids, vectors.shape[1]).index_add_(0, index, vectors * weights[:, None])
     mass = weights.new_zeros(num_centroids).index_add_(0, index, weights)
     centroids = sums / mass.clamp(min=1)[:, None]

@@ -51,7 +51,7 @@ def bench(
         return
     if out is None:
         raise ValueError("name a folder for the report: --out bench-heroes")
-    from vargen.cli.eval import _features, _pipeline
+    from vargen.cli.eval import open_network, open_pipeline
     from vargen.evaluation import conditions as given
     from vargen.evaluation.benchmark import bench as run
     from vargen.evaluation.benchmark import bench_page
@@ -67,8 +67,8 @@ def bench(
         chosen = (
             given.prompt_file(prompts, count) if prompts is not None else given.class_conditions(classes or 0, count)
         )
-    features = _features(network, None, None, device) if num else network  # times alone need no network
-    pipe = _pipeline(model, None, device, dtype)
+    features = open_network(network, None, None, device) if num else network  # times alone need no network
+    pipe = open_pipeline(model, None, device, dtype)
     with _common.progress() as progress:
         report = run(
             pipe,

@@ -87,8 +87,8 @@ def fid(
         chosen = given.class_conditions(classes, num)
     elif held_out or full_captions:
         chosen = given.hero_conditions(num, held_out=held_out, full=full_captions)
-    features = _features(network, weights, tap, device)
-    pipe = _pipeline(model, sampler, device, dtype)
+    features = open_network(network, weights, tap, device)
+    pipe = open_pipeline(model, sampler, device, dtype)
     with _common.progress() as progress:
         report = evaluate_fid(
             pipe,
@@ -140,7 +140,7 @@ def compare(
         report = run(
             a,
             b,
-            network=_features(network, weights, tap, device),
+            network=open_network(network, weights, tap, device),
             infinity=infinity,
             interval=interval,
             inception_score=inception_score,
@@ -168,8 +168,8 @@ def reconstruction(
     from vargen.evaluation.reconstruction import evaluate_reconstruction
 
     _check_counts(num)
-    features = _features(network, weights, tap, device)
-    tokenizer = _pipeline(model, None, device).tokenizer
+    features = open_network(network, weights, tap, device)
+    tokenizer = open_pipeline(model, None, device).tokenizer
     with _common.progress() as progress:
         report = evaluate_reconstruction(
             tokenizer,
@@ -196,7 +196,7 @@ def likelihood(
     from vargen.evaluation.likelihood import evaluate_likelihood
 
     _check_counts(num)
-    pipe = _pipeline(model, None, device)
+    pipe = open_pipeline(model, None, device)
     with _common.progress() as progress:
         report = evaluate_likelihood(pipe, out, num=num, model=model, progress=progress)
     _show(report, out)
@@ -247,14 +247,16 @@ def _check_counts(num: int, classes: int | None = None) -> None:
     _common.check_number("--classes", classes, 1, 10**9)
 
 
-def _features(network: str, weights: Path | None, tap: str | None, device: str | None) -> Any:
+def open_network(network: str, weights: Path | None, tap: str | None, device: str | None) -> Any:
+    """The network whose features a command measures in."""
     from vargen.metrics.networks.registry import feature_network
 
     where = _common.pick_device(device)  # checked before anything is loaded
     return feature_network(network, weights, tap=tap).to(where)
 
 
-def _pipeline(model: str, sampler: str | None, device: str | None, dtype: str = "float32") -> Any:
+def open_pipeline(model: str, sampler: str | None, device: str | None, dtype: str = "float32") -> Any:
+    """The pipeline that a command draws with, its sampler swapped where one is named."""
     from diffusers.utils import logging
 
     from vargen.pipelines.image import ImagePipeline

@@ -57,7 +57,7 @@ def write_card(
         except (LookupError, TypeError, ValueError, AttributeError) as error:
             missing = printable(f"{type(error).__name__}: {error}")
             raise ValueError(f"{printable(file)} lacks what a card shows ({missing}); evaluate again") from error
-    text = _card(folder, reports, _recipe(folder, recipe))
+    text = _card(folder, reports, read_recipe(folder, recipe))
     path = folder / "README.md"
     with atomic_write(path, overwrite=True) as beside:
         beside.write_text(text)
@@ -68,13 +68,13 @@ def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -
     source = read_json(ATLAS_FOLDER / "atlas.json")["source"]
     lines = ["---", "library_name: vargen", "license: apache-2.0", "---", "", f"# {folder.name}", ""]
     lines += [_summary(folder), "", *_kept_section(folder / "README.md")]
-    lines += ["## Components", "", *_components(folder), ""]
+    lines += ["## Components", "", *component_lines(folder), ""]
     if any("heroes" in str(r["protocol"].get("reference", "")) for r in reports):
         lines += ["## Data", "", f"Pixel heroes composed at random from {source['title']} ({source['licence']}).", ""]
         lines += [source["note"], ""]
     lines += ["## Licence", "", "The weights: Apache-2.0, as the library.", ""]
     if recipe:
-        lines += ["## Training", "", *_flat(recipe), ""]
+        lines += ["## Training", "", *flat_lines(recipe), ""]
     lines += ["## Measurements", ""]
     for report in reports:
         lines += _measurement(report)
@@ -104,7 +104,7 @@ def _summary(folder: Path) -> str:
     return f"{backbone} over codes of {tokenizer}; load it with `ImagePipeline.from_pretrained({folder.name!r})`."
 
 
-def _components(folder: Path) -> list[str]:
+def component_lines(folder: Path) -> list[str]:
     """List every weights file with its parameters, counted from the file's own header."""
     from safetensors import safe_open
 
@@ -149,7 +149,8 @@ def _measurement(report: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _recipe(folder: Path, recipe: str | Path | None) -> dict[str, Any]:
+def read_recipe(folder: Path, recipe: str | Path | None) -> dict[str, Any]:
+    """The recipe beside a model, or the one that is named; empty without one."""
     candidates = [Path(recipe)] if recipe is not None else [folder / TRAINING_RECORD, folder / "recipe.toml"]
     for path in candidates:
         if path.is_file():
@@ -165,7 +166,7 @@ def _recipe(folder: Path, recipe: str | Path | None) -> dict[str, Any]:
     return {}
 
 
-def _flat(record: dict[str, Any], prefix: str = "") -> list[str]:
+def flat_lines(record: dict[str, Any], prefix: str = "") -> list[str]:
     """Return one line a section, and one line a value outside of sections."""
     values = {key: value for key, value in record.items() if not isinstance(value, dict)}
     if prefix and values:
@@ -174,7 +175,7 @@ def _flat(record: dict[str, Any], prefix: str = "") -> list[str]:
         lines = [f"- {key}: {value}" for key, value in values.items()]
     for key, value in record.items():
         if isinstance(value, dict):
-            lines += _flat(value, f"{prefix}.{key}" if prefix else key)
+            lines += flat_lines(value, f"{prefix}.{key}" if prefix else key)
     return lines
 
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from vargen.datasets.heroes.atlas import ATLAS_FOLDER
 from vargen.datasets.motion.compose import MOTIONS, PARTS
 from vargen.datasets.motion.dataset import MotionDataset
-from vargen.evaluation.card import _components, _flat, _recipe
+from vargen.evaluation.card import component_lines, flat_lines, read_recipe
 from vargen.evaluation.reconstruction import psnr
 from vargen.files import atomic_write
 from vargen.images import to_uint8
@@ -155,13 +155,13 @@ def _card(folder: Path, report: dict[str, Any]) -> str:
         "red and half blue).",
         "",
     ]
-    training = _recipe(folder, None)
+    training = read_recipe(folder, None)
     if training.get("tokenizer", {}).get("step") == 0:
         lines += ["Its decoder's correction is untrained and adds nothing: frames are the patches of the codes.", ""]
-    lines += ["## Components", "", *_components(folder), ""]
+    lines += ["## Components", "", *component_lines(folder), ""]
     lines += ["## Data", "", f"Composed at random from {source['title']} ({source['licence']}). {source['note']}", ""]
     lines += ["## Licence", "", "The weights: Apache-2.0, as the library.", ""]
-    lines += ["## Training", "", *_flat(training), "", "Again, from the root of the repository:", ""]
+    lines += ["## Training", "", *flat_lines(training), "", "Again, from the root of the repository:", ""]
     lines += ["```bash", "vargen train heroes-video-fsq", "vargen train heroes-video-nbp", "```", ""]
     lines += [
         "## Measurements",

@@ -155,11 +155,11 @@ class AttributeEmbedding(nn.Module):
 
         ``values=False`` leaves the range unchecked.
         """
-        ids = _ids(condition, "attribute ids", 2, self.embedding_table.weight.device)
+        ids = read_ids(condition, "attribute ids", 2, self.embedding_table.weight.device)
         if ids.shape[1] != self.num_tokens:
             raise ValueError(f"attribute ids must have shape [batch, {self.num_tokens}], got {tuple(ids.shape)}")
         if values:
-            _check_range(ids, self.num_attributes, f"attribute id must be in 0..{self.num_attributes - 1}")
+            check_range(ids, self.num_attributes, f"attribute id must be in 0..{self.num_attributes - 1}")
         return ids
 
     def mask(self, condition: Tensor) -> Tensor | None:
@@ -231,15 +231,16 @@ def drop_condition(
 
 def check_labels(condition: Any, num_classes: int, has_null: bool, device: torch.device, values: bool) -> Tensor:
     """Return labels ``[B]`` int64 on the device; ``values`` also looks at their range."""
-    labels = _ids(condition, "class labels", 1, device)
+    labels = read_ids(condition, "class labels", 1, device)
     if values:
         null = f" ({num_classes} = no class)" if has_null else ""
         rule = f"class label must be in 0..{num_classes - 1}{null}"
-        _check_range(labels, num_classes + has_null, rule)
+        check_range(labels, num_classes + has_null, rule)
     return labels
 
 
-def _ids(condition: Any, name: str, ndim: int, device: torch.device) -> Tensor:
+def read_ids(condition: Any, name: str, ndim: int, device: torch.device) -> Tensor:
+    """Return integer ids of ``ndim`` axes on a device; anything else raises ``ValueError``."""
     ids = torch.as_tensor(condition, device=device)
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise ValueError(f"{name} must be integers, got {ids.dtype}")
@@ -248,7 +249,8 @@ def _ids(condition: Any, name: str, ndim: int, device: torch.device) -> Tensor:
     return ids.long()
 
 
-def _check_range(ids: Tensor, size: int, rule: str) -> None:
+def check_range(ids: Tensor, size: int, rule: str) -> None:
+    """Raise ``ValueError`` for an id outside of 0..size - 1."""
     if ids.device.type == "meta" or ids.numel() == 0:
         return
     low, high = int(ids.min()), int(ids.max())

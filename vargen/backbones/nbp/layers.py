@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
-from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding, _check_range, _ids
+from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding, check_range, read_ids
 from vargen.backbones.layers.rope import rotate
 
 
@@ -93,12 +93,12 @@ class TextIds:
 
     def check(self, condition: Any, values: bool = True) -> Tensor:
         """Return text ids ``[B, num_tokens]`` int64, or say what is wrong with them."""
-        ids = _ids(condition, "text ids", 2, self.model.pos_emb.device)
+        ids = read_ids(condition, "text ids", 2, self.model.pos_emb.device)
         if ids.shape[1] != self.num_tokens:
             raise ValueError(f"text ids must have shape [batch, {self.num_tokens}], got {tuple(ids.shape)}")
         if values:
             size = int(self.model.config.text_vocabulary)
-            _check_range(ids, size, f"text id must be in 0..{size - 1}")
+            check_range(ids, size, f"text id must be in 0..{size - 1}")
         return ids
 
     def mask(self, condition: Tensor) -> Tensor | None:

@@ -112,7 +112,7 @@ def sample_attributes(seeds: ArrayLike, *, pairs: Pairs = "all") -> NDArray[np.i
     tables = _tables()
     if pairs not in get_args(Pairs):
         raise ValueError(f"pairs must be one of {', '.join(map(repr, get_args(Pairs)))}, got {pairs!r}")
-    keys = _seed_array(seeds)
+    keys = seed_array(seeds)
     words = philox_words(keys, np.zeros_like(keys), _STREAM_PARTS, 2 * len(tables.first))
     present = words[:, 0::2] < tables.presence  # b s
     choice = (words[:, 1::2] * tables.count >> _RANGE).astype(np.int64)  # uniform up to 2^-24
@@ -203,7 +203,7 @@ def _draw(
     return images.reshape(batch, size, size, 3), visible
 
 
-def _seed_array(seeds: ArrayLike) -> NDArray[np.uint64]:
+def seed_array(seeds: ArrayLike) -> NDArray[np.uint64]:
     values = np.asarray(seeds)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise ValueError(f"seeds must be a vector of integers in [0, 2^64), got shape {values.shape} {values.dtype}")

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from vargen.datasets.heroes.atlas import UNSPECIFIED, HeroAtlas
-from vargen.datasets.heroes.compose import _seed_array, compose
+from vargen.datasets.heroes.compose import compose, seed_array
 from vargen.datasets.motion.prompts import MOTIONS, PARTS, caption, motion_id, parse_prompt
 from vargen.datasets.philox import philox_words
 
@@ -83,7 +83,7 @@ def sample_clips(seeds: ArrayLike, frames: int = 17) -> ClipBatch:
 
 def sample_clip_attributes(seeds: ArrayLike) -> NDArray[np.int64]:
     """Draw the attributes of `sample_clips` without the pictures: (b, s), no zeros."""
-    keys = _seed_array(seeds)
+    keys = seed_array(seeds)
     choices, presence = _law()
     words = philox_words(keys, np.zeros_like(keys), _STREAM_CLIPS, 2 * len(choices))
     columns = []

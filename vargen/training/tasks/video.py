@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from vargen.datasets.motion.compose import FRAMES
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
-from vargen.tokenizers.vq.kmeans import _assign, _update
+from vargen.tokenizers.vq.kmeans import assign, update
 from vargen.training.tasks.base import Task, model_from, to_grid
-from vargen.training.tasks.vq import _psnr, _to_uint8
+from vargen.training.tasks.vq import to_psnr, to_uint8
 
 _MANY = 60.0  # a patch seen more often weighs no more: plain background is a third of everything
 
@@ -91,11 +91,11 @@ class VideoTask(ClipTask):
         total = torch.zeros(2, 2, dtype=torch.float64)
         for batch in self.test_batches(16):
             clips = batch["clip"]
-            error = ((_to_uint8(model(clips).videos) - _to_uint8(clips)) / 255).square()
+            error = ((to_uint8(model(clips).videos) - to_uint8(clips)) / 255).square()
             for row, part in enumerate((error[:, :, :1], error[:, :, 1:])):
                 total[row] += torch.tensor([part.sum().item(), part.numel()], dtype=torch.float64)
         sums = {"psnr": total.sum(0), "psnr_first": total[0], "psnr_later": total[1]}
-        return {name: _psnr(error / count) for name, (error, count) in sums.items() if count}
+        return {name: to_psnr(error / count) for name, (error, count) in sums.items() if count}
 
     @torch.no_grad()
     def sample_grid(self, model: nn.Module) -> Tensor:
@@ -126,8 +126,8 @@ def find_patches(patches: Tensor, num_codes: int, generator: torch.Generator, nu
         chosen = torch.multinomial(weights.clamp(max=_MANY) ** 0.75, num_codes, generator=generator)
     centroids = vectors[chosen]
     for iteration in range(num_iterations if len(vectors) > num_codes else 0):
-        index, distance = _assign(vectors, centroids)
-        centroids = _update(vectors, weights, index, distance, num_codes)
+        index, distance = assign(vectors, centroids)
+        centroids = update(vectors, weights, index, distance, num_codes)
         if iteration < num_iterations - 3:
             used = torch.zeros(num_codes).index_add_(0, index, weights)
             moved = used.argsort()[: num_codes // 20]

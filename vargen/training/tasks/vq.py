@@ -106,7 +106,7 @@ def reconstruction_psnr(task: Task, restore: Callable[[Tensor], Tensor]) -> dict
     sums: dict[str, list[Tensor]] = defaultdict(list)
     for batch in task.test_batches():
         images = batch["image"]
-        error = ((_to_uint8(restore(images)) - _to_uint8(images)) / 255).square()
+        error = ((to_uint8(restore(images)) - to_uint8(images)) / 255).square()
         foreground = task.test_data.foreground(images)
         parts = {"psnr": error}
         if foreground is not None:
@@ -114,12 +114,14 @@ def reconstruction_psnr(task: Task, restore: Callable[[Tensor], Tensor]) -> dict
         for name, part in parts.items():
             sums[name].append(torch.stack([part.sum(), part.new_tensor(part.numel())]).double().cpu())
     totals = {name: torch.stack(rows).sum(0) for name, rows in sums.items()}
-    return {name: _psnr(total / count) for name, (total, count) in totals.items()}
+    return {name: to_psnr(total / count) for name, (total, count) in totals.items()}
 
 
-def _to_uint8(images: Tensor) -> Tensor:
+def to_uint8(images: Tensor) -> Tensor:
+    """Images in [-1, 1] as whole grey levels 0..255, still floating point."""
     return ((images.float().clamp(-1, 1) + 1) * 127.5).round()
 
 
-def _psnr(mse: Tensor) -> float:
+def to_psnr(mse: Tensor) -> float:
+    """Decibels of a mean squared error of values in [0, 1]."""
     return float(-10 * torch.log10(mse.clamp(min=1e-10)))
