@@ -169,3 +169,17 @@ def test_every_class_that_a_folder_may_name_is_public() -> None:
 
 def subclasses(cls: type) -> set[type]:
     return {found for child in cls.__subclasses__() for found in {child, *subclasses(child)}}
+
+
+def test_nobody_imports_private_names_of_another_module() -> None:
+    places = [
+        *(ROOT / "vargen").rglob("*.py"),
+        *(p for room in ("kernels", "samplers", "tokenizers") for p in (ROOT / room).rglob("*.py")),
+    ]
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for path in places
+        for line, name in imports_of(path)
+        if name.startswith("vargen.") and name.rpartition(".")[2].startswith("_")
+    ]
+    assert [entry for entry in found if not entry.endswith(("cli._common", "cli._drawing"))] == []
