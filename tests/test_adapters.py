@@ -250,7 +250,7 @@ def test_select_mid_way(name: str) -> None:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_bfloat16_is_finite_and_close(name: str) -> None:
-    """A bf16 mantissa has 8 bits: laws agree to a few percent, codes need not."""
+    """A bf16 mantissa has 8 bits: distributions agree to a few percent, codes need not."""
     c = case(name)
     half = BUILDERS[name](dtype=torch.bfloat16)
     found = teacher_forced(half, [4] * 10)
@@ -258,7 +258,7 @@ def test_bfloat16_is_finite_and_close(name: str) -> None:
     assert bool(found.isfinite().all())
     p, q = found[0].softmax(-1), c.forced_logits[0].softmax(-1)
     assert float((p - q).abs().sum(-1).mean() / 2) < 0.1
-    shuffled = q.roll(1, -1)  # a control: unrelated laws are far
+    shuffled = q.roll(1, -1)  # a control: unrelated distributions are far
     assert float((p - shuffled).abs().sum(-1).mean() / 2) > 0.2
 
 

@@ -1,4 +1,4 @@
-"""MAR's head against the official numbers: tables, network, steps, losses, chains, path laws."""
+"""MAR's head against the official numbers: tables, network, steps, losses, chains, distributions along paths."""
 
 from __future__ import annotations
 

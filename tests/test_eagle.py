@@ -1,4 +1,4 @@
-"""EAGLE drafters: official numbers, the hand-off between target and drafter, and the law of what comes out."""
+"""EAGLE drafters: official numbers, the hand-off between target and drafter, and the distribution of what comes out."""
 
 import json
 
@@ -290,7 +290,7 @@ def test_nodes_are_read_as_if_their_path_were_permanent():
         torch.testing.assert_close(out[:, :, 0], logits, rtol=0, atol=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------------------- law
+# ------------------------------------------------------------------------------------------------------- distribution
 
 
 @pytest.mark.parametrize("tree", ["chain", "mc_sim_7b_63", "dynamic"])
@@ -317,14 +317,14 @@ def test_samples_with_random_drafters_follow_the_law_of_the_backbone(settings):
     sampler = LanternSampler(relaxation="none", guidance_scale=1.5, **settings)
 
     @torch.no_grad()
-    def law(prefix):
+    def distribution(prefix):
         codes = torch.tensor([[*prefix, 0]]).expand(2, -1)
         logits = backbone(codes, torch.tensor([1, 2]))[:, -1][:, None, None]
         return warp_logits(logits, guidance_scale=1.5)[0, 0].softmax(-1).tolist()
 
     labels = torch.ones(4_000, dtype=torch.int64)
     codes = sampler.sample(backbone, labels, seeds=range(4_000), drafter=drafter).codes
-    p = chi_square_p(codes, sequence_law(law, 4))
+    p = chi_square_p(codes, sequence_law(distribution, 4))
     assert p > 1e-4, f"p = {p:.2g}"
 
 

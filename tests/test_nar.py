@@ -1,4 +1,4 @@
-"""NAR: official keys, every golden number, the law of the diagonals, images that depend on their seed only."""
+"""NAR: official keys, every golden number, the distribution of the diagonals, images that depend on their seed only."""
 
 import json
 from pathlib import Path
@@ -207,14 +207,14 @@ def test_the_law_is_the_product_of_the_diagonals():
         labels = torch.zeros(len(every), dtype=torch.int64)
         both = torch.stack([model(every, labels), model(every, labels + 10)])  # 10 = no class
     joint = warp_logits(both, guidance_scale=1.5).log_softmax(-1).gather(-1, every[..., None])[..., 0].sum(1).exp()
-    law = dict(zip(map(tuple, every.tolist()), joint.tolist(), strict=True))
-    assert sum(law.values()) == pytest.approx(1, abs=1e-5)
+    expected = dict(zip(map(tuple, every.tolist()), joint.tolist(), strict=True))
+    assert sum(expected.values()) == pytest.approx(1, abs=1e-5)
     labels = torch.zeros(3000, dtype=torch.int64)
     codes = sampler.sample(model, labels, seeds=range(3000)).codes
-    p = chi_square_p(codes, law)
+    p = chi_square_p(codes, expected)
     assert p > 1e-4, f"p = {p:.2g}; a right sampler fails once in 10,000 runs"
     wrong = sampler.replace(temperature=1.3).sample(model, labels, seeds=range(3000)).codes
-    assert chi_square_p(wrong, law) < 1e-4, "the test has no power"
+    assert chi_square_p(wrong, expected) < 1e-4, "the test has no power"
 
 
 def test_an_image_depends_on_its_seed_only():

@@ -158,7 +158,7 @@ def test_one_code_a_pass_reads_the_training_forward_in_any_order(order, conditio
 @pytest.mark.parametrize("sizes", [(1, 3, 4, 8), (16,), (5, 5, 6)])
 @torch.no_grad()
 def test_groups_read_what_was_drawn_before_them(sizes):
-    """The first code of a group has the law of the causal forward; the others see earlier queries, not their codes."""
+    """The first code of a group has the distribution of the causal forward; the others see earlier queries, not their codes."""
     model, labels = any_order(), torch.tensor([1, 2])
     order = torch.randperm(16, generator=torch.Generator().manual_seed(7))
     schedule = DecodeSchedule.groups((4, 4), order, sizes)

@@ -1,4 +1,4 @@
-"""Laws of the vector quantizer and of k-means."""
+"""Promises of the vector quantizer and of k-means."""
 
 from __future__ import annotations
 

@@ -151,7 +151,7 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """Codes of the codebook, V."""
         return self.quantize.embedding.num_embeddings
 
     def features(self, images: Tensor) -> Tensor:

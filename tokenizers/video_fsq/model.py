@@ -147,7 +147,7 @@ class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """Codes of the codebook, V."""
         return self.quantize.codebook_size
 
     @property

@@ -169,7 +169,7 @@ class VQTokenizer(Stored, ModelMixin, ConfigMixin):
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """Codes of the codebook, V."""
         return self.quantize.embedding.num_embeddings
 
     def features(self, images: Tensor) -> Tensor:

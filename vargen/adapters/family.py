@@ -119,14 +119,14 @@ class FamilyAdapter(nn.Module):
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """Codes of the codebook, V."""
         ids = self._ids()
         assert ids is not None
         return len(ids)
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Width of the hidden states, D."""
         return int(self.config.get_text_config(decoder=True).hidden_size)
 
     @property

@@ -53,7 +53,7 @@ def generate_with(
     defaults hold, top_k = 50 among them); everything else is the sampler's.
 
     Args:
-        sampler: any window sampler; default speculative Jacobi decoding, which keeps the law.
+        sampler: any window sampler; default speculative Jacobi decoding, which keeps the distribution.
         seed: as in ``ImagePipeline``; ``None`` draws from torch's global generator once.
         on_output: receives the ``SamplerOutput``, for its statistics.
         options: of ``vargen.wrap``, such as ``grid_size=(h, w)`` in codes.

@@ -1,6 +1,6 @@
 """A tiny random Janus with a working processor: try every call, and every notebook cell, without a download.
 
-It draws 4 x 4 codes and paints noise; its law is peaked enough that samplers and guidance can be told apart.
+It draws 4 x 4 codes and paints noise; its distribution is peaked enough that samplers and guidance can be told apart.
 """
 
 from __future__ import annotations

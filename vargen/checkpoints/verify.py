@@ -67,7 +67,7 @@ def verify_checkpoint(path: str | Path | Mapping[str, Any], *, key: str | None =
         key: entry of a training container, as in ``load_original``.
 
     Returns:
-        A report; ``report.ok`` is the verdict.
+        A report; ``report.ok`` is the outcome.
 
     Raises:
         CheckpointError: the file cannot be read.

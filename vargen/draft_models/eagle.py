@@ -1,7 +1,7 @@
 """EAGLE drafters: predict the target's next hidden state from the last one and the code behind it (arXiv:2401.15077).
 
 One transformer block reads pairs (hidden state of the target at position i, code i + 1) and returns an estimate of hidden
-state i + 1, which the target's own head turns into the law of the code after that. The parameter names are those of the
+state i + 1, which the target's own head turns into the distribution of the code after that. The parameter names are those of the
 drafters published with LANTERN for LlamaGen (arXiv:2410.03355). The published drafters for Chameleon models (Anole) have
 another block and are refused by name.
 

@@ -23,7 +23,7 @@ class JanusBackbone(TransformersBackbone):
 
     model_types = ("janus",)
     guidance_scale = 5.0
-    # transformers would sample with its global top_k = 50; the authors sample from the whole law
+    # transformers would sample with its global top_k = 50; the authors sample from the whole distribution
     top_k = 0
 
     def __init__(self, model: nn.Module, processor: Any = None, **options: Any) -> None:
@@ -42,7 +42,7 @@ class JanusBackbone(TransformersBackbone):
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """Codes of the codebook, V."""
         return int(self.config.vq_config.num_embeddings)
 
     def embed(self, codes: Tensor) -> Tensor:

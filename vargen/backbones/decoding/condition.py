@@ -55,22 +55,22 @@ class ConditionedBackbone(ItemTransformer):
 
     @property
     def num_codes(self) -> int:
-        """N."""
+        """Codes of an image, N."""
         return math.prod(self.grid_size)
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """Codes of the codebook, V."""
         return int(self.config.codebook_size)
 
     @property
     def hidden_size(self) -> int:
-        """D."""
+        """Width of the hidden states, D."""
         return int(self.config.dim)
 
     @property
     def num_condition_tokens(self) -> int:
-        """T."""
+        """Condition positions, T."""
         return int(self.cls_embedding.num_tokens)
 
     def embed(self, codes: Tensor) -> Tensor:

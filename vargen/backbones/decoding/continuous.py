@@ -24,12 +24,12 @@ class ContinuousBackbone:
 
     @property
     def num_codes(self) -> int:
-        """N."""
+        """Tokens of an image, N."""
         return self.grid_size[0] * self.grid_size[1]
 
     @property
     def token_dim(self) -> int:
-        """D."""
+        """Numbers of a token, D."""
         return self.diffloss.token_dim
 
     @property

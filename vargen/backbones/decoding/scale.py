@@ -64,7 +64,7 @@ class ScaleBackbone:
 
     @property
     def num_codes(self) -> int:
-        """L."""
+        """Codes of all scales together, L."""
         return sum(self.sizes)
 
     def _condition(self, parts: Sequence[Tensor]) -> ScaleCondition:

@@ -31,7 +31,7 @@ class ItemSession:
 
     @property
     def branches(self) -> int:
-        """G."""
+        """Guidance branches, G."""
         return self.condition.branches
 
 

@@ -1,4 +1,4 @@
-"""MAR's head: a small network that turns the state of one position into a law over continuous tokens, by diffusion.
+"""MAR's head: a small network from the state of one position to a distribution over continuous tokens, by diffusion.
 
 The "DiffLoss" of Li et al., 2024 (arXiv:2406.11838) under the parameter names of its checkpoints. Backbones return z, the
 sampler owns the chain: every function here takes its noise and its steps from outside.
@@ -30,7 +30,7 @@ _LOG_2PI = math.log(2 * math.pi)
 
 
 class Path(NamedTuple):
-    """A chain and the laws it was drawn from, in the order in which its steps were taken."""
+    """A chain and the distributions it was drawn from, in the order in which its steps were taken."""
 
     states: Tensor  # [n, S + 1, D]: x_S, ..., x_0
     means: Tensor  # [n, S, D]
@@ -122,7 +122,7 @@ class DenoisingMLP(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """Loss, steps, chains and path laws of the denoising network.
+    """Loss, steps, chains and path distributions of the denoising network.
 
     Args:
         token_dim: D.
@@ -254,10 +254,10 @@ class DiffusionHead(nn.Module):
             chain: of S steps.
             guidance_scale: a number or ``[n, 1]``.
             temperature: multiplies the noise of the steps, not x_S.
-            final_noise: the last step adds its noise too. Official chains do not; a law over chains needs it.
+            final_noise: the last step adds its noise too. Official chains do not; a distribution over chains needs it.
 
         Returns:
-            All states and laws; the tokens are ``states[:, -1]``.
+            All states and distributions; the tokens are ``states[:, -1]``.
         """
         x = noise[:, 0]
         states, means, stds = [x], [], []
@@ -281,7 +281,7 @@ class DiffusionHead(nn.Module):
         guidance_scale: float | Tensor = 1.0,
         temperature: float = 1.0,
     ) -> tuple[Tensor, Tensor]:
-        """Laws of all steps of given chains, in one pass of the network.
+        """Distributions of all steps of given chains, in one pass of the network.
 
         Args:
             states: ``[n, S + 1, D]`` as in ``Path``.

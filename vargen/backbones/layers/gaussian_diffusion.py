@@ -120,7 +120,7 @@ class GaussianDiffusion:
 
     @property
     def num_steps(self) -> int:
-        """S."""
+        """Steps of the chain, S."""
         return len(self.timestep_map)
 
     def table(self, name: str, index: Tensor, dtype: torch.dtype) -> Tensor:
@@ -186,13 +186,13 @@ class GaussianDiffusion:
 
 
 def gaussian_kl(mean_a: Tensor, log_var_a: Tensor, mean_b: Tensor, log_var_b: Tensor) -> Tensor:
-    """KL(a || b) of normal laws in nats, elementwise."""
+    """KL(a || b) of normal distributions in nats, elementwise."""
     gap = (mean_a - mean_b).square() * torch.exp(-log_var_b)
     return 0.5 * (-1.0 + log_var_b - log_var_a + torch.exp(log_var_a - log_var_b) + gap)
 
 
 def discretized_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """Logarithm of the mass of a normal law in the bin around x, elementwise; tails beyond 0.999 belong to the end bins."""
+    """Logarithm of the mass of a normal distribution in the bin around x, elementwise; tails beyond 0.999 belong to the end bins."""
 
     def cdf(y: Tensor) -> Tensor:
         return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (y + 0.044715 * y.pow(3))))

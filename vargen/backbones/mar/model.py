@@ -1,8 +1,8 @@
 """MAR: masked autoregression over continuous tokens (Li et al., 2024, arXiv:2406.11838).
 
 A bidirectional encoder reads the tokens that are known, a decoder writes a state z for every position, and the diffusion
-head turns z into a law. Parameter names are those of the official checkpoints; attribute conditions are an addition of this
-library.
+head turns z into a distribution. Parameter names are those of the official checkpoints; attribute conditions are an
+addition of this library.
 
 Letters: B images, G guidance branches (conditional first), R = G * B rows, N tokens, D numbers of a token, M buffer
 positions, E width of the encoder, Z width of the decoder.
@@ -61,7 +61,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         diffusion_batch_mul: times drawn a token in training.
         mask_ratio_min: least share of tokens masked in training.
         mask_ratio_std: spread of that share below 1. Decoding along a cosine meets every share alike, so that small grids
-            want the law flat: least share near 0, spread near 1.
+            want that share spread evenly: least share near 0, spread near 1.
         input_noise: spread of the noise added to the tokens read in training, so that the model forgives its own errors.
         dropout: behind projections, in training.
         class_dropout_prob: probability of training a sample without its condition.

@@ -57,7 +57,7 @@ class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # typ
         num_classes: labels without the null label ("class").
         num_attributes: ids, 0 = unspecified included ("attributes").
         max_positions: rows of the position table; None = as many as are needed.
-        restrict_head: leave text and special tokens out of the law of a code ("text"); the official code does not.
+        restrict_head: leave text and special tokens out of the distribution of a code ("text"); the official code does not.
         rope: also rotate queries and keys by the place on the grid.
         code_rank: width of one code table that input and head share through linear maps, for small models.
         dropout_p: on embeddings, behind attention and feed-forward, in training.

@@ -1,7 +1,7 @@
 """What constructors of backbones share: the checks of single arguments, and rules over several of them.
 
 The bounds are wide: they stop what no machine holds before anything is allocated. Counts of weights are a little high.
-The tables are in ``discrete_settings`` and ``continuous_settings``.
+The tables are in ``vargen.backbones.settings.discrete`` and ``.continuous``.
 """
 
 from __future__ import annotations

@@ -187,7 +187,7 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
 
     @property
     def codebook_size(self) -> int:
-        """V."""
+        """Codes of the codebook, V."""
         return self.head.out_features
 
     @property

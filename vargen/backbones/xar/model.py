@@ -100,7 +100,7 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def num_cells(self) -> int:
-        """K."""
+        """Cells of an image, K."""
         return int(self.config.cells[0] * self.config.cells[1])
 
     @property
@@ -110,7 +110,7 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     @property
     def token_dim(self) -> int:
-        """C."""
+        """Channels of a latent, C."""
         return int(self.config.latent_channels)
 
     def to_cells(self, latents: Tensor) -> Tensor:

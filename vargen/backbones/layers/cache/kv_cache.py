@@ -111,7 +111,7 @@ class KVCache:
 
     @property
     def num_rows(self) -> int:
-        """R."""
+        """Rows of the cache, R."""
         return self.stamps.shape[0]
 
     @property
