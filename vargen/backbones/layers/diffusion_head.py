@@ -38,10 +38,7 @@ class Path(NamedTuple):
 
 
 class TimeEmbedding(nn.Module):
-    """Sinusoids of the time, cosines first, through two linear layers.
-
-    The numbers of diffusers' ``get_timestep_embedding``, which takes flat times only and twice as long in every step.
-    """
+    """Sinusoids of the time, cosines first, through two linear layers; diffusers' function gives the same in twice the time."""
 
     def __init__(self, width: int) -> None:
         super().__init__()

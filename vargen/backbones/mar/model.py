@@ -26,9 +26,9 @@ from vargen.backbones.layers.cache.kv_cache import attention
 from vargen.backbones.layers.conditions import AttributeEmbedding, LabelTable, drop_condition
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.mar.layers import ViTBlock, draw_mask_ratio
-from vargen.backbones.mar.sizes import infer_mar_config, mar_size_config
+from vargen.backbones.mar.sizes import infer_mar_config, mar_size_config, read_averaged
 from vargen.backbones.settings.continuous import MAR
-from vargen.checkpoints.reader import CheckpointError, load_family, load_original
+from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
@@ -159,7 +159,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             config: heads where the width is not a published one, ``patch_size`` unless 1, ``num_sampling_steps``; anything
                 else overrides what the shapes tell.
         """
-        return load_family(cls, checkpoint, config, infer_mar_config, family="mar", read=_read_averaged)
+        return load_family(cls, checkpoint, config, infer_mar_config, family="mar", read=read_averaged)
 
     @property
     def condition_embedding(self) -> LabelTable | AttributeEmbedding:
@@ -287,16 +287,6 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         for block in blocks:
             x = checkpoint(block, x, None, attend, use_reentrant=False) if recompute else block(x, None, attend)
         return x
-
-
-def _read_averaged(checkpoint: Any) -> dict[str, Tensor]:
-    """The averaged weights of a training file; a plain file as it is."""
-    try:
-        return load_original(checkpoint, key="model_ema")
-    except CheckpointError as error:
-        if "model_ema" not in str(error):
-            raise
-        return load_original(checkpoint)
 
 
 def _on_host(generator: torch.Generator | None) -> bool:

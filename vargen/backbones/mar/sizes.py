@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vargen.checkpoints.bounds import CheckpointError, count_layers, read_shape
+from vargen.checkpoints.reader import load_original
 
 # name -> width, depth of either transformer, heads, blocks and width of the head
 SIZES: dict[str, tuple[int, int, int, int, int]] = {
@@ -83,3 +84,13 @@ def _grid(num_tokens: int, given: Mapping[str, Any]) -> tuple[int, int]:
     if side * side != num_tokens:
         raise ValueError(f"grid_size cannot be read off {num_tokens} tokens; pass grid_size=(height, width)")
     return side, side
+
+
+def read_averaged(checkpoint: Any) -> dict[str, Tensor]:
+    """The averaged weights of a training file; a plain file as it is."""
+    try:
+        return load_original(checkpoint, key="model_ema")
+    except CheckpointError as error:
+        if "model_ema" not in str(error):
+            raise
+        return load_original(checkpoint)
