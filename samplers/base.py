@@ -23,6 +23,7 @@ from torch import Tensor
 import vargen
 from vargen.features import Feature
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
+from vargen.protocols import Condition, ConditionInput, Model, Tokenizer
 from vargen.random import seed_tensor
 from vargen.samplers.registry import OWN_WORDS, SAMPLERS, old_names, renamed, same_sampler
 from vargen.samplers.state import DecodeState
@@ -53,11 +54,11 @@ class Run:
     """One call of a sampler, checked."""
 
     backbone: Any
-    condition: Any  # as ``prepare_condition`` returned it
-    given: Any  # as the caller gave it, for a second model
+    condition: Condition  # as ``prepare_condition`` returned it
+    given: ConditionInput  # as the caller gave it, for a second model
     seeds: list[int]
     keys: Tensor  # [B] int64 the seeds on the backbone's device
-    tokenizer: Any
+    tokenizer: Tokenizer | None
     drafter: Any
 
     def with_drafter(self, drafter: Any) -> Run:
@@ -169,11 +170,11 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
 
     def sample(
         self,
-        backbone: Any,
-        condition: Any,
+        backbone: Model,
+        condition: ConditionInput,
         *,
         seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         drafter: Any = None,
         callback: Callback | None = None,
         **inputs: Any,
@@ -198,7 +199,13 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         return self.finish(last)
 
     def stream(
-        self, backbone: Any, condition: Any, *, seeds: Any, callback: Callback | None = None, **options: Any
+        self,
+        backbone: Model,
+        condition: ConditionInput,
+        *,
+        seeds: Any,
+        callback: Callback | None = None,
+        **options: Any,
     ) -> Iterator[Any]:
         """Yield the state after every forward pass; the arguments are those of ``sample``."""
         state = self.start(backbone, condition, seeds=seeds, **options)
@@ -212,11 +219,11 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
 
     def start(
         self,
-        backbone: Any,
-        condition: Any,
+        backbone: Model,
+        condition: ConditionInput,
         *,
         seeds: Sequence[int] | Tensor | int,
-        tokenizer: Any = None,
+        tokenizer: Tokenizer | None = None,
         drafter: Any = None,
         **inputs: Any,
     ) -> Any:
@@ -233,7 +240,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         run = Run(backbone, prepared, condition, listed, keys, tokenizer, drafter)
         return self.begin(run, self.inputs_type(**inputs))
 
-    def prepare_condition(self, backbone: Any, condition: Any, drafter: Any) -> Any:
+    def prepare_condition(self, backbone: Any, condition: ConditionInput, drafter: Any) -> Any:
         """Return the condition as the model of the first step reads it; it says how many images there are (``batch``)."""
         return backbone.prepare(condition, guidance_scale=self.guidance_scale)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vargen.features import Feature
 from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
+from vargen.protocols import Backbone
 
 
 class Drafter(Protocol):
@@ -95,7 +96,7 @@ def force(forced: Tensor, draft: Draft) -> Draft:
     )
 
 
-def check_drafter(owner: str, backbone: Any, drafter: Any) -> None:
+def check_drafter(owner: str, backbone: Backbone, drafter: Any) -> None:
     """Raise ``ValueError`` unless ``drafter`` is a backbone over the same codes."""
     if drafter is None:
         raise ValueError(f"{owner} needs drafter=, a small backbone over the same codes (pipe.drafter)")

@@ -13,6 +13,7 @@ from torch import Tensor
 from vargen.kernels.draw import draw
 from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
 from vargen.kernels.warp import warp_logits
+from vargen.protocols import Backbone
 from vargen.random import Stream
 from vargen.samplers.drafters.base import force
 
@@ -22,7 +23,7 @@ class ChainDrafter:
 
     in_tree = False
 
-    def __init__(self, sampler: Any, model: Any, condition: Any, max_window: int) -> None:
+    def __init__(self, sampler: Any, model: Backbone, condition: Any, max_window: int) -> None:
         self.sampler, self.model = sampler, model
         self.session, _ = model.open(condition, max_window=max_window)
         self.num_forwards = 1

@@ -14,6 +14,7 @@ from torch import Tensor
 from vargen.kernels.draw import draw
 from vargen.kernels.verify.types import Draft, VerifyOutcome
 from vargen.kernels.warp import combine
+from vargen.protocols import Backbone
 from vargen.samplers.drafters.base import force
 from vargen.samplers.drafters.jacobi import JacobiDrafter, shared_guesses
 
@@ -23,7 +24,7 @@ class CorrectingDrafter:
 
     in_tree = False
 
-    def __init__(self, sampler: Any, state: Any, model: Any, condition: Any) -> None:
+    def __init__(self, sampler: Any, state: Any, model: Backbone, condition: Any) -> None:
         self.sampler, self.model = sampler, model
         self.shift = JacobiDrafter("uniform", shared_guesses(state) if sampler.temperature > 0 else None)
         prepared = model.prepare(condition, guidance_scale=sampler.guidance_scale)

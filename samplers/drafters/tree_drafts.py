@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vargen.protocols import Backbone
 from vargen.samplers.drafters.tree import Tree, TreeDraft
 
 Proposal = Literal["without_replacement", "with_replacement", "top"]
@@ -64,7 +65,7 @@ class BackboneDrafts:
 
     reads_hidden = False
 
-    def __init__(self, backbone: Any, condition: Any, guidance_scale: Any, max_nodes: int, chain: bool) -> None:
+    def __init__(self, backbone: Backbone, condition: Any, guidance_scale: Any, max_nodes: int, chain: bool) -> None:
         self.backbone, self.chain = backbone, chain
         prepared = backbone.prepare(condition, guidance_scale=guidance_scale)
         self.session, _ = backbone.open(prepared, max_window=max_nodes)

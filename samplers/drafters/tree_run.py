@@ -15,6 +15,7 @@ from torch import Tensor
 from vargen.features import Feature
 from vargen.kernels.verify.types import VerifyOutcome
 from vargen.kernels.warp import warp_logits
+from vargen.protocols import Backbone
 from vargen.random import Stream, gumbel, uniform
 from vargen.samplers.acceptance.tree import TreeOutcome
 from vargen.samplers.drafters.base import check_drafter
@@ -22,7 +23,7 @@ from vargen.samplers.drafters.tree import Tree, TreeDraft
 from vargen.samplers.drafters.tree_drafts import BackboneDrafts, DraftModel, draft_fixed, draft_likeliest
 
 
-def check_draft_model(sampler: Any, backbone: Any, drafter: Any) -> None:
+def check_draft_model(sampler: Any, backbone: Backbone, drafter: Any) -> None:
     """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
     if drafter is None:
         raise ValueError(

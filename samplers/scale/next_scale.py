@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from vargen.random import Stream, gumbel
 from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
 from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.scale.editing import check_forced_codes
-from vargen.samplers.scale.state import NextScaleState, ScaleNoise
+from vargen.samplers.scale.state import NextScaleState, ScaleNoise, ScaleTokenizer
 from vargen.validation.checks import check_choice, check_integer, check_number
 
 MAX_SCALES = 64  # published models have 10 to 14
@@ -130,11 +130,11 @@ class NextScaleSampler(Sampler):
 
     def begin(self, run: Run, inputs: NextScaleInputs) -> NextScaleState:
         """Run the condition and draw the first scale; the tokenizer has the backbone's scales."""
-        tokenizer, num_images = run.tokenizer, len(run.seeds)
-        if tokenizer is None or not hasattr(tokenizer, "accumulate"):
+        if not hasattr(run.tokenizer, "accumulate"):
             raise ValueError(
                 "NextScaleSampler adds up scales with the tokenizer; pass tokenizer=MultiScaleVQTokenizer"
             )
+        tokenizer, num_images = cast(ScaleTokenizer, run.tokenizer), len(run.seeds)
         self._check_model("tokenizer", tokenizer, run.backbone)
         forced = inputs.forced_codes
         forced = None if forced is None else check_forced_codes(forced, tokenizer, num_images)

@@ -22,6 +22,7 @@ class ScaleTokenizer(Protocol):
 
     scales: tuple[tuple[int, int], ...]  # (h_k, w_k), coarse to fine
     codebook_size: int  # V
+    codebook: Tensor  # [V, C] what ``smooth`` mixes
 
     def blank(self, num_images: int) -> Tensor:
         """The empty picture ``[B, C, h, w]`` float32."""
@@ -48,7 +49,7 @@ class ScaleTokenizer(Protocol):
 class NextScaleState(DecodeState):
     """Everything that changes while scales are drawn; ``num_forwards`` counts those of both models."""
 
-    tokenizer: Any
+    tokenizer: ScaleTokenizer
     condition: Any  # as given, for the second model
     total: Tensor  # [B, C, h, w] float32 sum of the scales drawn so far
     forced: list[Tensor] | None  # K times [B, n_k], -1 where free

@@ -21,11 +21,12 @@ from torch import Tensor
 
 from vargen.features import Feature
 from vargen.kernels.language import use_triton
+from vargen.protocols import Backbone
 
 WARM_UP = 2  # iterations that run plainly before one is captured
 
 
-def obstacle(sampler: Any, backbone: Any) -> str | None:
+def obstacle(sampler: Any, backbone: Backbone) -> str | None:
     """Why iterations of this sampler cannot be replayed as a CUDA graph; None if they can."""
     device = torch.device(backbone.device)
     if device.type != "cuda":

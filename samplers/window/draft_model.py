@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from vargen.protocols import Backbone
 from vargen.samplers.drafters.base import check_drafter
 from vargen.samplers.window.speculative import SpeculativeSampler
 
@@ -15,7 +16,7 @@ class DraftModelSampler(SpeculativeSampler):
 
     preferred_drafter: ClassVar[str | None] = None
 
-    def check_proposer(self, backbone: Any, drafter: Any) -> None:
+    def check_proposer(self, backbone: Backbone, drafter: Any) -> None:
         """Raise ``ValueError`` unless ``drafter`` is a backbone over the same codes."""
         check_drafter(type(self).__name__, backbone, drafter)
 

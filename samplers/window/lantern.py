@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vargen.kernels.tree.lantern import Relaxation
 from vargen.outputs import Guarantee
+from vargen.protocols import Backbone
 from vargen.samplers.acceptance.base import Rule
 from vargen.samplers.acceptance.codebook_neighbors import neighbor_table
 from vargen.samplers.acceptance.greedy import Greedy
@@ -117,7 +118,7 @@ class LanternSampler(TreeSampler):
         relaxation = self._relaxation(run.backbone, run.tokenizer, inputs.neighbors)
         return Greedy(relaxation) if self.temperature == 0 else Recursive(relaxation)
 
-    def _relaxation(self, backbone: Any, tokenizer: Any, neighbors: Tensor | None) -> Relaxation:
+    def _relaxation(self, backbone: Backbone, tokenizer: Any, neighbors: Tensor | None) -> Relaxation:
         num_codes, needed = int(backbone.codebook_size), self.k + (self.residual == "upstream")
         if needed >= num_codes:
             raise ValueError(f"k must be less than {num_codes - needed + self.k}, the codebook is small, got {self.k}")

@@ -6,10 +6,11 @@ Letters: B images, N code positions, S slots that need a decision, V codes.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
+
+from vargen.protocols import Backbone
 
 
 @dataclass
@@ -22,7 +23,7 @@ class SlotLayout:
     stride: int  # slots between a code and the one below it
 
     @classmethod
-    def of(cls, backbone: Any) -> tuple[SlotLayout, Tensor | None]:
+    def of(cls, backbone: Backbone) -> tuple[SlotLayout, Tensor | None]:
         """Read the backbone's layout; also return its structural slots ``[S]`` (0 there, -1 elsewhere) or None."""
         given = backbone.layout()
         is_code = given.forced < 0

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from vargen.outputs import Guarantee
+from vargen.protocols import Backbone
 from vargen.samplers.acceptance.base import Rule
 from vargen.samplers.acceptance.greedy import Greedy
 from vargen.samplers.acceptance.k_seq import KSeq
@@ -117,7 +118,7 @@ class SpeculativeSampler(TreeSampler):
         """Commit the first code and draft the first proposals."""
         return super().begin(run.with_drafter(find_drafter(run.drafter)), inputs)
 
-    def check_proposer(self, backbone: Any, drafter: Any) -> None:
+    def check_proposer(self, backbone: Backbone, drafter: Any) -> None:
         """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
         if hasattr(drafter, "guess"):
             if not self.fits_window:

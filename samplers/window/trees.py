@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vargen.features import Feature
 from vargen.outputs import SamplerOutput
+from vargen.protocols import Backbone
 from vargen.samplers.base import MAX_DRAFTS, Run
 from vargen.samplers.drafters.tree import NAMED_TREES, Tree
 from vargen.samplers.drafters.tree_run import TreeRun, check_draft_model, open_draft_model
@@ -103,7 +104,7 @@ class TreeSampler(WindowSampler):
         self.check_proposer(run.backbone, run.drafter)
         return super().begin(run, inputs)
 
-    def check_proposer(self, backbone: Any, drafter: Any) -> None:
+    def check_proposer(self, backbone: Backbone, drafter: Any) -> None:
         """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
         check_draft_model(self, backbone, drafter)
 

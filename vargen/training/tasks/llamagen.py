@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from vargen.backbones.llamagen.model import LlamaGenTransformer
+from vargen.protocols import Model
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
 from vargen.training.sources import load_tokenizer
@@ -95,7 +96,9 @@ class LlamaGenTask(Task):
     def sample_grid(self, model: nn.Module) -> Tensor:
         """Guided samples for the conditions of test images, below the images themselves."""
         batch = self.test_batch(0, self.options.grid_size)
-        output = self.sampler().sample(model, batch["condition"], seeds=list(range(len(batch["condition"]))))
+        output = self.sampler().sample(
+            cast(Model, model), batch["condition"], seeds=list(range(len(batch["condition"])))
+        )
         assert isinstance(output.codes, Tensor)
         return paired_grid(batch["image"], self.tokenizer.decode(output.codes))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vargen.backbones.nbp.model import NBPTransformer
 from vargen.datasets.motion.compose import FRAMES
+from vargen.protocols import Model
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.training.recipe import Recipe
 from vargen.training.tasks.base import model_from
@@ -79,7 +80,7 @@ class NBPTask(ClipTask, LlamaGenTask):
 
         batch = self.test_batch(0, self.options.grid_size)
         sampler = NextBlockSampler(guidance_scale=self.options.guidance_scale, temperature=self.options.temperature)
-        output = sampler.sample(model, batch["condition"], seeds=list(range(len(batch["condition"]))))
+        output = sampler.sample(cast(Model, model), batch["condition"], seeds=list(range(len(batch["condition"]))))
         assert isinstance(output.codes, Tensor)
         drawn = self.tokenizer.decode(output.codes.view(-1, *model.grid_size))  # type: ignore[misc]
         return to_strips(rearrange([batch["clip"], drawn], "pair n c t h w -> (n pair) c t h w"))

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vargen.backbones.var.model import VARTransformer
+from vargen.protocols import Model
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.training.recipe import Recipe
 from vargen.training.sources import load_tokenizer
@@ -101,6 +102,6 @@ class VARTask(Task):
         batch = self.test_batch(0, self.options.grid_size)
         sampler = NextScaleSampler(guidance_scale=self.options.guidance_scale)
         seeds = list(range(self.options.grid_size))
-        output = sampler.sample(model, batch["condition"], seeds=seeds, tokenizer=self.tokenizer)
+        output = sampler.sample(cast(Model, model), batch["condition"], seeds=seeds, tokenizer=self.tokenizer)
         assert output.latents is not None
         return paired_grid(batch["image"], self.tokenizer.decode_latents(output.latents))
