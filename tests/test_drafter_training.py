@@ -57,7 +57,7 @@ def table(pipeline, **changes):
         "name": "tiny-eagle",
         "task": "eagle",
         "model": {"num_heads": 2, "ffn_dim": 48},
-        "options": {"backbone": str(pipeline), "tokenizer": str(pipeline), "law_weight": 1.0, "noise": 0.01},
+        "options": {"backbone": str(pipeline), "tokenizer": str(pipeline), "distribution_weight": 1.0, "noise": 0.01},
         "data": {"batch_size": 2, "num_eval_images": 2, "attribute_dropout": 0.5, "null_dropout": 0.1},
         "optimizer": {"lr": 5e-3},
         "schedule": {"num_steps": 6, "warmup_steps": 1, "decay_steps": 2},
@@ -85,8 +85,8 @@ def test_the_loss_is_the_released_one(golden):
         head = nn.Linear(32, 64, bias=False)
         head.weight = nn.Parameter(golden("lantern/drafter")["lm_head.weight"])
         mask = stored["loss_mask"].float()
-        feature, law = drafter_losses(predicted, stored["target"], head, mask)
-        torch.testing.assert_close(feature + 0.1 * law, stored["loss"][0], rtol=1e-5, atol=0)
+        feature, cross_entropy = drafter_losses(predicted, stored["target"], head, mask)
+        torch.testing.assert_close(feature + 0.1 * cross_entropy, stored["loss"][0], rtol=1e-5, atol=0)
         agree = (head(predicted).argmax(-1) == head(stored["target"]).argmax(-1)) & (mask > 0)
     assert (agree.sum(), mask.sum()) == (stored["correct_top1"], stored["total"])
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_exported_is_named(pipeline, run, tmp_path):
     ("changes", "message"),
     [
         ({"options": {"backbone": "heroes32-lamagen"}}, "did you mean 'heroes32-llamagen'"),
-        ({"options": {"law_wait": 1.0}}, "law_wait"),
+        ({"options": {"distribution_wait": 1.0}}, "did you mean 'distribution_weight'"),
         ({"model": {"dim": 64}}, "dim"),
     ],
 )

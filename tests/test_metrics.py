@@ -512,7 +512,7 @@ def test_lite0_taps_are_those_of_the_whole_network(lite0):
 def test_lite0_distance_orders_damage(lite0):
     from vargen.metrics.heroes import draw_heroes
 
-    real, other = (draw_heroes(48, stream).images for stream in ("reference", "floor"))
+    real, other = (draw_heroes(48, split).images for split in ("reference", "floor"))
     blurred = nn.functional.avg_pool2d(other.float(), 3, 1, 1).to(torch.uint8)
     noisy = (other + 12 * torch.randn(other.shape, generator=torch.Generator().manual_seed(0))).clamp(0, 255).byte()
     reference = extract(TensorImages(real), lite0).statistics

@@ -47,6 +47,16 @@ def test_bad_setting_is_named(overrides, message):
         load_recipe("heroes32-vq", overrides)
 
 
+def test_an_option_under_its_older_name_is_read_as_todays():
+    """Stored recipes of runs and models keep the names that they were written with."""
+    table = load_recipe("heroes32-eagle").to_dict()
+    old = {("law_weight" if key == "distribution_weight" else key): value for key, value in table["options"].items()}
+    assert "law_weight" in old
+    assert parse_recipe({**table, "options": old}) == load_recipe("heroes32-eagle")
+    with pytest.raises(ValueError, match=r"unknown key 'options\.law_weight'"):
+        make_task(parse_recipe({**table, "options": {**table["options"], "law_weight": 0.5}}))
+
+
 def test_missing_and_broken_recipe_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="heroes32-llamagen"):
         load_recipe("heroes32-lamagen")

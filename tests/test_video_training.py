@@ -157,7 +157,9 @@ def test_the_shipped_model_does_what_its_card_says(tmp_path):
 
 
 def test_recipes_say_what_they_cannot_use(tmp_path):
-    with pytest.raises(ValueError, match=r"data\.name must be a set of clips for task 'video-fsq', got 'heroes' \(images\)"):
+    with pytest.raises(
+        ValueError, match=r"data\.name must be a set of clips for task 'video-fsq', got 'heroes' \(images\)"
+    ):
         train("heroes-video-fsq", [*TOKENIZER, "data.name=heroes"], tmp_path / "a")
     with pytest.raises(ValueError, match=r"options\.frames must be one of"):
         train("heroes-video-fsq", [*TOKENIZER, "options.frames=7"], tmp_path / "b")

@@ -17,7 +17,7 @@ def models(
 ) -> None:
     """List shipped models, the published families that load, and the samplers with what they guarantee.
 
-    exact: samples the law that the model defines. relaxed: changes it within a stated bound. heuristic: no bound.
+    exact: samples the distribution that the model defines. relaxed: changes it within a stated bound. heuristic: no bound.
 
     \b
     Examples:

@@ -56,7 +56,7 @@ def _rows(report: Any) -> list[tuple[str, str]]:
     ]
     if report.note:
         rows.append(("note", report.note))
-    return [*rows, ("verdict", "as published" if report.ok else "different")]
+    return [*rows, ("result", "as published" if report.ok else "different")]
 
 
 def _some(names: list[str]) -> str:

@@ -45,12 +45,12 @@ class AttributeConditioner(Conditioner):
     Args:
         vocabulary: name of a shipped vocabulary ("heroes", "motion"), or an object with ``parse_prompt(text) -> [T] ids``. An
             object cannot be saved; give its name to ``VOCABULARIES`` for that.
-        fill: whether ``complete`` fills what a prompt leaves open, from the vocabulary's own law and by the seed of the
+        fill: whether ``complete`` fills what a prompt leaves open, from the vocabulary's own distribution and by the seed of the
             picture: codes that are drawn in parallel cannot agree on what nobody has decided, and at a low temperature
             a model decides for the same every time.
 
     Raises:
-        ValueError: unknown vocabulary, or ``fill`` with one that has no law.
+        ValueError: unknown vocabulary, or ``fill`` with one that has no distribution.
 
     Example:
         >>> AttributeConditioner()("deep elf with a red cloak").shape[0]

@@ -53,13 +53,13 @@ class Conditions:
 
 
 def hero_conditions(num: int, *, held_out: bool = False, full: bool = False) -> Conditions:
-    """Return captions of fresh test heroes, drawn with the heroes' own law.
+    """Return captions of fresh test heroes, drawn with the heroes' own distribution.
 
     Args:
         num: how many.
         held_out: only (base, weapon) pairs that the training split never shows.
         full: captions also say which slots are empty. Without it these are left to the model, which may fill them: a
-            model that follows the heroes' law then wears more than the heroes of the reference do.
+            model that follows the heroes' distribution then wears more than the heroes of the reference do.
     """
     check_num(num)
     heroes = hero_labels(num, "prompts", held_out=held_out)

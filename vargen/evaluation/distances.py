@@ -38,7 +38,7 @@ def load_reference(
 ) -> Reference:
     """Return features of real images, cached where their digest allows it."""
     if isinstance(reference, str) and reference == "heroes":
-        first, second = (HeroImages(num, stream) for stream in ("reference", "floor"))
+        first, second = (HeroImages(num, split) for split in ("reference", "floor"))
         bank, other = (extract_cached(s, network, progress=progress) for s in (first, second))
         return Reference(bank, (bank, other), "two fresh sets of real heroes", f"{num} fresh heroes")
     if isinstance(reference, str | Path) and _holds_moments(Path(reference)):

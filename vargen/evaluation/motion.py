@@ -69,9 +69,9 @@ def evaluate_motion(
     error, nats, null = torch.zeros(2, 2, dtype=torch.float64), 0.0, 0.0
     codes_used: set[int] = set()
     seconds = 0.0
-    stream = MotionDataset(_STREAM, split="test", frames=pipe.num_frames)
+    data = MotionDataset(_STREAM, split="test", frames=pipe.num_frames)
     for first in range(0, num_clips, CHUNK):
-        batch = stream.examples(np.arange(first, min(first + CHUNK, num_clips)))
+        batch = data.examples(np.arange(first, min(first + CHUNK, num_clips)))
         seeds = list(range(first, first + len(batch["labels"])))
         began = time.perf_counter()
         output = pipe.sampler.sample(pipe.backbone, batch["labels"], seeds=seeds)
@@ -107,7 +107,7 @@ def evaluate_motion(
             "codebook_size": pipe.tokenizer.codebook_size,
         },
         "likelihood": {"nats_per_token": nats / tokens, "nats_per_token_without_prompt": null / tokens},
-        "frechet": None if network is None else _frechet(network, made, originals, stream),
+        "frechet": None if network is None else _frechet(network, made, originals, data),
         "decode": {"forwards": forwards, "clips_per_second": num_clips / seconds},
         "protocol": {
             "num_clips": num_clips,
@@ -150,7 +150,7 @@ def _card(folder: Path, report: dict[str, Any]) -> str:
         "The tokenizer's encoder is a dictionary of patches (4x4 pixels, 4 frames) from k-means, its codes are numbered on the "
         "FSQ grid; it knows these heroes and nothing else.",
         "",
-        "What a prompt leaves open (parts, motion) is drawn from the law of the data by the clip's seed before decoding: the "
+        "What a prompt leaves open (parts, motion) is drawn from the distribution of the data by the clip's seed before decoding: the "
         "codes of a row are drawn in parallel and do not agree on what nobody has decided (left open, robes come out half "
         "red and half blue).",
         "",
@@ -207,12 +207,12 @@ def _pipeline(model: str | Path | VideoPipeline) -> VideoPipeline:
     return pipe
 
 
-def _frechet(network: str, made: Tensor, real: Tensor, stream: MotionDataset) -> dict[str, Any]:
+def _frechet(network: str, made: Tensor, real: Tensor, data: MotionDataset) -> dict[str, Any]:
     """Distance to the real clips, and that of as many other real clips to them."""
     metric = FrechetVideoDistance(network, frames=min(16, made.shape[2]), reset_real_features=False)
     other = torch.cat(
         [
-            to_uint8(stream.examples(np.arange(i, min(i + CHUNK, 10**6 + len(real))))["clip"])
+            to_uint8(data.examples(np.arange(i, min(i + CHUNK, 10**6 + len(real))))["clip"])
             for i in range(10**6, 10**6 + len(real), CHUNK)
         ]
     )

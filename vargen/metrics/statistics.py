@@ -55,7 +55,7 @@ class GaussianStatistics:
 
     @property
     def num_features(self) -> int:
-        """D."""
+        """D, the width of a feature."""
         return len(self.total)
 
     @property

@@ -22,6 +22,7 @@ from vargen.validation.reading import check_plain, parse_toml, read_toml
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 MAX_STEPS = 10**9
 MAX_OPTION = 10**7  # whole numbers among a task's options count images, iterations and the like
+ALIASES = {"law_weight": "distribution_weight"}  # older names of tasks' options -> today's
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")  # of a folder in runs/: no separators, no control characters, no dots alone
 
 
@@ -173,6 +174,9 @@ def parse_recipe(table: Mapping[str, Any]) -> Recipe:
         if required not in table:
             raise ValueError(f"the recipe lacks {required!r}")
     values = dict(table)
+    if isinstance(options := values.get("options"), Mapping):
+        new = {key: ALIASES.get(key, key) for key in options}
+        values["options"] = {key if new[key] in options else new[key]: value for key, value in options.items()}
     for section, kind in _SECTIONS.items():
         if section in values:
             values[section] = build(kind, values[section], section)

@@ -1,6 +1,6 @@
 """Pixel heroes: 32x32 pictures composed at random from named parts, without end and with exact labels.
 
-The law of a hero: the base is uniform; every other slot is filled with its probability (`HeroAtlas.presence`), by a
+The distribution of heroes: the base is uniform; every other slot is filled with its probability (`HeroAtlas.presence`), by a
 uniform part, independently of the others. One exception makes compositional generalisation measurable: about 5 % of
 the (base, hand1) pairs, chosen by a hash of the two names, are *held out*. `pairs="train"` never draws them (the
 weapon is then uniform over the other weapons), `pairs="all"` draws everything, `pairs="held_out"` draws only them
@@ -148,12 +148,12 @@ def compose(attributes: ArrayLike, *, background: tuple[int, int, int] | None = 
 
 
 def complete(attributes: ArrayLike, seeds: ArrayLike, *, pairs: Pairs = "all") -> NDArray[np.int64]:
-    """Fill the unspecified slots at random, slot by slot from the law of `sample_heroes`.
+    """Fill the unspecified slots at random, slot by slot from the distribution of `sample_heroes`.
 
     Args:
         attributes: (b, s) or (s,) integers; (s,) is used for every seed.
         seeds: (b,) integers.
-        pairs: law of the filling. A pair of which one half is given can still be a held-out one.
+        pairs: which pairs the filling may draw. A pair of which one half is given can still be a held-out one.
 
     Returns:
         (b, s) ids without zeros.
@@ -204,6 +204,7 @@ def _draw(
 
 
 def seed_array(seeds: ArrayLike) -> NDArray[np.uint64]:
+    """Return seeds as Philox keys, or say what is wrong with them."""
     values = np.asarray(seeds)
     if values.ndim != 1 or (values.size and values.dtype.kind not in "iu"):
         raise ValueError(f"seeds must be a vector of integers in [0, 2^64), got shape {values.shape} {values.dtype}")

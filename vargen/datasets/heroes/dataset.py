@@ -1,4 +1,4 @@
-"""`HeroesDataset`: an endless, resumable, shardable stream of pixel heroes for torch."""
+"""`HeroesDataset`: an endless, resumable, shardable sequence of pixel heroes for torch."""
 
 # b heroes · s slots
 
@@ -35,11 +35,11 @@ class HeroesDataset(IterableDataset[dict[str, Any]], Dataset):
     lowest bit, so no seed is in both.
 
     Rank r of `world_size` sees the examples start + r, start + r + world_size, ... in that order; the workers of a
-    DataLoader take its batches in turn, so with `batch_size` the stream does not depend on the number of workers.
+    DataLoader take its batches in turn, so with `batch_size` the sequence does not depend on the number of workers.
     To resume after n batches a rank, pass `start = start + n * batch_size * world_size`.
 
     Args:
-        seed: of the stream, in [0, 2^63).
+        seed: of the sequence, in [0, 2^63).
         start: index of the first example over all ranks, >= 0.
         batch_size: examples per item; None yields single examples.
         split: "train" or "test".
@@ -109,7 +109,7 @@ class HeroesDataset(IterableDataset[dict[str, Any]], Dataset):
             number += workers
 
     def examples(self, indices: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """Return the batch of examples with these indices of the stream.
+        """Return the batch of examples with these indices of the sequence.
 
         Args:
             indices: (b,) integers >= 0.

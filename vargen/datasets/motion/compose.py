@@ -1,7 +1,7 @@
 """Moving heroes: clips of composed pixel heroes with a named motion and exact labels.
 
 A clip is a hero of `vargen.datasets.heroes.compose` from a curated subset of the atlas (27 parts: a small model learns them on a
-CPU), its motion, and nothing else: plain background, no cuts. The law: base and motion are uniform; every other slot is
+CPU), its motion, and nothing else: plain background, no cuts. The distribution: base and motion are uniform; every other slot is
 filled with its probability, by a uniform part, independently of the others.
 
 Positions move by whole pixels, and after every four frames by a multiple of four pixels (or back to where they were):
@@ -84,7 +84,7 @@ def sample_clips(seeds: ArrayLike, frames: int = 17) -> ClipBatch:
 def sample_clip_attributes(seeds: ArrayLike) -> NDArray[np.int64]:
     """Draw the attributes of `sample_clips` without the pictures: (b, s), no zeros."""
     keys = seed_array(seeds)
-    choices, presence = _law()
+    choices, presence = _distribution()
     words = philox_words(keys, np.zeros_like(keys), _STREAM_CLIPS, 2 * len(choices))
     columns = []
     for slot, (none, ids) in enumerate(choices):
@@ -183,7 +183,7 @@ def _source(size: int, shift_x: int, shift_y: int) -> NDArray[np.int64]:
 
 
 @lru_cache(maxsize=1)
-def _law() -> tuple[list[tuple[int, NDArray[np.int64]]], list[float]]:
+def _distribution() -> tuple[list[tuple[int, NDArray[np.int64]]], list[float]]:
     """Per slot its none id and the ids of its parts; the probability (times 2^32) that it is filled."""
     atlas = HeroAtlas.load()
     choices = [(atlas.none_id(slot), np.array([atlas.id(n) for n in PARTS.get(slot, ())])) for slot in atlas.slots]

@@ -1,4 +1,4 @@
-"""`MotionDataset`: an endless, resumable, shardable stream of moving heroes for torch."""
+"""`MotionDataset`: an endless, resumable, shardable sequence of moving heroes for torch."""
 
 # b clips · t frames · s slots
 
@@ -23,7 +23,7 @@ class MotionDataset(HeroesDataset):
     `HeroesDataset`; seeds of the two splits differ in their lowest bit, so no clip is in both.
 
     Args:
-        seed: of the stream, in [0, 2^63).
+        seed: of the sequence, in [0, 2^63).
         frames: one of `vargen.datasets.motion.compose.FRAMES`.
         **options: of `HeroesDataset`; there are no held-out pairs.
 
@@ -41,7 +41,7 @@ class MotionDataset(HeroesDataset):
         self.frames = frames
 
     def examples(self, indices: NDArray[np.int64]) -> dict[str, torch.Tensor]:
-        """Return the batch of examples with these indices of the stream.
+        """Return the batch of examples with these indices of the sequence.
 
         Args:
             indices: (b,) integers >= 0.

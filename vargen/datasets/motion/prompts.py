@@ -121,7 +121,7 @@ def parse_prompt(text: str) -> NDArray[np.int64]:
 
 
 def complete(attributes: ArrayLike, seeds: ArrayLike) -> NDArray[np.int64]:
-    """Fill the unspecified slots at random, slot by slot from the law of the clips.
+    """Fill the unspecified slots at random, slot by slot from the distribution of the clips.
 
     Args:
         attributes: (b, s) integers.

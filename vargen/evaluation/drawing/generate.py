@@ -1,9 +1,9 @@
 """Draw many images with a pipeline: fixed chunks of seeds, any number of processes, runs that can be killed and go on.
 
 Image i uses seed ``seed + i`` and condition i, and is always decoded in the same chunk: an image does not depend on
-its neighbours, but the last bit of a logit may depend on the shape of the batch, and a near-tie on that bit. Processes
-share nothing but the folder (see ``vargen.evaluation.drawing.claims``): a slow one draws fewer chunks, and the chunk of a dead one
-is drawn by another.
+the others of its batch, but the last bit of a logit may depend on the shape of the batch, and a near-tie on that bit.
+Processes share nothing but the folder (see ``vargen.evaluation.drawing.claims``): a slow one draws fewer chunks, and the
+chunk of a dead one is drawn by another.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Generated:
 
     @property
     def num_images(self) -> int:
-        """N."""
+        """N, how many there are."""
         return len(self.seeds)
 
     def measured(self, name: str) -> np.ndarray:

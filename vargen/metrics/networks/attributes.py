@@ -113,7 +113,7 @@ class AttributeClassifier(nn.Module):
 
 
 def pictures_digest() -> str:
-    """Return hex digits that change when the parts, their drawing order or the law of the heroes change."""
+    """Return hex digits that change when the parts, their drawing order or the distribution of the heroes change."""
     return hashlib.sha256(sample_heroes(range(256)).images.tobytes()).hexdigest()[:16]
 
 

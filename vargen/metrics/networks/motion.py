@@ -126,7 +126,7 @@ class MotionAccuracy:
 
 
 def clips_digest() -> str:
-    """Return hex digits that change when parts, motions or the law of clips change."""
+    """Return hex digits that change when parts, motions or the distribution of clips change."""
     return hashlib.sha256(sample_clips(range(32)).clips.tobytes()).hexdigest()[:16]
 
 
@@ -194,9 +194,9 @@ def train_motion_classifier(
         model = MotionClassifier().train()
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=max(num_steps, 2), pct_start=0.1)
-        stream = MotionDataset(seed)
+        data = MotionDataset(seed)
         for step in range(num_steps):
-            batch = stream.examples(np.arange(step * batch_size, (step + 1) * batch_size))
+            batch = data.examples(np.arange(step * batch_size, (step + 1) * batch_size))
             clips = (batch["clip"] + 1) / 2
             strength = 0.05 * torch.rand(batch_size, 1, 1, 1, 1)
             scores = model((clips + strength * torch.randn_like(clips)).clamp(0, 1))

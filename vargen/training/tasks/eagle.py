@@ -1,6 +1,6 @@
 """Training of EAGLE drafters on the hidden states of a frozen backbone (arXiv:2401.15077; loss of LANTERN, arXiv:2410.03355).
 
-Teacher-forced passes of the backbone over encoded images give features and laws; the drafter learns to continue both.
+Teacher-forced passes of the backbone over encoded images give features and distributions; the drafter learns to continue both.
 Unlike the released recipe, the pair that starts every image is trained too.
 
 Letters: B images, T condition positions, N codes, L = T + N - 2 pairs, D width, V codes of the codebook.
@@ -32,7 +32,7 @@ class DrafterOptions:
     backbone: str = "heroes32-llamagen"  # folder of a transformer run, of a saved model or pipeline, or a model's name
     tokenizer: str = "heroes32-llamagen"
     feature_weight: float = 1.0
-    law_weight: float = 0.1  # of the cross-entropy to the target's law; both weights as released
+    distribution_weight: float = 0.1  # of the cross-entropy to the target's distribution; both weights as released
     noise: float = 0.2  # on the features, times 512 / L, uniform around 0
     guidance_scale: float = 2.0  # of the sample grid
     grid_size: int = 16
@@ -83,15 +83,15 @@ class DrafterTask(Task):
         return {**batch, "codes": codes, "hidden": hidden_states(self.backbone, codes, batch["condition"])}
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Feature and law loss of the pairs that end in a code."""
+        """Loss of features and of distributions, of the pairs that end in a code."""
         hidden, o = batch["hidden"], self.options
         pairs = hidden[:, :-1]
         noisy = pairs + (torch.rand_like(pairs) - 0.5) * (o.noise * 512 / pairs.shape[1])
         predicted = model(noisy, self._embeddings(batch["codes"]))
         mask = self._mask(pairs)
-        feature, law = drafter_losses(predicted, hidden[:, 1:], self.backbone.output, mask)
-        loss = o.feature_weight * feature + o.law_weight * law
-        return loss, {"feature": feature.detach(), "law": law.detach()}
+        feature, cross_entropy = drafter_losses(predicted, hidden[:, 1:], self.backbone.output, mask)
+        loss = o.feature_weight * feature + o.distribution_weight * cross_entropy
+        return loss, {"feature": feature.detach(), "cross_entropy": cross_entropy.detach()}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:
@@ -134,7 +134,7 @@ class DrafterTask(Task):
 def drafter_losses(
     predicted: Tensor, target: Tensor, head: Callable[[Tensor], Tensor], mask: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Smooth L1 between features, and cross-entropy from the target's law to the drafter's; means over the mask.
+    """Smooth L1 between features, and cross-entropy from the target's distribution to the drafter's; means over the mask.
 
     Args:
         predicted: ``[B, L, D]`` features of the drafter.
@@ -148,8 +148,8 @@ def drafter_losses(
     total = mask.sum() + 1e-5
     feature = (F.smooth_l1_loss(predicted.float(), target.float(), reduction="none").mean(-1) * mask).sum() / total
     with torch.no_grad():
-        law = head(target).float().softmax(-1)
-    cross_entropy = -(law * head(predicted.to(target.dtype)).float().log_softmax(-1)).sum(-1)
+        p = head(target).float().softmax(-1)
+    cross_entropy = -(p * head(predicted.to(target.dtype)).float().log_softmax(-1)).sum(-1)
     return feature, (cross_entropy * mask).sum() / total
 
 

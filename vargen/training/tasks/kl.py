@@ -1,7 +1,7 @@
 """Training of KL autoencoders for continuous tokens (Rombach et al., 2022, arXiv:2112.10752), without a discriminator.
 
 The weight of the divergence is that of a decoder with a finite error, not the vanishing one of latent diffusion: each latent
-then carries as much noise as the picture can bear, and what a backbone has to model is smooth.
+then carries as much noise as the picture allows, and what a backbone has to model is smooth.
 """
 
 from __future__ import annotations

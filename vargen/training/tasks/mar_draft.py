@@ -1,7 +1,7 @@
 """Training of drafters for continuous speculative decoding: distillation along the target's denoising paths.
 
 A drafter trained on its own guesses other noise than the target does, and over a whole chain nothing of it is accepted.
-Here the target runs its chains and the drafter learns their laws, step by step: the loss is KL(p || q) between the laws of
+Here the target runs its chains and the drafter learns their distributions, step by step: the loss is KL(p || q) between those of
 whole paths, which bounds the share of refused drafts (Pinsker). The drafter starts with the target's head.
 """
 
@@ -71,8 +71,8 @@ class MARDraftTask(CausalMARTask):
         self.backbone.to(device)
 
     def loss(self, model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
-        """KL between the laws of whole paths, in nats a token."""
-        _, target, draft = self._laws(cast(CausalMARTransformer, model), batch, None)
+        """KL between the distributions of whole paths, in nats a token."""
+        _, target, draft = self._distributions(cast(CausalMARTransformer, model), batch, None)
         nats = _path_kl(target, draft).mean()
         return nats, {"path_kl": nats.detach()}
 
@@ -82,7 +82,7 @@ class MARDraftTask(CausalMARTask):
         accepted, nats, count = 0.0, 0.0, 0
         for i, batch in enumerate(self.test_batches(16)):
             generator = torch.Generator(self.device).manual_seed(i)
-            states, target, draft = self._laws(cast(CausalMARTransformer, model), batch, generator)
+            states, target, draft = self._distributions(cast(CausalMARTransformer, model), batch, generator)
             ratio = log_ratio(states[:, 1:], target, draft)
             accepted += float((-ratio).exp().clamp(max=1.0).sum())
             nats += float(_path_kl(target, draft).sum())
@@ -99,10 +99,10 @@ class MARDraftTask(CausalMARTask):
         assert latents is not None
         return latents
 
-    def _laws(
+    def _distributions(
         self, model: CausalMARTransformer, batch: Mapping[str, Tensor], generator: torch.Generator | None
     ) -> tuple[Tensor, tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Paths of the target at some positions of every image, and the laws of both models along them."""
+        """Paths of the target at some positions of every image, and the distributions of both models along them."""
         tokens, condition = model.to_tokens(batch["latents"]), batch["condition"]
         chosen = torch.rand(tokens.shape[:2], generator=generator, device=tokens.device).argsort(1)
         chosen = chosen[:, : self.options.num_positions]  # B k
@@ -120,7 +120,7 @@ class MARDraftTask(CausalMARTask):
 
 
 def _path_kl(target: tuple[Tensor, Tensor], draft: tuple[Tensor, Tensor]) -> Tensor:
-    """KL(p || q) of the laws of whole chains in nats: means and spreads ``[n, S, D]`` to ``[n]``."""
+    """KL(p || q) of the distributions of whole chains in nats: means and spreads ``[n, S, D]`` to ``[n]``."""
     (mean_p, std_p), (mean_q, std_q) = target, draft
     return gaussian_kl(mean_p, 2 * std_p.log(), mean_q, 2 * std_q.log()).flatten(1).sum(1)
 
