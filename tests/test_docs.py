@@ -5,29 +5,31 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 import vargen
 from docs import hooks
+from vargen.datasets.base import DATASETS
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 
 
 @pytest.mark.slow
-def test_the_examples_of_extend_run_in_one_session():
-    names = {"__name__": "docs"}
+def test_the_examples_of_extend_run_in_one_session(monkeypatch):
+    module = ModuleType("docs")
+    names = vars(module)
     found = re.findall(r"```python\n(.*?)```", (DOCS / "extend.md").read_text(), flags=re.DOTALL)
-    assert len(found) == 6
-    sys.modules["docs"] = sys.modules[__name__]  # dataclasses look their module up
-    try:
-        for block in found:
-            exec(compile(block, "docs/extend.md", "exec"), names)
-    finally:
-        del sys.modules["docs"]
-    assert names["fast"].codes.shape == (6, 16)  # the last block was reached
+    assert len(found) == 8
+    monkeypatch.setitem(sys.modules, "docs", module)  # where dataclasses and data sets are looked up
+    monkeypatch.setitem(DATASETS, "stripes", ("docs", "Stripes"))  # leaves with the test
+    for block in found:
+        exec(compile(block, "docs/extend.md", "exec"), names)
+    assert names["fast"].codes.shape == (6, 16)
+    assert names["striped"].codes.shape == (2, 64)  # the last block was reached
     pipe = vargen.ImagePipeline.from_pretrained("heroes32-llamagen")
     expected = pipe("minotaur", seed=4)
     pipe.sampler = vargen.SpeculativeSampler.from_config(pipe.sampler.config)
