@@ -106,8 +106,10 @@ def mixture(*, move: float = 0.0, values: float = 0.2, **settings: Any) -> ToyCa
     return ToyCausal(ExactNet(offsets, 0.35 * (1 + move), values, weights), dim=2, **settings)
 
 
-def chain_law(toy: ToyCausal, scale: float = 1.0, temperature: float = 1.0) -> tuple[float, float, float]:
-    """Weights of the conditional and unconditional mean in a token's mean, and its variance, under noisy last steps."""
+def chain_law(
+    toy: ToyCausal, scale: float = 1.0, temperature: float = 1.0, final_noise: bool = True
+) -> tuple[float, float, float]:
+    """Weights of the conditional and unconditional mean in a token's mean, and its variance."""
     chain = toy.head.diffusion()
     branches = 1 if scale == 1 else 2
     gains = [0.0, 0.0]
@@ -123,7 +125,8 @@ def chain_law(toy: ToyCausal, scale: float = 1.0, temperature: float = 1.0) -> t
         gains = [slope * gains[0] + mean_of(0.0, 1.0, 0.0, k), slope * gains[1] + mean_of(0.0, 0.0, 1.0, k)]
         z = torch.zeros(branches, 1, toy.token_dim, dtype=DTYPE)
         std = toy.head.step_params(torch.zeros(1, toy.token_dim, dtype=DTYPE), torch.tensor([k]), z, chain, scale)[1]
-        variance = slope**2 * variance + (temperature * float(std[0, 0])) ** 2
+        noise = temperature * float(std[0, 0]) if k > 0 or final_noise else 0.0
+        variance = slope**2 * variance + noise**2
     return gains[0], gains[1], variance
 
 
