@@ -278,6 +278,7 @@ class ImagePipeline(DiffusionPipeline):
             return_dict,
         )
         self._check_components()
+        inputs.check_dtype(self.components)
         if self.tokenizer is None and output_type != "codes":
             raise ValueError("this pipeline has no pixel decoder; use output_type='codes'")
         shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -429,4 +430,3 @@ class ImagePipeline(DiffusionPipeline):
                     "take both from one model"
                 )
         check_autoencoder(self.tokenizer, self.backbone)
-        inputs.check_dtype({name: value for name, value in self.components.items() if isinstance(value, nn.Module)})

@@ -136,6 +136,7 @@ class VideoPipeline(ImagePipeline):
         inputs.check_options(output_type, 1, batch_size, callback_on_step_end, wanted, known, return_dict)
         inputs.check_count("num_videos_per_prompt", num_videos_per_prompt, inputs.MAX_IMAGES)
         self._check_components()
+        inputs.check_dtype(self.components)
         fps = self.config.fps if fps is None else fps
         check_fps(fps)
         length = self._code_frames(num_frames)
