@@ -20,7 +20,11 @@ Method = TypeVar("Method", bound=Callable[..., Any])
 
 
 def runs_as_forward(method: Method) -> Method:
-    """Mark a method of a module that reads weights: hooks around ``forward`` fire around it too, once for nested calls."""
+    """Mark a method of a module that reads weights: hooks around ``forward`` fire around it too, once for nested calls.
+
+    They bring weights; arguments and results they do not see, as with diffusers' ``apply_forward_hook``: sessions and
+    schedules are nobody else's to move, and samplers make their tensors on the model's ``device``.
+    """
 
     @wraps(method)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -31,15 +35,20 @@ def runs_as_forward(method: Method) -> Method:
         own[_ENTERED] = True
         try:
             for hook in hooks:
-                args, kwargs = hook.pre_forward(self, *args, **kwargs)
+                hook.pre_forward(self)
             output = method(self, *args, **kwargs)
             for hook in reversed(hooks):
-                output = hook.post_forward(self, output)
+                hook.post_forward(self, None)
             return output
         finally:
             del own[_ENTERED]
 
     return cast(Method, run)
+
+
+def hooked(module: nn.Module) -> bool:
+    """Whether accelerate or diffusers put hooks around this very module."""
+    return "_hf_hook" in module.__dict__ or "_diffusers_hook" in module.__dict__
 
 
 def execution_device(module: nn.Module) -> torch.device:
