@@ -69,7 +69,7 @@ def offload_models(pipe, monkeypatch) -> None:
     class Turn(Parked):
         def pre_forward(self, module, *args, **kwargs):
             for other in hooks.values():
-                if other is not self and not (pair & {other, self} == {other, self}):
+                if other is not self and not {other, self} <= pair:
                     other.park()
             return super().pre_forward(module, *args, **kwargs)
 
