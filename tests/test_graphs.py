@@ -105,7 +105,7 @@ def fake_state(sampler, mode):
     state = sampler.start(backbone, LABELS, seeds=SEEDS, cuda_graph=True)
     state.errors = new_errors(len(SEEDS))  # as on a CUDA device
     convert(state)
-    backbone._rope = {torch.device("cuda", 0): fake(backbone.rope_table())}
+    backbone._rope._made = {torch.device("cuda", 0): (fake(backbone.rope_table()),)}
     for module in backbone.modules():
         for name, weight in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, Parameter(fake(weight), requires_grad=False))

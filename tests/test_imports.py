@@ -16,6 +16,7 @@ import vargen
 ROOT = Path(__file__).resolve().parents[1]
 CORE = (
     "features",
+    "hooks",
     "orders",
     "outputs",
     "protocols",

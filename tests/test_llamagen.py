@@ -337,7 +337,6 @@ def test_training_forward_is_one_graph():
     torch._dynamo.reset()
     model = small(token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
     condition, drop = small_condition("class"), torch.tensor([True, False, False, True])
-    model.rope_table()
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     assert torch.equal(compiled(CODES, condition, drop=drop), model(CODES, condition, drop=drop))
 

@@ -18,6 +18,7 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
+from vargen.hooks import HookedModel, runs_as_forward
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.multiscale_vq.checks import check_scale_codes
@@ -48,7 +49,7 @@ class MultiScaleVQTokenizerOutput(MultiScaleVQEncoderOutput):
     images: Tensor | None = None  # [B, in_channels, H, W], unclamped
 
 
-class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
+class MultiScaleVQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
     """Images to codes over scales and back.
 
     The defaults are the published model ``vae_ch160v4096z32``. ``encoder_type="patch"`` has no learned encoder: features
@@ -145,15 +146,17 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
         return cast(MultiScaleVQTokenizer, read_multiscale_checkpoint(cls, checkpoint, config))
 
     @property
+    @runs_as_forward
     def codebook(self) -> Tensor:
         """``[V, C]`` code vectors as summed."""
-        return self.quantize.embedding.weight
+        return self.quantize.codebook
 
     @property
     def codebook_size(self) -> int:
         """Codes of the codebook, V."""
         return self.quantize.embedding.num_embeddings
 
+    @runs_as_forward
     def features(self, images: Tensor) -> Tensor:
         """Map images ``[B, in_channels, H, W]`` to what is quantized, ``[B, C, h, w]``."""
         check_images(images, self.config.in_channels, self.downsample)
@@ -162,6 +165,7 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
         with half_precision_explained(self.dtype):
             return self.quant_conv(self.encoder(images.to(self.dtype)))
 
+    @runs_as_forward
     def encode(self, images: Tensor, scales: ScaleList | None = None) -> MultiScaleVQEncoderOutput:
         """Turn images into codes.
 
@@ -177,6 +181,7 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
         sizes = self._scales_for(images, scales)
         return MultiScaleVQEncoderOutput(**vars(self.quantize(self.features(images), sizes)))
 
+    @runs_as_forward
     def decode(self, codes: Sequence[Tensor], scales: ScaleList | None = None) -> Tensor:
         """Turn codes into images.
 
@@ -197,10 +202,12 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
             )
         return self.decode_partial(codes, scales)
 
+    @runs_as_forward
     def decode_partial(self, codes: Sequence[Tensor], scales: ScaleList | None = None) -> Tensor:
         """Turn the first few scales into a full-size preview ``[B, in_channels, H, W]``; arguments as in ``decode``."""
         return self.decode_latents(self.latents(codes, scales))
 
+    @runs_as_forward
     def latents(self, codes: Sequence[Tensor], scales: ScaleList | None = None) -> Tensor:
         """Sum the first few scales: ``[B, C, h, w]`` float32."""
         sizes = self._sizes(scales)
@@ -210,6 +217,7 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
             total = self.accumulate(total, self.quantize.lookup(picked), k, sizes)
         return total
 
+    @runs_as_forward
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Turn sums of scales ``[B, C, h, w]`` into images ``[B, in_channels, H, W]``, unclamped."""
         latents = latents.to(self.dtype)
@@ -219,6 +227,7 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
             images = images + F.pixel_shuffle(latents, self.downsample)
         return images
 
+    @runs_as_forward
     def scale_inputs(self, codes: Sequence[Tensor], scales: ScaleList | None = None) -> Tensor:
         """What a next-scale backbone reads: for each scale but the first, the sum so far shrunk to it.
 
@@ -243,10 +252,12 @@ class MultiScaleVQTokenizer(Stored, ModelMixin, ConfigMixin):
         size = (sizes or self.scales)[-1]
         return torch.zeros(num_images, self.config.codebook_dim, *size, device=self.device)
 
+    @runs_as_forward
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes ``[B, n]`` to vectors ``[B, n, C]`` float32."""
         return self.quantize.lookup(codes)
 
+    @runs_as_forward
     def accumulate(self, total: Tensor, vectors: Tensor, k: int, sizes: Scales | None = None) -> Tensor:
         """Add the vectors ``[B, n_k, C]`` of scale k to the sum ``[B, C, h, w]``."""
         return self.quantize.accumulate(total, vectors, k, sizes or self.scales)

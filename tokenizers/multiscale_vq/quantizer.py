@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vargen.hooks import execution_device
 from vargen.kernels.nearest import nearest_code
 from vargen.validation.checks import check_scales, pair_of
 
@@ -138,13 +139,18 @@ class ScaleQuantizer(nn.Module):
         num_phi = self.num_phi or len(self.scales)
         return self.quant_resi[phi_index(num_scales, num_phi)[k]](h)  # type: ignore[index]
 
+    @property
+    def codebook(self) -> Tensor:
+        """``[V, C]`` all code vectors, read by a call of the table so that hooks around it fire."""
+        return self.embedding(torch.arange(self.embedding.num_embeddings, device=execution_device(self.embedding)))
+
     def lookup(self, codes: Tensor) -> Tensor:
         """Codes ``[...]`` to vectors ``[..., C]`` float32."""
-        return F.embedding(codes, self.embedding.weight).float()
+        return self.embedding(codes).float()
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Nearest code of each row ``[n, C]``: ``[n]`` int64, the first on ties."""
-        x, codebook = vectors.detach().float(), self.embedding.weight.detach().float()
+        x, codebook = vectors.detach().float(), self.codebook.detach().float()
         if self.znorm:
             return (F.normalize(x, dim=-1) @ F.normalize(codebook, dim=-1).T).argmax(-1)
         return nearest_code(x, codebook)

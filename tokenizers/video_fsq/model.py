@@ -20,6 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from vargen.hooks import HookedModel, runs_as_forward
 from vargen.tokenizers.checks import check_range, half_precision_explained
 from vargen.tokenizers.settings import VIDEO_FSQ
 from vargen.tokenizers.video_fsq.layers import (
@@ -52,7 +53,7 @@ class VideoTokenizerOutput(VideoEncoderOutput):
     videos: Tensor | None = None  # [B, 3, T, H, W], unclamped
 
 
-class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
+class VideoFSQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
     """Clips to a grid of codes and back, causally: a code depends on its own and earlier frames only.
 
     Args:
@@ -159,6 +160,7 @@ class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
         """Frames of a clip of t code frames: 1 + (t - 1) * f."""
         return 1 + (latent_frames - 1) * self.temporal_factor
 
+    @runs_as_forward
     def features(self, videos: Tensor, state: StreamState | None = None) -> Tensor:
         """Map clips ``[B, 3, T, H, W]`` to what FSQ reads, ``[B, C, t, h, w]``."""
         x = videos.to(self.dtype)
@@ -169,6 +171,7 @@ class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
                 x = layer(x, state)
         return x
 
+    @runs_as_forward
     def encode(
         self, videos: Tensor, *, chunk: int | None = None, state: StreamState | None = None
     ) -> VideoEncoderOutput:
@@ -194,6 +197,7 @@ class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
         pieces = [videos[:, :, :first], *videos[:, :, first:].split(chunk * self.temporal_factor, dim=2)]
         return self._quantize(torch.cat([self.features(p, state) for p in pieces if p.shape[2]], dim=2))
 
+    @runs_as_forward
     def decode(self, codes: Tensor, *, chunk: int | None = None, state: StreamState | None = None) -> Tensor:
         """Turn codes into clips.
 
@@ -210,6 +214,7 @@ class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
         """
         return self.decode_latents(self.quantize.lookup(self._check_codes(codes)), chunk=chunk, state=state)
 
+    @runs_as_forward
     def decode_latents(self, latents: Tensor, *, chunk: int | None = None, state: StreamState | None = None) -> Tensor:
         """Turn code vectors ``[B, C, t, h, w]`` into clips; arguments as in ``decode``."""
         if latents.ndim != 5 or latents.shape[1] != len(self.config.levels):
@@ -228,6 +233,7 @@ class VideoFSQTokenizer(Stored, ModelMixin, ConfigMixin):
         return VideoTokenizerOutput(encoded.codes, encoded.latents, videos=self._decode(encoded.latents, None))
 
     @property
+    @runs_as_forward
     def patches(self) -> Tensor:
         """``[V, pixels]`` patches of the dictionary in [-1, 1]."""
         return cast(Tensor, self.patch_table).to(self.dtype) / 127.5 - 1

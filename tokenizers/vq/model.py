@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
 
+from vargen.hooks import HookedModel, runs_as_forward
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.settings import VQ
@@ -57,7 +58,7 @@ class VQTokenizerOutput(VQEncoderOutput):
     images: Tensor | None = None  # [B, in_channels, H, W], unclamped
 
 
-class VQTokenizer(Stored, ModelMixin, ConfigMixin):
+class VQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
     """Images to a grid of codes and back.
 
     ``encoder_type="patch"`` has no learned encoder: a latent is the raw patch of f x f pixels (f = ``downsample``,
@@ -163,6 +164,7 @@ class VQTokenizer(Stored, ModelMixin, ConfigMixin):
         return cast(VQTokenizer, read_vq_checkpoint(cls, checkpoint, config))
 
     @property
+    @runs_as_forward
     def codebook(self) -> Tensor:
         """``[V, C]`` code vectors as used: unit length where the model normalises."""
         return self.quantize.codebook
@@ -172,6 +174,7 @@ class VQTokenizer(Stored, ModelMixin, ConfigMixin):
         """Codes of the codebook, V."""
         return self.quantize.embedding.num_embeddings
 
+    @runs_as_forward
     def features(self, images: Tensor) -> Tensor:
         """Map images ``[B, in_channels, H, W]`` to what the quantizer reads, ``[B, C, h, w]``, not normalised."""
         check_images(images, self.config.in_channels, self.downsample)
@@ -180,6 +183,7 @@ class VQTokenizer(Stored, ModelMixin, ConfigMixin):
         with half_precision_explained(self.dtype):
             return self.quant_conv(self.encoder(images.to(self.dtype)))
 
+    @runs_as_forward
     def encode(self, images: Tensor) -> VQEncoderOutput:
         """Turn images into codes.
 
@@ -193,6 +197,7 @@ class VQTokenizer(Stored, ModelMixin, ConfigMixin):
         check_range(images)
         return VQEncoderOutput(**vars(self.quantize(self.features(images))))
 
+    @runs_as_forward
     def decode(self, codes: Tensor) -> Tensor:
         """Turn codes into images.
 
@@ -207,6 +212,7 @@ class VQTokenizer(Stored, ModelMixin, ConfigMixin):
         """
         return self.decode_latents(self.quantize.lookup(self._check_codes(codes)).permute(0, 3, 1, 2))
 
+    @runs_as_forward
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Turn code vectors ``[B, C, h, w]`` into images ``[B, in_channels, H, W]``, unclamped."""
         if latents.ndim != 4 or latents.shape[1] != self.config.codebook_dim:

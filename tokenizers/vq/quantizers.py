@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vargen.hooks import execution_device
 from vargen.kernels.nearest import nearest_code
 from vargen.tokenizers.vq.kmeans import kmeans
 
@@ -96,8 +97,7 @@ class VectorQuantizer(nn.Module):
     @property
     def codebook(self) -> Tensor:
         """``[V, C]`` code vectors as used: unit length with ``l2_norm``."""
-        weight = self.embedding.weight
-        return F.normalize(weight.float(), dim=-1).to(weight.dtype) if self.l2_norm else weight
+        return self.lookup(torch.arange(self.embedding.num_embeddings, device=execution_device(self.embedding)))
 
     @property
     def usage(self) -> float:
@@ -111,7 +111,8 @@ class VectorQuantizer(nn.Module):
 
     def nearest(self, vectors: Tensor) -> Tensor:
         """Map vectors ``[n, C]`` to codes ``[n]`` int64; the first code on ties."""
-        return nearest_code(vectors.detach(), self.embedding.weight.detach(), self.l2_norm)
+        index = torch.arange(self.embedding.num_embeddings, device=vectors.device)
+        return nearest_code(vectors.detach(), self.embedding(index).detach(), self.l2_norm)
 
     def forward(self, z: Tensor) -> QuantizerOutput:
         """Quantize ``[b, C, h, w]``; in training mode also measure the losses and record the use of codes."""

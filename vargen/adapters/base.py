@@ -22,6 +22,7 @@ from vargen.adapters.prompts import PackedPrompts
 from vargen.adapters.session import PromptSession
 from vargen.backbones.layers.cache.kv_cache import UNWRITTEN, KVCache, Plan
 from vargen.features import Feature
+from vargen.hooks import hooked
 from vargen.protocols import Layout, StepOut
 
 
@@ -203,7 +204,7 @@ class TransformersBackbone(FamilyAdapter):
             return self.head(h)
         head, first, count = self.head, int(ids[0]), len(ids)
         dense = bool((ids == torch.arange(first, first + count, device=ids.device)).all())
-        plain = type(head) is nn.Linear and head.weight.device.type != "meta" and not hasattr(head, "_hf_hook")
+        plain = type(head) is nn.Linear and head.weight.device.type != "meta" and not hooked(head)
         if dense and plain and not head._forward_hooks and not head._forward_pre_hooks:
             rows = slice(first, first + count)
             return nn.functional.linear(h.to(head.weight.device), head.weight[rows], _rows(head.bias, rows))

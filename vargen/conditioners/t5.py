@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from vargen.conditioners.base import Conditioner, check_prompt, one_of
 from vargen.conditioners.captions import clean_caption
+from vargen.hooks import execution_device, runs_as_forward
 from vargen.validation.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
 from vargen.validation.classes import component_class
 from vargen.validation.folders import check_component, check_settings, one_line
@@ -86,7 +87,7 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
     @property
     def device(self) -> torch.device:
         """Where captions are encoded."""
-        return self.where.device
+        return execution_device(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -106,6 +107,7 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         """
         captions = self._clean_all(prompts, class_labels)
         size = self.config.batch_size
+        self._load()  # before the hooks around ``_encode_batch``, which ask for weights
         parts = [self._encode_batch(captions[i : i + size]) for i in range(0, len(captions), size)]
         features, masks = zip(*parts, strict=True)
         return torch.cat(features), torch.cat(masks)
@@ -134,9 +136,9 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
             raise ValueError("this model reads captions, not class labels; give prompt='...'")
         return [self.clean(prompt) for prompt in one_of(prompts, None)]
 
+    @runs_as_forward
     @torch.no_grad()
     def _encode_batch(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        self._load()
         tokens = self.tokenizer(
             captions,
             max_length=self.config.max_length,

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend, attention
 from vargen.backbones.layers.rope import constant_rows, grid_table, rotate, spread
+from vargen.backbones.layers.tables import DeviceTables
 from vargen.backbones.layers.transformer import RMSNorm
 from vargen.backbones.settings.discrete import EAGLE
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
 from vargen.checkpoints.reader import CheckpointError, build_strict, load_original
 from vargen.draft_models.eagle_drafts import EagleDrafts
 from vargen.features import Feature
+from vargen.hooks import HookedModel, compute_dtype, runs_as_forward
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
@@ -83,7 +85,7 @@ class EagleLayer(nn.Module):
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-class EagleDrafter(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class EagleDrafter(HookedModel, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """A drafter that stands on the hidden states of one backbone.
 
     Args:
@@ -128,7 +130,8 @@ class EagleDrafter(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
             self.embed_tokens = nn.Embedding(codebook_size, dim)
         self.fc = nn.Linear(2 * dim, dim, bias=bias)
         self.layers = nn.ModuleList(EagleLayer(dim, num_heads, ffn_dim, norm_eps) for _ in range(num_layers))
-        self._rope: dict[torch.device, Tensor] = {}  # not buffers: they stay float32 when the weights are halved
+        self._rope = DeviceTables()
+        self.rope_table(torch.device("cpu"))
 
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> EagleDrafter:
@@ -157,20 +160,21 @@ class EagleDrafter(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
         """Pairs of a whole image: T - 1 placeholders, then one a code."""
         return self.config.num_condition_tokens - 1 + self.grid_size[0] * self.grid_size[1]
 
+    @runs_as_forward
     def embed(self, codes: Tensor, backbone: Any = None) -> Tensor:
         """Embeddings of codes, ``[...]`` int64 to ``[..., D]``."""
         return self.embed_tokens(codes) if self.config.own_embeddings else backbone.embed(codes)
 
-    def rope_table(self) -> Tensor:
+    def rope_table(self, device: torch.device | None = None) -> Tensor:
         """[num_pairs + 1, d / 2, 2] float32; the last row serves pairs behind the image and wipes them."""
-        device = self.fc.weight.device
-        if device not in self._rope:
-            c = self.config
-            head_dim = c.dim // c.num_heads
-            condition = constant_rows(c.num_condition_tokens - 1, head_dim, c.condition_rope)
-            grid = grid_table(self.grid_size, head_dim, c.rope_base)
-            self._rope[device] = torch.cat([condition, grid, constant_rows(1, head_dim, "zero")]).to(device)
-        return self._rope[device]
+        return self._rope.get(self.device if device is None else device, self._rotations)[0]
+
+    def _rotations(self) -> tuple[Tensor, ...]:
+        c = self.config
+        head_dim = c.dim // c.num_heads
+        condition = constant_rows(c.num_condition_tokens - 1, head_dim, c.condition_rope)
+        grid = grid_table(self.grid_size, head_dim, c.rope_base)
+        return (torch.cat([condition, grid, constant_rows(1, head_dim, "zero")]),)
 
     def forward(self, hidden: Tensor, embeddings: Tensor) -> Tensor:
         """Predict hidden states of a whole sequence, in causal order.
@@ -186,10 +190,11 @@ class EagleDrafter(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
         attend = partial(attention, is_causal=True)
         return self.run(hidden, embeddings, positions, [attend] * len(self.layers))
 
+    @runs_as_forward
     def run(self, hidden: Tensor, embeddings: Tensor, positions: Tensor, attends: list[Attend]) -> Tensor:
         """Run the blocks; ``positions [w]`` or ``[R, w]`` count pairs, each block has its own attention function."""
-        x = self.fc(torch.cat([embeddings, hidden], dim=-1).to(self.fc.weight.dtype))
-        rope = spread(self.rope_table()[positions.clamp(max=self.num_pairs)])
+        x = self.fc(torch.cat([embeddings, hidden], dim=-1).to(compute_dtype(self.fc)))
+        rope = spread(self.rope_table(positions.device)[positions.clamp(max=self.num_pairs)])
         for layer, attend in zip(self.layers, attends, strict=True):
             x = layer(x, rope, attend)
         return x

@@ -26,7 +26,7 @@ class EagleDrafts:
     def __init__(self, drafter: Any, backbone: Any, branches: int, batch: int, max_nodes: int) -> None:
         self.drafter, self.backbone, self.branches = drafter, backbone, branches
         capacity = drafter.num_pairs + max_nodes + 1
-        device = drafter.fc.weight.device
+        device = drafter.device
         self.cache = KVCache(branches * batch, capacity, len(drafter.layers), device=device)
         self.num_forwards = 0
         self.features = torch.empty(0)  # [G, B, 1 + n, D] of the last verified pair and of the nodes
@@ -111,8 +111,7 @@ class EagleDrafts:
         return self.drafter.run(hidden.flatten(0, 1), embeddings, positions, attends).unflatten(0, (self.branches, -1))
 
     def _score(self, features: Tensor) -> Tensor:
-        weight = self.backbone.output.weight
-        return self.backbone.output(features.to(weight.dtype)).float()
+        return self.backbone.head_logits(features)
 
     def _extent(self, width: int) -> int:
         if self.cache.device.type != "cpu":

@@ -73,7 +73,6 @@ class ImagePipeline(DiffusionPipeline):
         >>> pipe("deep elf with a red cloak", num_images_per_prompt=4, seed=7).images[0]  # doctest: +SKIP
     """
 
-    model_cpu_offload_seq = "conditioner->drafter->backbone->tokenizer"
     _optional_components = ["conditioner", "drafter"]  # noqa: RUF012 - diffusers reads a list
     _callback_tensor_inputs = ("codes", "num_committed")
     _stored_class = "ImagePipeline"  # what an index may call such a folder, whatever a subclass is called
@@ -208,6 +207,17 @@ class ImagePipeline(DiffusionPipeline):
         return cls(**pipeline_components(model, processor, sampler, options))
 
     @property
+    def model_cpu_offload_seq(self) -> str:  # type: ignore[override]
+        """The order in which ``enable_model_cpu_offload`` has one model after the other on the device.
+
+        Models that work in turn with the backbone (a drafter, the tokenizer of a next-scale model) are left out, and so stay
+        on the device until the call ends: they would be moved in every step.
+        """
+        return (
+            "conditioner->backbone" if hasattr(self.tokenizer, "scale_inputs") else "conditioner->backbone->tokenizer"
+        )
+
+    @property
     def interrupt(self) -> bool:
         """Set it to ``True`` (``pipe._interrupt = True``, from a callback or another thread) to stop after the current step."""
         return self._interrupt
@@ -278,6 +288,7 @@ class ImagePipeline(DiffusionPipeline):
             return_dict,
         )
         self._check_components()
+        inputs.check_dtype(self.components)
         if self.tokenizer is None and output_type != "codes":
             raise ValueError("this pipeline has no pixel decoder; use output_type='codes'")
         shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
@@ -306,6 +317,7 @@ class ImagePipeline(DiffusionPipeline):
             at_once = min(batch_size or len(seeds), len(seeds))
             drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch, drafting)
             images = None if output_type == "codes" else self._to_images(drawn, output_type, at_once)
+        self.maybe_free_model_hooks()
         tokens = drawn.latents if is_continuous(self.backbone) else drawn.codes
         codes = split_codes(cast(Tensor, tokens), self.backbone)
         output = ImagePipelineOutput(images=images, codes=codes, seeds=seeds, stats=drawn.stats)
@@ -429,4 +441,3 @@ class ImagePipeline(DiffusionPipeline):
                     "take both from one model"
                 )
         check_autoencoder(self.tokenizer, self.backbone)
-        inputs.check_dtype({name: value for name, value in self.components.items() if isinstance(value, nn.Module)})

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from vargen.conditioners.base import MAX_ROWS, Conditioner, check_prompt
+from vargen.hooks import execution_device
 from vargen.outputs import DecodeStats, Guarantee
 from vargen.pipelines.types import LabelInput, PromptInput, Rows
 from vargen.protocols import ConditionInput
@@ -85,11 +86,16 @@ def check_rows(given: Any, times: int, seed: Any, generator: Any) -> None:
         check_seeds(seed, generator, rows * times)
 
 
-def check_dtype(modules: dict[str, nn.Module]) -> None:
-    """Raise ``ValueError`` for float16 weights on a CPU, where torch has no float16 arithmetic worth the name."""
-    for name, module in modules.items():
-        weight = next(module.parameters(), None)
-        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.float16:
+def check_dtype(components: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for float16 weights that would work on a CPU, where torch has no float16 arithmetic worth the name.
+
+    They may be loaded and lie there: a GPU may follow, by ``to`` or by offloading.
+    """
+    for name, module in components.items():
+        weight = next(module.parameters(), None) if isinstance(module, nn.Module) else None
+        if weight is None or weight.dtype != torch.float16:
+            continue
+        if execution_device(module).type == "cpu":
             raise ValueError(
                 f"{name} has float16 weights on the CPU, which is not supported; use pipe.to(torch.float32) or "
                 "pipe.to(torch.bfloat16)"

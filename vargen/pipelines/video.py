@@ -49,7 +49,6 @@ class VideoPipeline(ImagePipeline):
         >>> pipe("deep elf with a red cloak walking left", seed=7).save("elf.gif", scale=8)  # doctest: +SKIP
     """
 
-    model_cpu_offload_seq = "conditioner->backbone->tokenizer"
     _optional_components = ["conditioner"]  # noqa: RUF012 - diffusers reads a list
     _callback_tensor_inputs: tuple[str, ...] = ("codes", "num_committed", "frames")  # type: ignore[assignment]
     _stored_class = "VideoPipeline"
@@ -136,6 +135,7 @@ class VideoPipeline(ImagePipeline):
         inputs.check_options(output_type, 1, batch_size, callback_on_step_end, wanted, known, return_dict)
         inputs.check_count("num_videos_per_prompt", num_videos_per_prompt, inputs.MAX_IMAGES)
         self._check_components()
+        inputs.check_dtype(self.components)
         fps = self.config.fps if fps is None else fps
         check_fps(fps)
         length = self._code_frames(num_frames)
@@ -165,6 +165,7 @@ class VideoPipeline(ImagePipeline):
             drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch)
             codes = cast(Tensor, drawn.codes).unflatten(1, tuple(self.backbone.grid_size))[:, :length]
             videos = None if output_type == "codes" else self._to_frames(codes, output_type, at_once)
+        self.maybe_free_model_hooks()
         output = VideoPipelineOutput(frames=videos, codes=codes, seeds=seeds, stats=drawn.stats, fps=fps)
         return output if return_dict else (videos, codes, seeds, drawn.stats)
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vargen.backbones.layers.conditions import drop_condition
 from vargen.backbones.layers.transformer import ItemTransformer
+from vargen.hooks import runs_as_forward
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,12 @@ class ConditionedBackbone(ItemTransformer):
         """Condition positions, T."""
         return int(self.cls_embedding.num_tokens)
 
+    @runs_as_forward
     def embed(self, codes: Tensor) -> Tensor:
         """Input embeddings of codes: [...] int64 to [..., D]."""
         return self.tok_embeddings(codes)
 
+    @runs_as_forward
     @torch.no_grad()
     def prepare(
         self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None

@@ -13,11 +13,13 @@ from torch import Tensor
 
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.layers.patches import to_latents, to_tokens
+from vargen.hooks import HookedModel
 
 
-class ContinuousBackbone:
+class ContinuousBackbone(HookedModel):
     """What every backbone over continuous tokens has: a grid of them, a head, and the way to latents and back."""
 
+    _group_offload_block_modules = ("diffloss",)  # samplers run the head on its own, between passes of the backbone
     config: Any
     diffloss: DiffusionHead
     grid_size: tuple[int, int]

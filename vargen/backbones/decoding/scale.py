@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend, KVCache
 from vargen.features import Feature
+from vargen.hooks import HookedModel, runs_as_forward
 from vargen.protocols import StepOut
 
 
@@ -48,7 +49,7 @@ class ScaleSession:
         self.used = 0  # slots written
 
 
-class ScaleBackbone:
+class ScaleBackbone(HookedModel):
     """Mixin: decoding scale by scale.
 
     The module provides ``blocks``, ``sizes`` (n_k), ``lvl_1L`` [1, L] scale of every code, ``condition_embedding`` with
@@ -84,8 +85,9 @@ class ScaleBackbone:
         embedding = self.condition_embedding
         slots = getattr(embedding, "num_tokens", None)
         blank = torch.zeros(num_images, *([] if slots is None else [slots]), dtype=torch.int64)
-        return embedding.null(blank.to(self.lvl_1L.device))
+        return embedding.null(blank.to(self.device))
 
+    @runs_as_forward
     @torch.no_grad()
     def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> ScaleCondition:
         """Check and embed a batch of conditions.
@@ -103,6 +105,7 @@ class ScaleBackbone:
                 raise ValueError("the negative condition must have as many rows as the condition")
         return self._condition(parts)
 
+    @runs_as_forward
     @torch.no_grad()
     def open(
         self, condition: ScaleCondition, *, features: Tensor | None = None, dtype: torch.dtype | None = None
@@ -125,6 +128,7 @@ class ScaleBackbone:
         session = ScaleSession(cache, condition)
         return session, self._feed(session, features)
 
+    @runs_as_forward
     @torch.no_grad()
     def step(self, session: ScaleSession, features: Tensor) -> StepOut:
         """Score the next scale: its input [B, n_k, C] to logits [G, B, n_k, V]; several scales may be fed at once."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from vargen.backbones.decoding.condition import ConditionedBackbone, PreparedCondition, padding_mask
 from vargen.backbones.layers.cache.kv_cache import UNWRITTEN, KVCache, Plan
+from vargen.hooks import runs_as_forward
 from vargen.protocols import Item, Step
 
 
@@ -85,6 +86,7 @@ class ScheduledBackbone(ConditionedBackbone):
                 f"the schedule has {schedule.num_condition} condition positions, the model {self.num_condition_tokens}"
             )
 
+    @runs_as_forward
     @torch.no_grad()
     def begin(self, condition: PreparedCondition, schedule: Any, *, dtype: torch.dtype | None = None) -> ItemSession:
         """Open a decode: check the schedule and make a cache for its slots.
@@ -103,6 +105,7 @@ class ScheduledBackbone(ConditionedBackbone):
             cache = KVCache(rows, schedule.num_slots, len(self.layers), device=device, dtype=dtype)
         return ItemSession(condition, cache, condition.padded)
 
+    @runs_as_forward
     @torch.no_grad()
     def run_items(self, session: ItemSession, step: Step, codes: Tensor) -> Tensor:
         """Run one step.

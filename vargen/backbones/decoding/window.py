@@ -16,6 +16,7 @@ from torch import Tensor
 from vargen.backbones.decoding.condition import ConditionedBackbone, PreparedCondition
 from vargen.backbones.layers.cache.kv_cache import NOCACHE, UNWRITTEN, KVCache, Plan
 from vargen.features import Feature
+from vargen.hooks import compute_dtype, runs_as_forward
 from vargen.protocols import Layout, StepOut
 
 
@@ -112,6 +113,7 @@ class WindowBackbone(ConditionedBackbone):
             )
         return Layout.raster(self.grid_size)
 
+    @runs_as_forward
     @torch.no_grad()
     def open(
         self,
@@ -163,6 +165,7 @@ class WindowBackbone(ConditionedBackbone):
         session = WindowSession(cache, condition.branches, length, padded, compiled if static is None else static)
         return session, self._score(h if hidden else h[:, -1:], condition.branches, hidden, last=True)
 
+    @runs_as_forward
     @torch.no_grad()
     def step(
         self,
@@ -186,6 +189,7 @@ class WindowBackbone(ConditionedBackbone):
         session.width = width
         return self._score(h, session.branches, hidden)
 
+    @runs_as_forward
     @torch.no_grad()
     def step_at(self, session: WindowSession, codes: Tensor, slots: Tensor, *, hidden: bool = False) -> StepOut:
         """Score codes [B, w] at any code slots [B, w] (-1 = no entry); they are permanent, ``commit`` plays no part.
@@ -231,6 +235,12 @@ class WindowBackbone(ConditionedBackbone):
         branches = torch.arange(session.branches, device=rows.device)[:, None] * batch
         session.cache.select((branches + rows).flatten())
         session.advance(torch.zeros_like(rows))  # the rows that are left may agree in length
+
+    @runs_as_forward
+    @torch.no_grad()
+    def head_logits(self, hidden: Tensor) -> Tensor:
+        """Logits ``[..., V]`` float32 of states ``[..., D]`` as they enter the head; drafters guess such states."""
+        return self.output(hidden.to(compute_dtype(self.output))).float()
 
     def _score(self, h: Tensor, branches: int, hidden: bool, last: bool = False) -> StepOut:
         h = self.norm(h)

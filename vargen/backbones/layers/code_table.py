@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class CodeTable(nn.Module):
-    """A narrow table of all codes and the map to the model's width; heads share the table."""
+    """A narrow table of all codes and the map to the model's width; heads share the table.
+
+    It is read by calls only, so that whatever others put around a module's call sees them.
+    """
 
     def __init__(self, codebook_size: int, rank: int, dim: int) -> None:
         super().__init__()
@@ -16,6 +19,6 @@ class CodeTable(nn.Module):
         self.projection = nn.Linear(rank, dim, bias=False)
         self.embedding_dim = dim
 
-    def forward(self, codes: Tensor) -> Tensor:
-        """[...] int64 to [..., D]."""
-        return self.projection(F.embedding(codes, self.weight))
+    def forward(self, x: Tensor, score: bool = False) -> Tensor:
+        """Codes [...] int64 to [..., D]; with ``score`` vectors [..., rank] to the logits [..., V] of all codes."""
+        return F.linear(x, self.weight) if score else self.projection(F.embedding(x, self.weight))

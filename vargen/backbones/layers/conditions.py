@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vargen.hooks import compute_dtype, execution_device, runs_as_forward
+
 
 class ClassEmbedding(nn.Module):
     """One embedding for a label; the null label is row ``num_classes``, present when it is trained."""
@@ -29,7 +31,7 @@ class ClassEmbedding(nn.Module):
 
         The null label passes. ``values=False`` leaves the range unchecked: looking at it stops a GPU.
         """
-        return check_labels(condition, self.num_classes, self.has_null, self.embedding_table.weight.device, values)
+        return check_labels(condition, self.num_classes, self.has_null, execution_device(self), values)
 
     def mask(self, condition: Tensor) -> Tensor | None:
         """Positions that hold something, ``[B, T]`` bool; None = all."""
@@ -63,7 +65,7 @@ class LabelTable(nn.Embedding):
 
     def check(self, condition: Any, values: bool = True) -> Tensor:
         """Return the labels ``[B]`` int64 on the module's device, or say what is wrong with them; None is no class."""
-        return check_labels(condition, self.num_classes, self.has_null, self.weight.device, values)
+        return check_labels(condition, self.num_classes, self.has_null, execution_device(self), values)
 
     def null(self, condition: Tensor) -> Tensor:
         """The null label of the same batch."""
@@ -112,20 +114,21 @@ class CaptionEmbedding(nn.Module):
         """Return (features [B, T, C], mask [B, T] bool), padded features zeroed."""
         if not isinstance(condition, tuple | list) or len(condition) != 2:
             raise ValueError(f"caption condition must be (features, mask), got {type(condition).__name__}")
-        weight = self.cap_proj.fc1.weight
-        features, mask = (torch.as_tensor(part, device=weight.device) for part in condition)
+        device = execution_device(self)
+        features, mask = (torch.as_tensor(part, device=device) for part in condition)
         if features.ndim != 3 or features.shape[1:] != (self.num_tokens, self.caption_dim):
             allowed = ("batch", self.num_tokens, self.caption_dim)
             raise ValueError(f"caption features must have shape {allowed}, got {tuple(features.shape)}")
         if mask.shape != features.shape[:2]:
             raise ValueError(f"caption mask must have shape {tuple(features.shape[:2])}, got {tuple(mask.shape)}")
         mask = mask.bool()
-        return features.to(weight.dtype) * mask[..., None], mask
+        return features.to(compute_dtype(self.cap_proj.fc1)) * mask[..., None], mask
 
     def mask(self, condition: tuple[Tensor, Tensor]) -> Tensor | None:
         """Positions that hold a word, ``[B, T]`` bool."""
         return condition[1]
 
+    @runs_as_forward
     def null(self, condition: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The null caption under the same mask."""
         features, mask = condition
@@ -155,7 +158,7 @@ class AttributeEmbedding(nn.Module):
 
         ``values=False`` leaves the range unchecked.
         """
-        ids = read_ids(condition, "attribute ids", 2, self.embedding_table.weight.device)
+        ids = read_ids(condition, "attribute ids", 2, execution_device(self))
         if ids.shape[1] != self.num_tokens:
             raise ValueError(f"attribute ids must have shape [batch, {self.num_tokens}], got {tuple(ids.shape)}")
         if values:
@@ -183,13 +186,14 @@ class AttributeEmbedding(nn.Module):
         Returns:
             [B, T] bool on the generator's device.
         """
-        device = self.embedding_table.weight.device if generator is None else generator.device
+        device = execution_device(self) if generator is None else generator.device
         rate = (2 * prob * torch.rand(batch, 1, generator=generator, device=device)).clamp(max=1.0)
         return torch.rand(batch, self.num_tokens, generator=generator, device=device) < rate
 
     def forward(self, condition: Tensor) -> Tensor:
         """``[B, T]`` ids to ``[B, T, D]``."""
-        return self.embedding_table(condition) + self.slot_embedding.weight
+        slots = torch.arange(self.num_tokens, device=condition.device)
+        return self.embedding_table(condition) + self.slot_embedding(slots)
 
 
 ConditionEmbedding = ClassEmbedding | CaptionEmbedding | AttributeEmbedding

@@ -22,6 +22,7 @@ from vargen.backbones.layers.gaussian_diffusion import (
     spaced_timesteps,
     training_diffusion,
 )
+from vargen.hooks import compute_dtype, runs_as_forward
 
 NUM_FREQUENCIES = 128
 LONGEST_PERIOD = 10000.0
@@ -46,7 +47,7 @@ class TimeEmbedding(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """``[...]`` times to ``[..., W]``."""
-        dtype = cast(Tensor, self.mlp[0].weight).dtype
+        dtype = compute_dtype(self.mlp[0])
         steps = torch.arange(NUM_FREQUENCIES, device=t.device, dtype=torch.float32)
         frequencies = torch.exp(-math.log(LONGEST_PERIOD) * steps / NUM_FREQUENCIES)
         angles = t[..., None].float() * frequencies
@@ -157,6 +158,7 @@ class DiffusionHead(nn.Module):
         last = self.last_timestep if last_timestep is None else last_timestep
         return make_diffusion(self.num_sampling_steps if num_steps is None else num_steps, last)
 
+    @runs_as_forward
     def losses(self, target: Tensor, z: Tensor, timesteps: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Squared error of the guess and the variational term in bits, which trains the variance alone.
 
@@ -232,6 +234,7 @@ class DiffusionHead(nn.Module):
         """The noise that the network's guess means."""
         return guess if self.prediction_type == "epsilon" else chain.noise_from_velocity(x, index, guess)
 
+    @runs_as_forward
     @torch.no_grad()
     def sample(
         self,
@@ -269,6 +272,7 @@ class DiffusionHead(nn.Module):
             stds.append(std)
         return Path(torch.stack(states, 1), torch.stack(means, 1), torch.stack(stds, 1))
 
+    @runs_as_forward
     def path_params(
         self,
         states: Tensor,

@@ -21,7 +21,7 @@ def grid_table(grid_size: tuple[int, ...], head_dim: int, base: float = 10000.0)
         base: longest period of the frequencies.
 
     Returns:
-        [cells, head_dim / 2, 2] float32 on the CPU.
+        [cells, head_dim / 2, 2] float32.
     """
     axes = len(grid_size)
     if head_dim % (2 * axes):
@@ -39,7 +39,7 @@ def constant_rows(num_rows: int, head_dim: int, kind: str) -> Tensor:
     Returns:
         [num_rows, head_dim / 2, 2] float32.
     """
-    rows = torch.zeros(num_rows, head_dim // 2, 2)
+    rows = torch.zeros(num_rows, head_dim // 2, 2, dtype=torch.float32)
     if kind == "identity":
         rows[..., 0] = 1.0
     elif kind != "zero":

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vargen.backbones.layers.cache.kv_cache import Attend, KVCache, Plan, attention
 from vargen.backbones.layers.rope import rotate, spread
+from vargen.hooks import HookedModel
 
 
 class RMSNorm(nn.Module):
@@ -133,18 +135,32 @@ class TransformerBlock(nn.Module):
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
 
-class ItemTransformer:
+class ItemTransformer(HookedModel):
     """Mixin of every discrete backbone: run its ``layers`` over items, with or without a cache.
 
-    The module that mixes it in provides ``layers`` (blocks as above) and ``rope_table()``.
+    The module that mixes it in provides ``layers`` (blocks as above) and ``rope_table``, and calls ``make_tables`` once built.
     """
 
     layers: nn.ModuleList
     gradient_checkpointing: bool = False
 
-    def rope_table(self) -> Tensor | None:
-        """[positions, d / 2, 2] float32 on the module's device, None without rotary positions; the last row is NULL."""
+    def rope_table(self, device: torch.device | None = None) -> Tensor | None:
+        """[positions, d / 2, 2] float32, None without rotary positions; the last row is NULL.
+
+        ``device`` is where it is wanted; None = the model's.
+        """
         return None
+
+    def make_tables(self, device: torch.device) -> None:
+        """Make what follows from the settings alone (``DeviceTables``), so that no call has to."""
+        self.rope_table(device)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        moved = super()._apply(fn, recurse)  # type: ignore[misc]
+        device = next(cast(nn.Module, self).parameters()).device
+        if device.type != "meta":
+            self.make_tables(device)
+        return moved
 
     def forward_items(
         self,
@@ -209,8 +225,8 @@ class ItemTransformer:
 
     def rope_rows(self, positions: Tensor | None) -> Tensor | None:
         """Rotations of ``positions`` as ``rotate`` takes them, [..., 2, d]; None where there is neither."""
-        table = self.rope_table()
-        return None if positions is None or table is None else spread(table[positions])
+        table = None if positions is None else self.rope_table(positions.device)
+        return None if table is None else spread(table[positions])
 
     def run_layers(
         self, x: Tensor, rope: Tensor | None, attends: Sequence[Attend], taps: Sequence[int] | None = None

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vargen.backbones.decoding.condition import ConditionedBackbone
 from vargen.backbones.layers.conditions import AttributeEmbedding, CaptionEmbedding, ClassEmbedding, ConditionEmbedding
 from vargen.backbones.layers.rope import constant_rows, grid_table
+from vargen.backbones.layers.tables import DeviceTables
 from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock, swiglu_dim
 from vargen.backbones.llamagen.sizes import size_config
 from vargen.backbones.settings.discrete import LLAMAGEN
@@ -46,7 +47,8 @@ class LlamaGenBody(ConditionedBackbone, nn.Module):
         self.layers = nn.ModuleList(
             TransformerBlock(c.dim, c.num_heads, kv_heads, ffn_dim, c.norm_eps, resid, ffn, path) for path in paths
         )
-        self._rope: dict[torch.device, Tensor] = {}  # not buffers: they stay float32 when the weights are halved
+        self._rope = DeviceTables()
+        self.rope_table(torch.device("cpu"))
 
     def build_head(self) -> None:
         """Make the one head of LlamaGen, then draw all weights."""
@@ -78,17 +80,15 @@ class LlamaGenBody(ConditionedBackbone, nn.Module):
         """Build a published size with random weights: "B", "L", "XL", "XXL", "XXXL", "1B", "3B" or "7B"."""
         return cls(**{**size_config(size), **config})
 
-    def rope_table(self) -> Tensor | None:
+    def rope_table(self, device: torch.device | None = None) -> Tensor | None:
         """[T + N + 1, d / 2, 2]: condition rows, the grid, and a NULL row that equals the condition's."""
-        device = self.tok_embeddings.weight.device
-        if device not in self._rope:
-            c = self.config
-            head_dim = c.dim // c.num_heads
-            with torch.inference_mode(False):  # training may follow, which cannot save an inference tensor
-                condition = constant_rows(self.cls_embedding.num_tokens, head_dim, c.condition_rope)
-                grid = grid_table(self.grid_size, head_dim, c.rope_base)
-                self._rope[device] = torch.cat([condition, grid, condition[:1]]).to(device)
-        return self._rope[device]
+        return self._rope.get(self.device if device is None else device, self._rotations)[0]
+
+    def _rotations(self) -> tuple[Tensor, ...]:
+        c = self.config
+        head_dim = c.dim // c.num_heads
+        condition = constant_rows(self.cls_embedding.num_tokens, head_dim, c.condition_rope)
+        return (torch.cat([condition, grid_table(self.grid_size, head_dim, c.rope_base), condition[:1]]),)
 
 
 class OneHeadBody(LlamaGenBody):

@@ -21,9 +21,11 @@ from vargen.backbones.decoding.window import WindowBackbone
 from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
 from vargen.backbones.layers.diffusion_head import DiffusionHead
 from vargen.backbones.layers.rope import constant_rows, grid_table
+from vargen.backbones.layers.tables import DeviceTables
 from vargen.backbones.layers.transformer import RMSNorm, TransformerBlock, swiglu_dim
 from vargen.backbones.settings.continuous import CAUSAL_MAR
 from vargen.features import Feature
+from vargen.hooks import compute_dtype, runs_as_forward
 from vargen.protocols import StepOut
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
@@ -104,22 +106,22 @@ class CausalMARTransformer(ContinuousBackbone, WindowBackbone, Stored, ModelMixi
         self.diffloss = DiffusionHead(
             token_dim, dim, head_depth, head_width, num_sampling_steps, last_timestep, prediction_type
         )
-        self._rope: dict[torch.device, Tensor] = {}  # not buffers: they stay float32 when the weights are halved
+        self._rope = DeviceTables()
+        self.make_tables(torch.device("cpu"))
 
-    def rope_table(self) -> Tensor:
+    def rope_table(self, device: torch.device | None = None) -> Tensor:
         """[T + N + 1, d / 2, 2]: condition rows, the grid, and a NULL row that equals the condition's."""
-        device = self.z_proj.weight.device
-        if device not in self._rope:
-            head_dim = self.config.dim // self.config.num_heads
-            with torch.inference_mode(False):  # training may follow, which cannot save an inference tensor
-                condition = constant_rows(self.num_condition_tokens, head_dim, "identity")
-                grid = grid_table(self.grid_size, head_dim, 10000.0)
-                self._rope[device] = torch.cat([condition, grid, condition[:1]]).to(device)
-        return self._rope[device]
+        return self._rope.get(self.device if device is None else device, self._rotations)[0]
 
+    def _rotations(self) -> tuple[Tensor, ...]:
+        head_dim = self.config.dim // self.config.num_heads
+        condition = constant_rows(self.num_condition_tokens, head_dim, "identity")
+        return (torch.cat([condition, grid_table(self.grid_size, head_dim, 10000.0), condition[:1]]),)
+
+    @runs_as_forward
     def embed(self, codes: Tensor) -> Tensor:
         """Tokens ``[..., D]`` to ``[..., Z]``."""
-        return self.z_proj(codes.to(self.z_proj.weight.dtype))
+        return self.z_proj(codes.to(compute_dtype(self.z_proj)))
 
     def forward(
         self, tokens: Tensor, condition: Any, *, drop: Tensor | None = None, generator: torch.Generator | None = None

@@ -30,6 +30,7 @@ from vargen.backbones.mar.sizes import infer_mar_config, mar_size_config, read_a
 from vargen.backbones.settings.continuous import MAR
 from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
+from vargen.hooks import compute_dtype, runs_as_forward
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
@@ -219,6 +220,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             tokens.flatten(0, 1), z.flatten(0, 1), mask.flatten(), repeats=repeats, generator=generator
         )
 
+    @runs_as_forward
     @torch.no_grad()
     def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0) -> PreparedCondition:
         """Check and embed a batch of conditions; two branches iff ``guidance_scale`` is not 1."""
@@ -228,6 +230,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             parts.append(embedding.null(parts[0]))
         return PreparedCondition(torch.cat([self._buffer(part) for part in parts]), None, len(parts[0]), len(parts))
 
+    @runs_as_forward
     @torch.no_grad()
     def predict(self, condition: PreparedCondition, tokens: Tensor, mask: Tensor) -> Tensor:
         """States of all positions for decoding.
@@ -250,8 +253,9 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         """Condition ids to the M vectors in front of the tokens: ``[R, M, E]``."""
         if self.config.condition_type == "attributes":
             return self.attribute_emb(checked)
-        table = torch.cat([self.class_emb.weight, self.fake_latent])
-        return table[checked][:, None].expand(-1, self.buffer_size, -1)
+        last = self.config.num_classes - 1  # the null label, behind it, is no row of the table
+        rows = torch.where((checked > last)[:, None], self.fake_latent, self.class_emb(checked.clamp(max=last)))
+        return rows[:, None].expand(-1, self.buffer_size, -1)
 
     def _states(self, tokens: Tensor, buffer: Tensor, mask: Tensor) -> Tensor:
         """z ``[R, N, Z]``."""
@@ -270,7 +274,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
 
         Where images know different numbers of tokens nothing is gathered: unknown ones stay, and nobody looks at them.
         """
-        x = torch.cat([buffer, self.z_proj(tokens.to(self.z_proj.weight.dtype))], dim=1)
+        x = torch.cat([buffer, self.z_proj(tokens.to(compute_dtype(self.z_proj)))], dim=1)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
         seen = torch.cat([mask.new_ones(len(mask), self.buffer_size), ~mask], dim=1)
         counts = seen.sum(1)

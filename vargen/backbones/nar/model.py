@@ -14,7 +14,6 @@ from functools import reduce
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from vargen.backbones.decoding.condition import padding_mask
 from vargen.backbones.decoding.schedule import ScheduledBackbone
 from vargen.backbones.layers.code_table import CodeTable
+from vargen.backbones.layers.tables import DeviceTables
 from vargen.backbones.layers.transformer import RMSNorm
 from vargen.backbones.llamagen.body import ConditionType, LlamaGenBody
 from vargen.backbones.llamagen.sizes import RECOMPUTED
@@ -92,7 +92,8 @@ class NARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, Config
             self.add_module(output, nn.Linear(dim, code_rank or codebook_size, bias=False))
         if self.is_video:
             self.abs_pe = nn.Parameter(torch.zeros(1, self.num_codes + self.num_condition_tokens, dim))
-        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
+        self._tables = DeviceTables()
+        self._order_tables(torch.device("cpu"))
         self.initialize_weights()
 
     def _code_embedding(self) -> Any:
@@ -143,12 +144,17 @@ class NARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, Config
     def to_logits(self, outputs: Tensor) -> Tensor:
         """Mixed outputs of the heads to [R, g, V] float32."""
         if self.config.code_rank is not None:
-            outputs = F.linear(outputs, self.tok_embeddings.weight)
+            outputs = self.tok_embeddings(outputs, score=True)
         return outputs.float()
 
-    def rope_table(self) -> Tensor | None:
+    def rope_table(self, device: torch.device | None = None) -> Tensor | None:
         """As LlamaGen's; None for videos."""
-        return None if self.is_video else super().rope_table()
+        return None if self.is_video else super().rope_table(device)
+
+    def make_tables(self, device: torch.device) -> None:
+        """Make rotations and orders."""
+        super().make_tables(device)
+        self._order_tables(device)
 
     def item_inputs(self, condition: Any, step: Any, codes: Tensor) -> tuple[Tensor, Tensor]:
         """Embed the items; videos add learned positions."""
@@ -195,13 +201,12 @@ class NARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, Config
 
     def _order_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """Proximity mask [L, L] bool; row of the input [H, N] and weight [H, N] with which each head guesses a code."""
-        if device not in self._tables:
-            offset = self.num_condition_tokens
-            with torch.inference_mode(False):
-                cells = torch.cartesian_prod(*[torch.arange(side) for side in self.grid_size]).sum(1)
-                # condition rows see only what stands before them; in the official video model all but the first are unused
-                stamps = torch.cat([torch.arange(offset), offset + cells])
-                positions, weights = neighbors(self.grid_size)
-                found = (stamps <= stamps[:, None], offset + positions, weights)
-                self._tables[device] = tuple(part.to(device) for part in found)  # type: ignore[assignment]
-        return self._tables[device]
+        return self._tables.get(device, self._orders)  # type: ignore[return-value]
+
+    def _orders(self) -> tuple[Tensor, ...]:
+        offset = self.num_condition_tokens
+        cells = torch.cartesian_prod(*[torch.arange(side) for side in self.grid_size]).sum(1)
+        # condition rows see only what stands before them; in the official video model all but the first are unused
+        stamps = torch.cat([torch.arange(offset), offset + cells])
+        positions, weights = neighbors(self.grid_size)
+        return stamps <= stamps[:, None], offset + positions, weights

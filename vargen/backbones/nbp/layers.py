@@ -62,7 +62,7 @@ class NoCondition:
     def check(self, condition: Any, values: bool = True) -> Tensor:
         """Return ``[B, 0]``."""
         batch = condition if isinstance(condition, int) else len(condition)
-        return torch.empty(batch, 0, dtype=torch.int64, device=self.model.pos_emb.device)
+        return torch.empty(batch, 0, dtype=torch.int64, device=self.model.device)
 
     def mask(self, condition: Tensor) -> Tensor | None:
         """No padding."""
@@ -78,7 +78,7 @@ class NoCondition:
 
     def __call__(self, condition: Tensor) -> Tensor:
         """``[B, 0, D]``."""
-        return torch.empty(len(condition), 0, self.model.hidden_size, device=self.model.pos_emb.device)
+        return torch.empty(len(condition), 0, self.model.hidden_size, device=self.model.device)
 
 
 class TextIds:
@@ -93,7 +93,7 @@ class TextIds:
 
     def check(self, condition: Any, values: bool = True) -> Tensor:
         """Return text ids ``[B, num_tokens]`` int64, or say what is wrong with them."""
-        ids = read_ids(condition, "text ids", 2, self.model.pos_emb.device)
+        ids = read_ids(condition, "text ids", 2, self.model.device)
         if ids.shape[1] != self.num_tokens:
             raise ValueError(f"text ids must have shape [batch, {self.num_tokens}], got {tuple(ids.shape)}")
         if values:
@@ -147,7 +147,8 @@ class Beginning:
 
     def __call__(self, condition: Tensor) -> Tensor:
         """Condition to ``[B, T, D]``."""
-        begin = self.model.special_table[0].expand(len(condition), 1, -1)
+        first = torch.zeros(1, dtype=torch.int64, device=condition.device)
+        begin = self.model.special_rows(first).expand(len(condition), 1, -1)
         return torch.cat([self.inner(condition), begin], dim=1)
 
 

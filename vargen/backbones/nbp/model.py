@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
@@ -25,11 +24,13 @@ from vargen.backbones.decoding.schedule import ScheduledBackbone
 from vargen.backbones.layers.code_table import CodeTable
 from vargen.backbones.layers.conditions import AttributeEmbedding, ClassEmbedding
 from vargen.backbones.layers.rope import constant_rows, grid_table
+from vargen.backbones.layers.tables import DeviceTables
 from vargen.backbones.nbp.layers import Beginning, NBPBlock, NoCondition, TextIds, training_layout
 from vargen.backbones.nbp.sizes import infer_nbp_config, nbp_size_config, official_weights
 from vargen.backbones.settings.discrete import NBP
 from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
+from vargen.hooks import runs_as_forward
 from vargen.orders import block_order
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
@@ -118,8 +119,8 @@ class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # typ
         self.ln_f = nn.LayerNorm(dim)
         width = code_rank or (codebook_size + special if official else codebook_size)
         self.head = nn.Linear(dim, width, bias=False)
-        self._tables: dict[torch.device, tuple[Tensor, Tensor, Tensor]] = {}
-        self._rope: dict[torch.device, Tensor] = {}
+        self._tables, self._rope = DeviceTables(), DeviceTables()
+        self.make_tables(torch.device("cpu"))
         self.initialize_weights()
 
     def _condition(self) -> Any:
@@ -169,11 +170,11 @@ class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # typ
         """Whether the first block must be given (frame prediction)."""
         return self.config.condition_type == "none"
 
-    @property
-    def special_table(self) -> Tensor:
-        """Rows of the special tokens: the beginning, then P - 1 middle tokens."""
-        return (self.tok_emb if self.config.code_rank is None else self.special_emb).weight
+    def special_rows(self, index: Tensor) -> Tensor:
+        """Special tokens ``[w]`` to ``[w, D]``: 0 begins the picture, then P - 1 middle tokens."""
+        return (self.tok_emb if self.config.code_rank is None else self.special_emb)(index)
 
+    @runs_as_forward
     def embed(self, codes: Tensor) -> Tensor:
         """Input embeddings of codes, ``[...]`` to ``[..., D]``; V + i is the i-th special token."""
         if self.config.code_rank is not None:
@@ -184,7 +185,7 @@ class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # typ
 
     def special_embeddings(self, index: Tensor) -> Tensor:
         """Middle tokens: [w] to [w, D]."""
-        return self.special_table[1 + index]
+        return self.special_rows(1 + index)
 
     def check_schedule(self, schedule: Any) -> None:
         """Raise ``ValueError`` unless the weights were trained for these blocks."""
@@ -209,25 +210,28 @@ class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # typ
         """[R, g, D] to logits of the codes, then of special tokens and text where the head has them."""
         c, first = self.config, self.num_special
         if c.code_rank is not None:
-            return F.linear(self.head(states), self.tok_emb.weight)
+            return self.tok_emb(self.head(states), score=True)
         if c.condition_type != "text":
             return self.head(states)
         if c.restrict_head:
-            return F.linear(states, self.head.weight[first:])
+            return self.head(states)[..., first:]
         return torch.roll(self.head(states), -first, dims=-1)
 
-    def rope_table(self) -> Tensor | None:
+    def rope_table(self, device: torch.device | None = None) -> Tensor | None:
         """[T + N + 1, d / 2, 2]: condition rows and the last one turn nothing; None without ``rope``."""
-        if not self.config.rope:
-            return None
-        device = self.pos_emb.device
-        if device not in self._rope:
-            width = self.config.dim // self.config.num_heads
-            with torch.inference_mode(False):
-                null = constant_rows(self.num_condition_tokens + 1, width, "identity")
-                grid = grid_table(self.grid_size, width)
-                self._rope[device] = torch.cat([null[1:], grid, null[:1]]).to(device)
-        return self._rope[device]
+        return (
+            self._rope.get(self.device if device is None else device, self._rotations)[0] if self.config.rope else None
+        )
+
+    def _rotations(self) -> tuple[Tensor, ...]:
+        width = self.config.dim // self.config.num_heads
+        null = constant_rows(self.num_condition_tokens + 1, width, "identity")
+        return (torch.cat([null[1:], grid_table(self.grid_size, width), null[:1]]),)
+
+    def make_tables(self, device: torch.device) -> None:
+        """Make rotations and orders."""
+        super().make_tables(device)
+        self._order_tables(device)
 
     def forward(
         self,
@@ -261,7 +265,7 @@ class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # typ
         else:
             # all but the last code of the first block predict their successor, then the middle tokens fill its place
             first = self.embed(codes[:, order[:size]])
-            middle = self.special_table[1:size].expand(len(codes), -1, -1)
+            middle = self.special_embeddings(torch.arange(size - 1, device=codes.device)).expand(len(codes), -1, -1)
             parts += [first, middle, fed[:, size:]] if fed is not None else [first[:, :-1]]
         x = torch.cat(parts, dim=1)
         x = self.dropout(x + self.pos_emb[:, : x.shape[1]])
@@ -271,9 +275,8 @@ class NBPTransformer(ScheduledBackbone, Stored, ModelMixin, ConfigMixin):  # typ
 
     def _order_tables(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
         """[N] raster position of the k-th code; stamps and rotary rows of the training input."""
-        if device not in self._tables:
-            with torch.inference_mode(False):
-                order = block_order(self.grid_size, self.config.block)
-                layout = training_layout(order, self.group_size, self.num_condition_tokens, self.needs_frames)
-                self._tables[device] = (order.to(device), layout[0].to(device), layout[1].to(device))
-        return self._tables[device]
+        return self._tables.get(device, self._orders)  # type: ignore[return-value]
+
+    def _orders(self) -> tuple[Tensor, ...]:
+        order = block_order(self.grid_size, self.config.block)
+        return order, *training_layout(order, self.group_size, self.num_condition_tokens, self.needs_frames)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from vargen.backbones.decoding.condition import padding_mask
 from vargen.backbones.decoding.schedule import ScheduledBackbone
+from vargen.backbones.layers.tables import DeviceTables
 from vargen.backbones.llamagen.body import ConditionType, LlamaGenBody
 from vargen.backbones.llamagen.sizes import RECOMPUTED
 from vargen.backbones.par.sizes import infer_par_config
@@ -73,7 +74,8 @@ class PARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, Config
         self.build_body(num_layers)
         self.spe_tok_embeddings = SpecialTokens(group_size - 1, dim)
         self.build_head()
-        self._tables: dict[torch.device, tuple[Tensor, Tensor]] = {}
+        self._tables = DeviceTables()
+        self._order_tables(torch.device("cpu"))
 
     @classmethod
     def from_original(cls, checkpoint: Any, **config: Any) -> PARTransformer:
@@ -115,7 +117,7 @@ class PARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, Config
         size, offset = self.config.group_size, self.num_condition_tokens
         order, stamps = self._order_tables(codes.device)
         fed = self.embed(codes[:, order[:-size]])  # the last group is never read
-        special = self.spe_tok_embeddings.special_embeddings.weight.expand(len(codes), -1, -1)
+        special = self.special_embeddings(torch.arange(size - 1, device=codes.device)).expand(len(codes), -1, -1)
         x = torch.cat([rows, fed[:, :size], special, fed[:, size:]], dim=1)
         null = order.new_full((size - 1,), -1)
         places = torch.cat([torch.arange(offset, device=codes.device), offset + order[:size], null])
@@ -125,19 +127,23 @@ class PARTransformer(ScheduledBackbone, LlamaGenBody, Stored, ModelMixin, Config
         logits = self.output(self.norm(h[:, offset - 1 :])).float()
         return torch.empty_like(logits).index_copy(1, order, logits)
 
+    def make_tables(self, device: torch.device) -> None:
+        """Make rotations and orders."""
+        super().make_tables(device)
+        self._order_tables(device)
+
     def _order_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """[N] raster position of the k-th code, and the stamps of the input [T + N - 1]."""
-        if device not in self._tables:
-            size, offset = self.config.group_size, self.num_condition_tokens
-            side, height = math.isqrt(size), self.grid_size[0]
-            cells = torch.arange(self.num_codes)  # regions of h x w cells, a of them down and b across
-            order = rearrange(cells, "(a h b w) -> (h w a b)", a=side, b=side, h=height // side)
-            singles = torch.arange(offset + size - 1)  # condition and all but the last code of the first group
-            groups = torch.arange(self.num_codes // size - 1).repeat_interleave(size) + offset + size - 1
-            with torch.inference_mode(False):
-                found = (order, torch.cat([singles, groups]))
-                self._tables[device] = (found[0].to(device), found[1].to(device))
-        return self._tables[device]
+        return self._tables.get(device, self._orders)  # type: ignore[return-value]
+
+    def _orders(self) -> tuple[Tensor, ...]:
+        size, offset = self.config.group_size, self.num_condition_tokens
+        side, height = math.isqrt(size), self.grid_size[0]
+        cells = torch.arange(self.num_codes)  # regions of h x w cells, a of them down and b across
+        order = rearrange(cells, "(a h b w) -> (h w a b)", a=side, b=side, h=height // side)
+        singles = torch.arange(offset + size - 1)  # condition and all but the last code of the first group
+        groups = torch.arange(self.num_codes // size - 1).repeat_interleave(size) + offset + size - 1
+        return order, torch.cat([singles, groups])
 
 
 class SpecialTokens(nn.Module):

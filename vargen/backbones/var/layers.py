@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
 from vargen.backbones.layers.transformer import DropPath
+from vargen.hooks import runs_as_forward
 
 MAX_LOG_SCALE = math.log(100)  # ceiling of the learned attention scale
 PLAIN_SCALE = 0.25  # without normalised queries and keys the official model divides by 4 sqrt(head width)
@@ -37,7 +38,7 @@ class VARAttention(nn.Module):
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
         """Attend from and to ``x [R, w, D]``."""
         bias = torch.cat([self.q_bias, self.zero_k_bias.to(self.q_bias), self.v_bias])
-        qkv = F.linear(x, self.mat_qkv.weight, bias)
+        qkv = self.mat_qkv(x) + bias
         query, key, value = rearrange(qkv, "r w (n h d) -> n r h w d", n=3, h=self.num_heads)
         root = query.shape[-1] ** 0.5  # the attention function divides by it
         if self.l2_norm:  # float32: half precision overflows in the norm
@@ -82,6 +83,7 @@ class VARBlock(nn.Module):
         else:
             self.ada_lin = modulation(dim, 6)
 
+    @runs_as_forward
     def modulate(self, condition: Tensor, shared: Tensor | None) -> Tensor:
         """``[R, D]`` to ``[6, R, 1, D]``: gates, scales and shifts, first of attention, then of the feed-forward."""
         if shared is None:

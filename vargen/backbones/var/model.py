@@ -29,6 +29,7 @@ from vargen.backbones.settings.discrete import VAR
 from vargen.backbones.var.layers import HeadNorm, VARBlock, modulation
 from vargen.backbones.var.sizes import BUFFERS, SCALES_256, infer_var_config, var_size_config
 from vargen.checkpoints.reader import load_family
+from vargen.hooks import compute_dtype
 from vargen.validation.checks import checked, pair_of
 from vargen.validation.folders import Stored
 
@@ -242,7 +243,7 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
 
     def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
         """Inputs ``[R, w, D]`` of the scales from ``first`` on, condition positions in front of the very first."""
-        parts = [] if features is None else [self.word_embed(features.to(self.word_embed.weight.dtype))]
+        parts = [] if features is None else [self.word_embed(features.to(compute_dtype(self.word_embed)))]
         if first == 0:
             parts.insert(0, condition.start)
         x = torch.cat(parts, dim=1)
@@ -261,14 +262,14 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
         if first == 0 and condition.tokens is not None:
             x = x[:, condition.tokens.shape[1] :]
         h = self.head_nm(x, condition.head_rows)
-        h = h.to(self.head.weight.dtype)
+        h = h.to(compute_dtype(self.head))
         if not self.config.codebook_head:
             return self.head(h).float()
         guess, sharpness = self.guess(h).split([self.config.codebook_dim, 1], dim=-1)
         if features is not None and self.config.residual:  # the first scale has no input: everything is missing
             guess = guess - F.pad(features.to(guess.dtype), (0, 0, guess.shape[1] - features.shape[1], 0))
         sharpness = sharpness.exp()
-        # sharpness * (guess e - e^2 / 2), in one product with the free head
+        # sharpness * (guess e - e^2 / 2), added to the free head
         codes = self.code_vectors.to(h.dtype)
-        weight = torch.cat([self.head.weight, codes, codes.square().sum(-1, keepdim=True) / -2], dim=1)
-        return F.linear(torch.cat([h, sharpness * guess, sharpness], dim=-1), weight, self.head.bias).float()
+        near = torch.cat([codes, codes.square().sum(-1, keepdim=True) / -2], dim=1)
+        return (self.head(h) + F.linear(torch.cat([sharpness * guess, sharpness], dim=-1), near)).float()

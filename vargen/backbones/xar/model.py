@@ -23,12 +23,14 @@ from vargen.backbones.layers.cache.kv_cache import Attend, KVCache, attention
 from vargen.backbones.layers.conditions import LabelEmbedding
 from vargen.backbones.layers.diffusion_head import TimeEmbedding
 from vargen.backbones.layers.rope import grid_table, spread
+from vargen.backbones.layers.tables import DeviceTables
 from vargen.backbones.layers.transformer import RMSNorm
 from vargen.backbones.settings.continuous import XAR
 from vargen.backbones.xar.layers import XARBlock
 from vargen.backbones.xar.sizes import RECOMPUTED, infer_xar_config, xar_size_config
 from vargen.checkpoints.reader import load_family
 from vargen.features import Feature
+from vargen.hooks import HookedModel, compute_dtype, runs_as_forward
 from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
@@ -40,7 +42,7 @@ class XARSession:
         self.cache, self.labels, self.branches, self.batch = cache, labels, branches, len(labels) // branches
 
 
-class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class XARTransformer(HookedModel, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Block-causal flow transformer over cells.
 
     Args:
@@ -86,7 +88,8 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
         self.decoder_blocks = nn.ModuleList(XARBlock(dim, num_heads, mlp_ratio) for _ in range(decoder_depth))
         self.encoder_norm, self.decoder_norm = RMSNorm(dim, 1e-6), RMSNorm(dim, 1e-6)
         self.decoder_embed, self.pred = nn.Linear(dim, dim), nn.Linear(dim, latent_channels)
-        self._rope: dict[torch.device, Tensor] = {}  # not buffers: they stay float32 when the weights are halved
+        self._rope = DeviceTables()
+        self._rope_table(torch.device("cpu"))
 
     @classmethod
     def from_size(cls, size: str, **config: Any) -> XARTransformer:
@@ -153,6 +156,7 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
         x = torch.lerp(clean, noise, t[..., None, None])
         return F.mse_loss(self(x, t, labels, drop=drop), noise - clean)
 
+    @runs_as_forward
     @torch.no_grad()
     def open(self, labels: Any, *, guidance_scale: float = 1.0) -> XARSession:
         """Check labels and make an empty session; two branches iff ``guidance_scale`` is not 1."""
@@ -165,6 +169,7 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
         depth = len(self.encoder_blocks) + len(self.decoder_blocks)
         return XARSession(KVCache(len(rows), self.num_codes, depth, device=rows.device), rows, len(parts))
 
+    @runs_as_forward
     @torch.no_grad()
     def velocity(self, session: XARSession, cell: int, x: Tensor, t: float, clean: Tensor | None = None) -> Tensor:
         """Velocity of a cell.
@@ -182,7 +187,7 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
         first = cell if clean is None else cell - 1
         states = [x] if clean is None else [clean, x]
         times = torch.tensor([t] if clean is None else [0.0, t], device=x.device)
-        stacked = torch.stack(states, dim=1).repeat(session.branches, 1, 1, 1).to(self.z_proj.weight.dtype)
+        stacked = torch.stack(states, dim=1).repeat(session.branches, 1, 1, 1).to(compute_dtype(self.z_proj))
         size = x.shape[1]
         stamps = torch.arange(first, cell + 1, device=x.device).repeat_interleave(size)
         plan = session.cache.plan_block(first * size, stamps)
@@ -208,8 +213,9 @@ class XARTransformer(Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def _rope_table(self, device: torch.device) -> Tensor:
         """[K M, 2, d] rotations in cell order, as ``rotate`` takes them."""
-        if device not in self._rope:
-            table = grid_table(self.grid_size, self.config.dim // self.config.num_heads)
-            order = torch.arange(len(table)).view(1, 1, *self.grid_size)
-            self._rope[device] = spread(table[self.to_cells(order).flatten()]).to(device)
-        return self._rope[device]
+        return self._rope.get(device, self._rotations)[0]
+
+    def _rotations(self) -> tuple[Tensor, ...]:
+        table = grid_table(self.grid_size, self.config.dim // self.config.num_heads)
+        order = torch.arange(len(table)).view(1, 1, *self.grid_size)
+        return (spread(table[self.to_cells(order).flatten()]),)
