@@ -11,7 +11,7 @@ Letters: B images, N code positions, V codes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
@@ -69,6 +69,52 @@ class Run:
 Callback = Callable[[int, Any], None]  # step, state (a DecodeState)
 
 
+class SamplerConfig(FrozenDict):
+    """Settings of a sampler, to be read and copied: changing them would change nothing that the sampler reads.
+
+    Raises:
+        ValueError: an attempt to change one.
+    """
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        super().__init__(settings or {})
+        object.__setattr__(self, "_closed", True)
+
+    def _refuse(self, name: Any = None, value: Any = ..., /, *_: Any, **__: Any) -> Any:
+        change = f"{name}={shown(value)}" if isinstance(name, str) and value is not ... else "name=value"
+        raise ValueError(
+            f"a sampler's config cannot be changed; use pipe.sampler = pipe.sampler.replace({change}), or pass {change} to "
+            "the call of the pipeline"
+        )
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        if getattr(self, "_closed", False) and not name.startswith(
+            "_"
+        ):  # diffusers adds its version when it writes a file
+            self._refuse(name, value)
+        super().__setitem__(name, value)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if getattr(self, "_closed", False):
+            self._refuse(name, value)
+        object.__setattr__(self, name, value)
+
+    __delitem__ = pop = popitem = setdefault = update = clear = move_to_end = __ior__ = _refuse  # type: ignore[assignment]
+
+    def __or__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(self) | dict(other)
+
+    def __ror__(self, other: Any) -> dict[str, Any]:  # type: ignore[override]
+        return dict(other) | dict(self)
+
+    def copy(self) -> SamplerConfig:
+        """The same settings once more."""
+        return type(self)(dict(self))
+
+    def __reduce__(self) -> Any:
+        return type(self), (dict(self),)
+
+
 class _Renaming(type):
     """Lets classes be built with the settings of earlier versions, see ``registry.renamed``."""
 
@@ -114,7 +160,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         settings = {name: _plain(getattr(self, name)) for name in self.setting_names()}
         for name, value in settings.items():
             object.__setattr__(self, name, value)
-        object.__setattr__(self, "_internal_dict", FrozenDict({"_class_name": type(self).__name__, **settings}))
+        object.__setattr__(self, "_internal_dict", SamplerConfig({"_class_name": type(self).__name__, **settings}))
 
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range; subclasses add their own settings."""
@@ -127,6 +173,15 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
     def setting_names(cls) -> tuple[str, ...]:
         """Names of all settings, shared ones first."""
         return tuple(field.name for field in dataclasses.fields(cls))
+
+    @classmethod
+    def _get_compatibles(cls) -> list[type]:
+        """What ``sampler.compatibles`` lists: the samplers for backbones of the same kind; diffusers asks for this name."""
+        needs = cls.required_features
+        found: list[type] = [
+            c for c in known_samplers() if c.required_features <= needs or needs <= c.required_features
+        ]
+        return found if cls in found else [*found, cls]
 
     def replace(self, **overrides: Any) -> Self:
         """Return a copy with some settings changed.

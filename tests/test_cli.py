@@ -268,7 +268,7 @@ class TestFailures:
                 raise ValueError("called")
 
         size = {"tokenizer": SimpleNamespace(downsample=2), "backbone": SimpleNamespace(grid_size=(4, 4))}
-        called = Called(**size, num_frames=5)
+        called = Called(**size, num_frames=5, sampler=vargen.NextTokenSampler())
         monkeypatch.setattr(_drawing, "load_pipeline", load)
         monkeypatch.setattr(_drawing, "set_threads", lambda *_given: None)
         arguments = [part for pair in options.items() for part in pair]

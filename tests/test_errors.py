@@ -185,7 +185,7 @@ class TestNames:
     def test_nearest_model_is_shown(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         (tmp_path / "heroes32-llamagen").mkdir()
         (tmp_path / "heroes32-llamagen" / "model_index.json").write_text("{}")
-        monkeypatch.setattr("vargen.registry.MODELS_FOLDER", tmp_path)
+        monkeypatch.setattr("vargen.validation.places.MODELS_FOLDER", tmp_path)
         one_line(lambda: ImagePipeline.from_pretrained("hero32-lamagen"), "did you mean heroes32-llamagen")
 
     def test_unknown_sampler(self) -> None:

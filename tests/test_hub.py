@@ -248,7 +248,7 @@ def test_families_can_be_added_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_models_are_resolved_by_name_path_and_hub_id(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "MODELS_FOLDER", tmp_path / "models")
+    monkeypatch.setattr("vargen.validation.places.MODELS_FOLDER", tmp_path / "models")
     assert registry.shipped_models() == []
     for name in ("heroes32-llamagen", "heroes32-var"):
         (tmp_path / "models" / name).mkdir(parents=True)

@@ -107,7 +107,7 @@ class TestEditing:
             ({"image": torch.rand(1, 3, 16, 16)}, r"image must have 8x8 pixels \(height x width\), got 16x16"),
             ({"mask_image": torch.zeros(8, 4)}, "mask_image must have 8x8 pixels"),
             ({"mask_image": torch.zeros(3, 8, 8)}, "mask_image must hold 1 or 1 masks"),
-            ({"mask_image": "hole.png"}, "mask_image must be a PIL image or a tensor .* got str"),
+            ({"mask_image": "hole.png"}, "mask_image must be a PIL image, or an array or tensor .* got str"),
             ({"image": torch.full((1, 3, 8, 8), 2.0)}, r"must lie in \[0, 1\]"),
             ({"image": torch.zeros(3, 8, 8, dtype=torch.uint8)}, "float tensor .* got torch.uint8"),
             ({"image": torch.rand(3, 3, 8, 8), "class_labels": [1, 2]}, "1 or 2 images, one a prompt, got 3"),

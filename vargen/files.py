@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from vargen.validation.printable import printable
+from vargen.validation.reading import local_path
 
 _HINTS = {
     errno.ENOSPC: "; make room, or write to another disk",
@@ -62,7 +63,7 @@ def make_folder(path: str | Path) -> None:
         ValueError: the system refuses, or a file is in the way.
     """
     try:
-        Path(path).mkdir(parents=True, exist_ok=True)
+        local_path(path).mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = error.strerror or str(error)
         raise ValueError(f"cannot write into {printable(path)}: {reason}; choose another output folder") from error
@@ -137,7 +138,7 @@ def atomic_write(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]
         ...     (Path(folder) / "note.txt").read_text()
         'done'
     """
-    path = Path(path)
+    path = local_path(path)
     if path.is_dir():
         raise ValueError(f"cannot write {printable(path)}: it is a folder")
     _check_target(path, overwrite)
@@ -166,7 +167,7 @@ def atomic_dir(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         ValueError: the folder exists and is not empty, or its parent is missing or not writable.
         WriteError: the disk is full, or a file too large for the system or a limit.
     """
-    path = Path(path)
+    path = local_path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"cannot write folder {printable(path)}: it is a file")
     _check_target(path, overwrite or (path.is_dir() and not any(path.iterdir())))

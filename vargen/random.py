@@ -28,6 +28,7 @@ ROUNDS = 10
 TWO_NEG_32 = 2.0**-32
 TWO_NEG_24 = 2.0**-24
 BELOW_ONE = 1.0 - 2.0**-24  # the largest float32 below 1: keeps log1p(-x) finite after r is rounded to float32
+MAX_SEEDS = 1 << 16  # of one call
 _CHUNK = 1 << 15  # lanes a pass: the working set stays inside a core's cache
 
 
@@ -239,9 +240,7 @@ def seed_tensor(seeds: list[int], device: torch.device | str | None = None) -> T
     return torch.tensor(wrapped, dtype=torch.int64, device=device)
 
 
-def image_seeds(
-    seed: int | list[int] | None, generator: torch.Generator | list[torch.Generator] | None, num_images: int
-) -> list[int]:
+def image_seeds(seed: Any, generator: torch.Generator | list[torch.Generator] | None, num_images: int) -> list[int]:
     """The 64-bit seed of every image.
 
     Image ``i`` uses ``seed + i``; a list of seeds is taken as given; a generator gives one 64-bit draw per image (a
@@ -253,6 +252,7 @@ def image_seeds(
     Raises:
         ValueError: as ``check_seeds``.
     """
+    seed = plain_seed(seed)
     check_seeds(seed, generator, num_images)
     if isinstance(generator, list | tuple):
         return [_draw_seed(one) for one in generator]
@@ -271,6 +271,7 @@ def check_seeds(seed: Any, generator: Any, num_images: int) -> None:
         ValueError: seed and generator together, a list of the wrong length, a seed that is no integer in [0, 2^64),
             something else than generators.
     """
+    seed = plain_seed(seed)
     if seed is not None and generator is not None:
         raise ValueError("give seed or generator, not both")
     for name, given in (("generator", generator), ("seed", seed)):
@@ -281,6 +282,15 @@ def check_seeds(seed: Any, generator: Any, num_images: int) -> None:
             raise ValueError(f"generator must be a torch.Generator or a list of them, got {type(one).__name__}")
     for one in seed if isinstance(seed, list | tuple) else [] if seed is None else [seed]:
         _check_seed(one)
+
+
+def plain_seed(seed: Any) -> Any:
+    """A seed, or several as an array, a tensor or a range, as Python's own integers; anything else as it is."""
+    if isinstance(seed, range):
+        return list(seed[: MAX_SEEDS + 1])
+    if isinstance(seed, np.ndarray | np.generic | Tensor) and not getattr(seed, "is_meta", False):
+        return seed.tolist() if seed.ndim == 0 or len(seed) <= MAX_SEEDS else seed
+    return seed
 
 
 def _draw_seed(generator: torch.Generator) -> int:

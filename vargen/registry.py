@@ -15,9 +15,9 @@ import vargen
 from vargen.features import Feature
 from vargen.samplers.registry import SAMPLERS
 from vargen.validation.folders import read_settings
+from vargen.validation.places import INDEX_FILE, shipped_folders
+from vargen.validation.places import resolve_model as resolve_model
 
-MODELS_FOLDER = Path(vargen.__file__).parent / "assets" / "models"
-INDEX_FILE = "model_index.json"
 CARD_FILE = "README.md"
 
 
@@ -39,9 +39,7 @@ class ShippedModel:
 
 def shipped_models() -> list[ShippedModel]:
     """All shipped models, by name. A folder without an index (one that is being written) is not a model yet."""
-    if not MODELS_FOLDER.is_dir():
-        return []
-    return [_read_model(path.parent) for path in sorted(MODELS_FOLDER.glob(f"*/{INDEX_FILE}"))]
+    return [_read_model(folder) for folder in shipped_folders().values()]
 
 
 def _read_model(folder: Path) -> ShippedModel:
@@ -57,36 +55,6 @@ def _summary(card: Path) -> str:
     text = re.sub(r"\A---\n.*?\n---\n", "", card.read_text(), flags=re.DOTALL)  # the card's YAML header
     prose = [line.strip() for line in text.splitlines() if line.strip() and not line.startswith(("#", "|", "!", "<"))]
     return prose[0] if prose else ""
-
-
-def resolve_model(name_or_path: str | Path) -> str:
-    """Turn what a user typed into something ``from_pretrained`` takes.
-
-    Args:
-        name_or_path: name of a shipped model, path of a folder, or a Hub id ``organisation/model``.
-
-    Returns:
-        Path of a folder, or the Hub id unchanged.
-
-    Raises:
-        ValueError: none of these; nearest names are shown.
-    """
-    text = str(name_or_path)
-    path = Path(name_or_path).expanduser()
-    shipped = {model.name: model.folder for model in shipped_models()}
-    if text in shipped:
-        return str(shipped[text])
-    if path.is_dir():
-        return str(path)
-    if path.is_file():
-        raise ValueError(f"{text} is a file, not a model folder; convert a published checkpoint with `vargen convert`")
-    if re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text):
-        return text
-    if "/" in text or "\\" in text:
-        raise ValueError(f"no model folder {text}; shipped models: {', '.join(shipped) or 'none'}")
-    near = difflib.get_close_matches(text, shipped, n=3, cutoff=0.4)
-    hint = f"did you mean {' or '.join(near)}" if near else f"shipped models: {', '.join(shipped) or 'none'}"
-    raise ValueError(f"unknown model {text!r}; {hint}; a folder or a Hub id organisation/model also works")
 
 
 def sampler_names() -> dict[str, str]:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vargen.adapters.prompts import PackedPrompts, PromptIds, pack, split_rows
 from vargen.protocols import Layout
+from vargen.validation.checks import read_grid
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +41,7 @@ class FamilyAdapter(nn.Module):
     top_k: int = 0
     top_p: float = 1.0
     default_grid: tuple[int, int]
+    wraps_transformers = True  # it has no weights of its own
 
     def __init__(self, model: nn.Module, processor: Any = None, *, grid_size: tuple[int, int] | None = None) -> None:
         super().__init__()
@@ -104,10 +106,8 @@ class FamilyAdapter(nn.Module):
     def _own_grid(self) -> tuple[int, int]:
         return self.default_grid
 
-    def _check_grid(self, grid_size: tuple[int, int]) -> tuple[int, int]:
-        h, w = (int(side) for side in grid_size)
-        if h < 1 or w < 1:
-            raise ValueError(f"grid_size must be (height, width) in codes, both at least 1, got {grid_size}")
+    def _check_grid(self, grid_size: Any) -> tuple[int, int]:
+        h, w = read_grid("grid_size", grid_size)
         return h, w
 
     # --- what samplers and pipelines read -----------------------------------------------------------------------
@@ -184,6 +184,10 @@ class FamilyAdapter(nn.Module):
     def save_pretrained(self, save_directory: Any, **_: Any) -> None:
         """Refuse: the model saves itself."""
         raise ValueError("an adapter has no weights of its own; save the model with model.save_pretrained(folder)")
+
+    def push_to_hub(self, *_: Any, **__: Any) -> None:
+        """Refuse: the model uploads itself."""
+        raise ValueError("an adapter has no weights of its own; upload the model with model.push_to_hub(id)")
 
     @classmethod
     def from_pretrained(cls, folder: Any, **_: Any) -> Self:

@@ -27,6 +27,7 @@ from vargen.checkpoints.bounds import (
 )
 from vargen.checkpoints.families import get_family, guess_family
 from vargen.checkpoints.files import read_checkpoint_file
+from vargen.validation.reading import local_path
 
 __all__ = [
     "CheckpointError",
@@ -67,7 +68,7 @@ def load_original(checkpoint: str | Path | Mapping[str, Any], *, key: str | None
         name, content, size = "the state dict", checkpoint, None
     elif isinstance(checkpoint, str | Path):
         name = str(checkpoint)
-        content, size = read_checkpoint_file(Path(checkpoint))
+        content, size = read_checkpoint_file(local_path(checkpoint))
     else:
         raise CheckpointError(f"a checkpoint is a path or a state dict, got a {type(checkpoint).__name__}")
     if key is not None:

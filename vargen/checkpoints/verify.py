@@ -15,6 +15,7 @@ from vargen.checkpoints.families import get_family, guess_family
 from vargen.checkpoints.manifests.base import Builder, Manifest, VerifyReport
 from vargen.checkpoints.reader import CheckpointError, load_original
 from vargen.files import atomic_dir
+from vargen.validation.reading import local_path
 
 _BLOCK = 2**22  # numbers looked at together
 
@@ -157,4 +158,4 @@ def convert_checkpoint(
     model = getattr(loader, "from_original", loader)(state_dict, **config)
     with atomic_dir(out_dir, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
-    return Path(out_dir)
+    return local_path(out_dir)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from vargen.validation.printable import printable, shown
-from vargen.validation.reading import read_value
+from vargen.validation.reading import local_path, read_value
 
 DEBUG_VARIABLE = "VARGEN_DEBUG"  # set to 1: errors come with their stack
 USER_ERROR = 2  # exit code: what was asked for cannot be done
@@ -38,7 +38,7 @@ def one_line_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **kwargs)
+            return command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
         except typer.Exit:
             raise
         except KeyboardInterrupt:
@@ -50,6 +50,11 @@ def one_line_errors(command: Command) -> Command:
             fail(_describe(error), USER_ERROR if isinstance(error, _USER_ERRORS) else INTERNAL_ERROR)
 
     return wrapped  # type: ignore[return-value]
+
+
+def _expanded(value: Any) -> Any:
+    """Paths with ``~`` as the home folder, which a shell leaves alone behind ``--output=`` or in quotes."""
+    return local_path(value) if isinstance(value, Path) else value
 
 
 def _describe(error: Exception) -> str:

@@ -80,6 +80,20 @@ def check_numbers(
         _common.check_number(f"--{name}", value, 1, high)
 
 
+def merge_settings(pipe: Any, overrides: dict[str, Any], **options: float | None) -> dict[str, Any]:
+    """Settings of ``--set`` and those with an option of their own, for the call of a pipeline.
+
+    Raises:
+        ValueError: one setting given both ways, or one that the sampler does not have.
+    """
+    given = {name: value for name, value in options.items() if value is not None}
+    for name in given.keys() & overrides.keys():
+        option = name.replace("_", "-")
+        raise ValueError(f"{name} is given twice, by --{option} and by --set {name}; leave one of them out")
+    pipe.sampler.replace(**overrides)  # arguments of the pipeline are no settings: they have options of their own
+    return overrides | given
+
+
 def picture_size(pipe: Any) -> tuple[int, int] | None:
     """Width and height of what a pipeline draws; None where its components do not say."""
     tokenizer, backbone = pipe.tokenizer, pipe.backbone

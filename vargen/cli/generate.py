@@ -68,6 +68,8 @@ def generate(
     overrides = _common.read_settings(settings or [])
     start = time.perf_counter()
     pipe = _load(model, sampler, device, dtype)
+    shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    changes = _drawing.merge_settings(pipe, overrides, **shared)
     _check_sheet(pipe, num_images * sets, separate, columns, scale, labels)
     _drawing.set_threads(pipe, threads)
     loaded = time.perf_counter()
@@ -75,17 +77,12 @@ def generate(
         prompt=list(prompts) if prompts else None,
         class_labels=[_drawing.read_label(text) for text in class_label] if class_label else None,
         num_images_per_prompt=num_images,
-        guidance_scale=guidance_scale,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
         seed=seed,
         batch_size=batch_size,
-        **overrides,
+        **changes,
     )
     seconds = time.perf_counter() - loaded
-    shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
-    used = pipe.sampler.replace(**overrides, **{name: value for name, value in shared.items() if value is not None})
+    used = pipe.sampler.replace(**changes)
     named = [text for text in (prompts or class_label or []) for _ in range(num_images)]
     record = {"vargen": vargen.__version__, "model": model, "sampler": type(used).__name__, "settings": _plain(used)}
     if separate:

@@ -65,10 +65,11 @@ def generate_video(
     overrides = _common.read_settings(settings or [])
     start = time.perf_counter()
     pipe = _drawing.load_pipeline(VideoPipeline, model, device, dtype)
+    shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
+    changes = _drawing.merge_settings(pipe, overrides, **shared)
     _check_sheet(pipe, num_videos * max(1, len(prompts or class_label or [])), columns, scale)
     _drawing.set_threads(pipe, threads)
     loaded = time.perf_counter()
-    shared = {"guidance_scale": guidance_scale, "temperature": temperature, "top_k": top_k, "top_p": top_p}
     result = pipe(
         prompt=list(prompts) if prompts else None,
         class_labels=[_drawing.read_label(text) for text in class_label] if class_label else None,
@@ -78,11 +79,10 @@ def generate_video(
         fps=fps,
         seed=seed,
         batch_size=batch_size,
-        **shared,
-        **overrides,
+        **changes,
     )
     seconds = time.perf_counter() - loaded
-    used = pipe.sampler.replace(**overrides, **{name: value for name, value in shared.items() if value is not None})
+    used = pipe.sampler.replace(**changes)
     save_video(_side_by_side(result.frames, columns, scale), output, fps=result.fps, overwrite=overwrite)
     result.codes = result.codes.flatten(1)
     _drawing.print_table(result, output, used, seconds, loaded - start, what="clips")

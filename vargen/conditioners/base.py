@@ -8,19 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from numbers import Integral
 from os import PathLike
+from pathlib import Path
 from typing import Any, ClassVar, Self
 
 from diffusers import ConfigMixin
+from diffusers.utils import PushToHubMixin
 from torch import Tensor
 
 from vargen.protocols import ConditionInput
 from vargen.validation.folders import Stored, check_component, one_line
+from vargen.validation.reading import local_path
 
 MAX_ROWS = 2**16  # prompts or labels at once
 MAX_CHARACTERS = 10_000  # of a prompt; conditioners that read less allow less
 
 
-class Conditioner(Stored, ConfigMixin):
+class Conditioner(Stored, ConfigMixin, PushToHubMixin):
     """Base of the conditioners: calling convention, and saving inside a pipeline folder.
 
     ``encode(prompts=None, class_labels=None)`` takes one of the two as a list and returns what the backbone's
@@ -52,20 +55,25 @@ class Conditioner(Stored, ConfigMixin):
             return self.encode(class_labels=listed)
         return self.encode(prompts=listed)
 
-    def save_pretrained(self, save_directory: str | PathLike[str], **_: Any) -> None:
-        """Write the configuration to a folder."""
-        self.save_config(save_directory)
+    def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
+        """Write the configuration to a folder; ``push_to_hub=True`` and its options as in diffusers."""
+        hub = ("push_to_hub", "repo_id", "commit_message", "private", "create_pr", "token")
+        given = {name: value for name, value in kwargs.items() if name in hub}
+        self.save_config(str(local_path(save_directory)), **given)
 
     @classmethod
-    def from_pretrained(cls, folder: str | PathLike[str], **_: Any) -> Self:  # type: ignore[override]
-        """Read a conditioner from a folder.
+    def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:  # type: ignore[override]
+        """Read a conditioner from a folder, or from that of a pipeline with its name as ``subfolder``.
 
         Raises:
             ValueError: the folder holds code, or settings that are missing, damaged or do not fit.
         """
-        with one_line(folder):
-            check_component(folder, cls)
-            return cls.from_config(cls.load_config(folder))
+        place, kwargs = cls.find_component(folder, **kwargs)
+        with one_line(place):
+            if isinstance(place, Path):
+                check_component(place, cls)
+                kwargs = {}
+            return cls.from_config(cls.load_config(place, **kwargs))
 
 
 def one_of(prompts: Sequence[Any] | None, class_labels: Sequence[Any] | None) -> Sequence[Any]:

@@ -25,6 +25,7 @@ from vargen.hooks import execution_device, runs_as_forward
 from vargen.validation.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
 from vargen.validation.classes import component_class
 from vargen.validation.folders import check_component, check_settings, one_line
+from vargen.validation.reading import local_path
 
 MAX_CHARACTERS = 2000  # of a caption, of which 120 tokens are read; cleaning takes time with the square
 
@@ -166,10 +167,11 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:
         """Write the configuration, and encoder and tokenizer where they were given as objects, to a folder."""
-        super().save_pretrained(save_directory)
+        folder = local_path(save_directory)
         if self.stored:
-            self.text_encoder.save_pretrained(Path(save_directory) / "text_encoder")
-            self.tokenizer.save_pretrained(Path(save_directory) / "tokenizer")
+            self.text_encoder.save_pretrained(folder / "text_encoder")
+            self.tokenizer.save_pretrained(folder / "tokenizer")
+        super().save_pretrained(folder, **kwargs)
 
     @classmethod
     def from_pretrained(cls, folder: str | PathLike[str], **kwargs: Any) -> Self:  # type: ignore[override]
@@ -180,12 +182,13 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         """
         dtype = kwargs.get("torch_dtype") or kwargs.get("dtype")
         parts = {}
-        with one_line(folder):
-            check_component(folder, cls)
-            config = cls.load_config(folder)
-            if (Path(folder) / "text_encoder").is_dir():
-                parts["text_encoder"] = load_text_encoder(Path(folder) / "text_encoder").eval()
-                parts["tokenizer"] = load_text_tokenizer(Path(folder) / "tokenizer")
+        place, _ = cls.find_component(folder, subfolder=kwargs.get("subfolder"))
+        with one_line(place):
+            check_component(place, cls)
+            config = cls.load_config(place)
+            if (Path(place) / "text_encoder").is_dir():
+                parts["text_encoder"] = load_text_encoder(Path(place) / "text_encoder").eval()
+                parts["tokenizer"] = load_text_tokenizer(Path(place) / "tokenizer")
             settings, _, _ = cls.extract_init_dict(config)  # from_config would drop the objects
             conditioner = cls(**settings, **parts)
         return conditioner if dtype is None else conditioner.to(dtype)

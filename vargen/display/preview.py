@@ -19,6 +19,7 @@ from vargen.display.notebook import gif, gif_html, png
 from vargen.files import atomic_write, make_folder
 from vargen.images import to_pil
 from vargen.pipelines.grid import SMALL, image_grid
+from vargen.validation.reading import local_path
 
 FRONT = np.array([255.0, 214.0, 10.0])  # what the last forward drew is tinted with it
 TINT = 0.45
@@ -64,7 +65,7 @@ class LivePreview:
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         self.every, self.max_images, self.scale = every, max_images, scale
-        self.folder = None if folder is None else Path(folder)
+        self.folder = None if folder is None else local_path(folder)
         self.on_frame = on_frame
         self.frames: list[Image.Image] = []
         self._handle: Any = None

@@ -18,9 +18,9 @@ import vargen
 from vargen.validation.checks import shown
 from vargen.validation.classes import SLOTS, component_class
 from vargen.validation.folders import check_component, is_plain_name, read_settings
+from vargen.validation.places import INDEX_FILE, SHARED_KEY, other_layout
 
-INDEX_FILE = "model_index.json"
-SHARED_KEY = "_shared"  # in an index: component name -> pipeline folder beside this one that holds it
+MAX_REASON = 160  # characters of what the Hub says
 _METHODS = ["save_pretrained", "from_pretrained"]
 
 
@@ -46,6 +46,12 @@ def register_library() -> None:
     vars(vargen)[PipelineComponent.__name__] = PipelineComponent  # diffusers looks base classes up on the library
 
 
+def register_pipeline(pipeline: type) -> None:
+    """Let ``DiffusionPipeline.from_pretrained(folder)`` find the class that an index names, where diffusers has none such."""
+    if not hasattr(diffusers, pipeline.__name__):
+        setattr(diffusers, pipeline.__name__, pipeline)
+
+
 def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
     """Read a pipeline folder's index and check everything it names, before anything is imported or loaded.
 
@@ -63,7 +69,8 @@ def read_index(folder: Path, replaced: Collection[str] = ()) -> dict[str, Any]:
     path = folder / INDEX_FILE
     if not path.is_file():
         found = ", ".join(sorted(entry.name for entry in folder.iterdir())[:5]) or "nothing"
-        raise ValueError(f"{folder} is not a pipeline folder: it has no {INDEX_FILE} (it holds {found})")
+        missing = f"{folder} is not a pipeline folder: it has no {INDEX_FILE} (it holds {found})"
+        raise ValueError(other_layout(folder) or missing)
     index = read_settings(path)
     classes = check_index(path, index)
     shared = shared_folders(folder, index)
@@ -192,6 +199,33 @@ def load_shared(folder: Path, index: dict[str, Any], given: dict[str, Any]) -> d
             kind: Any = component_class(index[name][0], index[name][1], name)
             loaded[name] = kind.from_pretrained(other / name, **options)
     return loaded
+
+
+def hub_folder(pipeline: Any, name: str, options: dict[str, Any]) -> Path:
+    """Fetch a pipeline folder from the Hub.
+
+    Raises:
+        ValueError: the Hub cannot be reached, or has no such pipeline; the calls that load other layouts are named.
+    """
+    try:
+        return Path(pipeline.download(name, **options))
+    except (MemoryError, ImportError, ValueError):
+        raise
+    except Exception as error:
+        line = " ".join(str(error).split())[:MAX_REASON].rstrip(". ")
+        raise ValueError(
+            f"cannot load a pipeline {name} from the Hub: {line}; a repository without {INDEX_FILE} holds a component (its "
+            "from_pretrained), an original file (from_original), or a model for ImagePipeline.from_transformers"
+        ) from error
+
+
+def check_saved(components: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where a component cannot be saved, before anything is written."""
+    if hasattr(components.get("backbone"), "wraps_transformers"):
+        raise ValueError(
+            "this pipeline draws with a model of transformers, which saves itself: model.save_pretrained(folder) and "
+            "processor.save_pretrained(folder), or their push_to_hub; ImagePipeline.from_transformers makes the pipeline again"
+        )
 
 
 def check_options(options: Collection[str]) -> None:

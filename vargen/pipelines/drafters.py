@@ -65,6 +65,10 @@ class StoredDrafters:
         if drafter is not None:
             self._entries[name] = drafter
 
+    def update(self, others: StoredDrafters) -> None:
+        """Also keep those of another list, under their names."""
+        self._entries |= others._entries
+
     def load(self, name: str, backbone: Any) -> Any:
         """Return a stored drafter, on the backbone's device and in its dtype, or one that needs no model.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -22,8 +23,9 @@ def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tens
 
     Args:
         tokenizer: must have scales.
-        image: PIL image or several, or ``[3, H, W]`` or ``[P, 3, H, W]`` in [0, 1].
-        mask_image: PIL image or ``[H, W]`` or ``[P, H, W]``; white, True or above 0.5 = draw anew.
+        image: PIL image or several, or ``[3, H, W]`` or ``[P, 3, H, W]`` in [0, 1]; arrays of numpy have channels last, and
+            may be uint8.
+        mask_image: PIL image or ``[H, W]`` or ``[P, H, W]``; white, True or above 0.5 (uint8: 128 and more) = draw anew.
 
     Returns:
         Images ``[P, 3, H, W]`` in [-1, 1] and the cells to keep, ``[1 or P, h, w]`` bool; None where nothing is edited.
@@ -33,6 +35,7 @@ def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tens
     """
     if image is None and mask_image is None:
         return None
+    image, mask_image = _from_numpy(image, 3), _from_numpy(mask_image, 1)
     if image is None or mask_image is None:
         missing = "image" if image is None else "mask_image"
         raise ValueError(f"editing needs image and mask_image, got no {missing}")
@@ -66,6 +69,23 @@ def forced_codes(tokenizer: Any, edit: tuple[Tensor, Tensor], num_prompts: int, 
     return tuple(part.expand(num_prompts, -1).repeat_interleave(times, dim=0) for part in kept)
 
 
+def _from_numpy(image: Any, channels: int) -> Any:
+    """Arrays, channels last, as tensors, channels first (a mask: without); uint8 scaled to [0, 1]. Anything else as it is."""
+    if isinstance(image, list | tuple) and image and all(isinstance(one, np.ndarray) for one in image):
+        if len({one.shape for one in image}) > 1:
+            raise ValueError(
+                f"pictures of one call must have one shape, got {', '.join(str(one.shape) for one in image)}"
+            )
+        image = np.stack(image)
+    if not isinstance(image, np.ndarray) or image.dtype.kind not in "biuf":
+        return image
+    if channels == 1 and image.ndim in (3, 4) and image.shape[-1] == 1:
+        image = image[..., 0]
+    scaled = image.dtype == np.uint8 and (channels == 3 or (image.size and image.max() > 1))
+    tensor = torch.from_numpy(np.ascontiguousarray(image / 255 if scaled else image)).float()
+    return tensor.movedim(-1, -3) if channels == 3 and tensor.ndim in (3, 4) else tensor
+
+
 def _sides(image: Any) -> tuple[int, ...] | None:
     """Height and width, before pixels are touched; None for what has none."""
     if isinstance(image, Image.Image):
@@ -79,7 +99,9 @@ def _read_images(image: Any) -> Tensor:
         return from_pil(listed)
     right = isinstance(image, Tensor) and image.ndim in (3, 4) and image.is_floating_point() and not image.is_meta
     if not right or image.shape[-3] != 3 or not len(image):
-        raise ValueError(f"image must be PIL images or a float tensor [P, 3, H, W] in [0, 1], got {_name(image)}")
+        raise ValueError(
+            f"image must be PIL images, an array [P, H, W, 3], or a float tensor [P, 3, H, W] in [0, 1], got {_name(image)}"
+        )
     pixels = image if image.ndim == 4 else image[None]
     if not bool(((pixels >= 0) & (pixels <= 1)).all()):
         raise ValueError("image must lie in [0, 1], as output_type='pt' returns it; got values beyond, or NaN")
@@ -91,7 +113,9 @@ def _read_mask(mask: Any) -> Tensor:
         grey = mask.convert("L")
         return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, grey.height, grey.width) / 255
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or mask.is_complex() or mask.is_meta:
-        raise ValueError(f"mask_image must be a PIL image or a tensor [H, W] or [P, H, W], got {_name(mask)}")
+        raise ValueError(
+            f"mask_image must be a PIL image, or an array or tensor [H, W] or [P, H, W], got {_name(mask)}"
+        )
     if bool(mask.isnan().any()):
         raise ValueError("mask_image must hold numbers, white (1 or True) where to draw anew; got NaN")
     return mask.float() if mask.ndim == 3 else mask.float()[None]

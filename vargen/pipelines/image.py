@@ -24,11 +24,14 @@ from vargen.pipelines.components import (
     check_complete,
     check_index,
     check_options,
+    check_saved,
     dtype_argument,
+    hub_folder,
     index_entry,
     load_shared,
     read_index,
     register_library,
+    register_pipeline,
 )
 from vargen.pipelines.continuous import check_autoencoder, decode_tokens, is_continuous, undrawn_tokens
 from vargen.pipelines.drafters import EARLIER, StoredDrafters, warn_of_other_target
@@ -36,12 +39,14 @@ from vargen.pipelines.editing import forced_codes, read_edit
 from vargen.pipelines.outputs import ImagePipelineOutput
 from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
-from vargen.pipelines.types import DrafterInput, ImageInput, LabelInput, Pictures, PromptInput, Rows
+from vargen.pipelines.types import DrafterInput, ImageInput, LabelInput, Pictures, PromptInput, Rows, SeedInput
 from vargen.protocols import ConditionInput, Model, Tokenizer
 from vargen.random import image_seeds
 from vargen.registry import resolve_model
 from vargen.samplers.base import Sampler
+from vargen.validation.checks import check_names
 from vargen.validation.folders import one_line, read_settings
+from vargen.validation.reading import local_path
 
 register_library()
 
@@ -96,6 +101,11 @@ class ImagePipeline(DiffusionPipeline):
         self._check_components()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in ("guidance_scale", "_guidance_scale"):
+            raise ValueError(
+                f"{name} of a pipeline is not read: guidance is a setting of its sampler; pass guidance_scale=... to the call, "
+                "and guidance_schedule or guidance_interval where it should change while codes are drawn"
+            )
         super().__setattr__(name, value)
         if name in self._optional_components and name in self.config:
             # diffusers forgets the class of a component that was left out at first; saving would then drop it
@@ -118,7 +128,7 @@ class ImagePipeline(DiffusionPipeline):
         """
         check_options(kwargs)
         found = resolve_model(str(pretrained_model_name_or_path))
-        folder = Path(found) if Path(found).is_dir() else Path(cls.download(found, **dtype_argument(kwargs)))
+        folder = Path(found) if Path(found).is_dir() else hub_folder(cls, found, dtype_argument(kwargs))
         with one_line(folder):
             index = read_index(folder, kwargs)
             check_class(folder, index, cls._stored_class)
@@ -133,9 +143,63 @@ class ImagePipeline(DiffusionPipeline):
             return pipe
 
     def save_pretrained(self, save_directory: str | PathLike[str], *args: Any, **kwargs: Any) -> None:
-        """Write the pipeline to a folder, drafters that are stored by name included; arguments as in diffusers."""
-        super().save_pretrained(save_directory, *args, **kwargs)
-        self._stored_drafters.save(Path(save_directory))
+        """Write the pipeline to a folder, drafters that are stored by name included; arguments as in diffusers.
+
+        Raises:
+            ValueError: a model of transformers, which is saved by its own ``save_pretrained``.
+        """
+        folder = local_path(save_directory)
+        check_saved(self.components)
+        self._stored_drafters.save(folder)  # first, so that push_to_hub=True finds them
+        super().save_pretrained(str(folder), *args, **kwargs)
+
+    def push_to_hub(self, *args: Any, **kwargs: Any) -> str:
+        """Upload the pipeline to the Hub, drafters that are stored by name included; arguments as in diffusers."""
+        check_saved(self.components)
+        return str(super().push_to_hub(*args, **kwargs))
+
+    @classmethod
+    def from_pipe(cls, pipeline: DiffusionPipeline, **kwargs: Any) -> Self:
+        """Make another pipeline over the same components; nothing is copied.
+
+        Args:
+            pipeline: of vargen.
+            kwargs: components and settings that replace those of ``pipeline``, such as ``sampler``; ``dtype`` (``torch_dtype``)
+                casts the components, those of ``pipeline`` too.
+
+        Raises:
+            ValueError: a pipeline of another library, components that do not fit, or an unknown name.
+        """
+        if not isinstance(pipeline, ImagePipeline):
+            raise ValueError(
+                f"from_pipe takes a pipeline of vargen, got {type(pipeline).__name__}; build it from components"
+            )
+        dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+        required, optional = cls._get_signature_keys(cls)
+        known = [name for name in (*required, *optional) if name not in EARLIER]
+        check_names(kwargs, [*known, "dtype"], f"{cls.__name__}.from_pipe")
+        taken = {
+            **pipeline.components,
+            **{name: pipeline.config[name] for name in optional if name in pipeline.config},
+        }
+        given = {name: value for name, value in taken.items() if name in known} | kwargs
+        pipe = cls(**given)
+        pipe._stored_drafters.update(pipeline._stored_drafters)
+        pipe._progress_bar_config = dict(getattr(pipeline, "_progress_bar_config", {}))
+        return pipe if dtype is None else pipe.to(dtype)
+
+    def register_to_config(self, **kwargs: Any) -> None:
+        """Keep settings; of a folder that diffusers has loaded the stored drafters are found here."""
+        super().register_to_config(**kwargs)
+        folder = Path(str(kwargs.get("_name_or_path") or ""))
+        if kwargs.get("_name_or_path") and folder.is_dir() and hasattr(self, "_stored_drafters"):
+            self._stored_drafters.update(StoredDrafters.of_folder(folder))
+
+    @classmethod
+    def extract_init_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Check the names of an index before diffusers imports what they name; see ``vargen.validation.classes``."""
+        check_index(Path(INDEX_FILE), {"_class_name": cls._stored_class, **config_dict})
+        return super().extract_init_dict(config_dict, **kwargs)
 
     @property
     def drafters(self) -> list[str]:
@@ -218,6 +282,11 @@ class ImagePipeline(DiffusionPipeline):
         )
 
     @property
+    def guidance_scale(self) -> float:
+        """That of the sampler, which a call may replace."""
+        return float(self.sampler.guidance_scale)
+
+    @property
     def interrupt(self) -> bool:
         """Set it to ``True`` (``pipe._interrupt = True``, from a callback or another thread) to stop after the current step."""
         return self._interrupt
@@ -234,7 +303,7 @@ class ImagePipeline(DiffusionPipeline):
         temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        seed: int | list[int] | None = None,
+        seed: SeedInput = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -257,13 +326,16 @@ class ImagePipeline(DiffusionPipeline):
             temperature: divides the logits; 0 is greedy.
             top_k: keep so many codes; 0 is off.
             top_p: keep so much probability, in (0, 1]; 1 is off.
-            seed: image i uses ``seed + i``; a list holds one seed an image. ``None`` draws one from torch's global
+            seed: image i uses ``seed + i``; a list, array or tensor holds one seed an image. ``None`` draws one from torch's global
                 generator; the output tells which.
             generator: gives one 64-bit seed an image (a list: one generator an image); not together with ``seed``.
             output_type: ``"pil"``, ``"pt"`` ([B, 3, H, W] in [0, 1]), ``"np"`` ([B, H, W, 3] in [0, 1]) or ``"codes"``.
             return_dict: ``False`` returns the tuple ``(images, codes, seeds, stats)``.
-            callback_on_step_end: called after every forward pass as ``callback(pipe, step, num_forwards, tensors)``.
-                ``tensors`` is a dictionary; it can be looked at, not changed.
+            callback_on_step_end: called after every forward pass as ``callback(pipe, step, num_forwards, tensors)``. ``step``
+                counts forward passes of the backbone from 0, over all chunks of ``batch_size``, the pass over the condition
+                included; under speculation a step makes several codes permanent, of every image another number
+                (``"num_committed"``), and passes of a drafter are no steps. ``tensors`` is a dictionary; it can be looked
+                at, not changed, and may be returned as diffusers' callbacks do.
             callback_on_step_end_tensor_inputs: what ``tensors`` holds: ``"codes"`` ([b, N] of the images in work, -1
                 where not drawn), ``"num_committed"`` ([b]).
             batch_size: images decoded at a time; less memory, the same images.
@@ -441,3 +513,6 @@ class ImagePipeline(DiffusionPipeline):
                     "take both from one model"
                 )
         check_autoencoder(self.tokenizer, self.backbone)
+
+
+register_pipeline(ImagePipeline)

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from numbers import Integral
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -72,7 +73,7 @@ def check_rows(given: Any, times: int, seed: Any, generator: Any) -> None:
     """
     if isinstance(given, str | Integral | None):
         rows = 1
-    elif isinstance(given, list | tuple) or (isinstance(given, Tensor) and given.ndim):
+    elif isinstance(given, list | tuple) or (isinstance(given, Tensor | np.ndarray) and given.ndim):
         rows = len(given)
     elif isinstance(given, range):
         rows = len(given[: MAX_IMAGES + 1])
@@ -104,7 +105,8 @@ def check_dtype(components: dict[str, Any]) -> None:
 
 def read_prompts(prompt: PromptInput) -> list[str]:
     """Return the prompts as a list of non-empty strings."""
-    prompts = [prompt] if isinstance(prompt, str) else prompt
+    listed = prompt.tolist() if isinstance(prompt, np.ndarray | np.generic) else prompt
+    prompts = [listed] if isinstance(listed, str) else listed
     if not isinstance(prompts, (list, tuple)) or not all(isinstance(text, str) for text in prompts):
         raise ValueError(f"prompt must be a string or a list of strings, got {_described(prompt)}")
     if not prompts:
@@ -119,9 +121,10 @@ def read_prompts(prompt: PromptInput) -> list[str]:
 
 def read_class_labels(labels: LabelInput) -> list[int | str]:
     """Return class labels (ids, or names for conditioners that know names) as a list."""
-    if isinstance(labels, Tensor):
-        whole = labels.dtype in _INTEGERS and labels.ndim <= 1
-        if not whole or labels.is_meta or labels.numel() > MAX_IMAGES:
+    if isinstance(labels, Tensor | np.ndarray):
+        words = isinstance(labels, np.ndarray) and labels.dtype.kind in "iuU"  # integers or texts
+        whole = (words or labels.dtype in _INTEGERS) and labels.ndim <= 1
+        if not whole or getattr(labels, "is_meta", False) or (labels.ndim and len(labels) > MAX_IMAGES):
             raise ValueError(f"class_labels must be integers [P], got {labels.dtype} {tuple(labels.shape)}")
         labels = labels.tolist()
     listed = [labels] if isinstance(labels, (str, Integral)) else labels

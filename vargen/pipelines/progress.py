@@ -21,6 +21,22 @@ class DecodeInterrupted(Exception):
         self.state = state
 
 
+def check_returned(answer: Any, given: dict[str, Any]) -> None:
+    """Refuse what a callback of diffusers would change by its answer; None and the tensors it was given are fine.
+
+    Raises:
+        ValueError: other tensors, or something else than a dictionary.
+    """
+    if not isinstance(answer, dict):
+        return
+    changed = [name for name, value in answer.items() if value is not given.get(name)]
+    if changed:
+        raise ValueError(
+            f"callback_on_step_end returned another {changed[0]}: what it returns is not read, codes cannot be changed while "
+            "they are drawn; return None, or see forced_codes, guidance_schedule and guidance_interval of the samplers"
+        )
+
+
 @dataclass
 class Watch:
     """Progress bar, user callback and interruption: what the pipeline does after every forward pass."""
@@ -53,7 +69,7 @@ class Watch:
             self.shown = committed
         if self.callback is not None:
             found = {name: getattr(state, name) for name in self.tensors}
-            self.callback(self.pipe, self.step, state.num_forwards, found)
+            check_returned(self.callback(self.pipe, self.step, state.num_forwards, found), found)
         self.step += 1
         if self.pipe.interrupt and not state.done:  # set by the callback or by another thread
             raise DecodeInterrupted(state)

@@ -16,10 +16,11 @@ from vargen.conditioners.base import Conditioner
 from vargen.images import to_pil
 from vargen.outputs import SamplerOutput
 from vargen.pipelines import inputs
+from vargen.pipelines.components import register_pipeline
 from vargen.pipelines.drafters import StoredDrafters
 from vargen.pipelines.image import UNDRAWN, ImagePipeline
 from vargen.pipelines.progress import Watch
-from vargen.pipelines.types import LabelInput, PromptInput, Rows
+from vargen.pipelines.types import LabelInput, PromptInput, Rows, SeedInput
 from vargen.pipelines.video_frames import VideoPipelineOutput, VideoWatch, check_fps, given_codes, read_frames
 from vargen.protocols import ConditionInput, Model, Tokenizer
 from vargen.random import image_seeds
@@ -93,7 +94,7 @@ class VideoPipeline(ImagePipeline):
         top_k: int | None = None,
         top_p: float | None = None,
         fps: int | None = None,
-        seed: int | list[int] | None = None,
+        seed: SeedInput = None,
         generator: torch.Generator | list[torch.Generator] | None = None,
         output_type: str = "pil",
         return_dict: bool = True,
@@ -230,3 +231,6 @@ class VideoPipeline(ImagePipeline):
                 "images: ImagePipeline"
             )
         super()._check_components()
+
+
+register_pipeline(VideoPipeline)

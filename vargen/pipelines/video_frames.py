@@ -27,6 +27,7 @@ from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.samplers.state import DecodeState
 from vargen.tokenizers.video_fsq.layers import StreamState
 from vargen.validation.checks import shown
+from vargen.validation.reading import local_path
 
 FILE_TYPES = (".gif", ".mp4")
 
@@ -118,7 +119,7 @@ def _even(image: Image.Image) -> Image.Image:
 
 def check_video_path(path: str | PathLike[str]) -> Path:
     """Raise ``ValueError`` unless clips can be written under this name."""
-    target = Path(path)
+    target = local_path(path)
     if target.suffix.lower() not in FILE_TYPES:
         raise ValueError(f"the output must be a .gif or .mp4 file, got {target}")
     if target.suffix.lower() == ".mp4" and not (find_spec("imageio") and find_spec("imageio_ffmpeg")):

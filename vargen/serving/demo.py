@@ -11,9 +11,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from vargen.pipelines.image import ImagePipeline
-from vargen.registry import INDEX_FILE, shipped_models
+from vargen.registry import shipped_models
 from vargen.serving.same_site import SameSite
 from vargen.serving.studio import MAX_IMAGES, Studio, Update
+from vargen.validation.places import INDEX_FILE
 
 MAX_DRAWINGS = 8  # at a time: one draws, the others wait
 MAX_QUEUE = 32  # events that wait for one of those places

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from vargen.validation.printable import printable, shown
-from vargen.validation.reading import check_plain, parse_toml, read_toml
+from vargen.validation.reading import check_plain, local_path, parse_toml, read_toml
 
 RECIPES_FOLDER = Path(__file__).parent / "recipes"
 MAX_STEPS = 10**9
@@ -230,7 +230,7 @@ def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]
 
 
 def _find(recipe: str | Path) -> Path:
-    path = Path(recipe)
+    path = local_path(recipe)
     if path.suffix == ".toml" or path.is_file():
         if not path.is_file():
             raise ValueError(f"recipe file {printable(path)} does not exist")

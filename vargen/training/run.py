@@ -40,6 +40,7 @@ from vargen.training.recipe import Recipe, load_recipe, same_weights
 from vargen.training.sources import RECIPE_FILE, stored_recipe
 from vargen.training.tasks.base import Task, make_task
 from vargen.validation.printable import printable
+from vargen.validation.reading import local_path
 
 METRICS_FILE = "metrics.jsonl"
 _STEP_SEED = 1_000_003  # prime: (seed, step, rank) -> seed of the step's dropout without collisions that matter
@@ -82,7 +83,7 @@ def train(
         recipe = load_recipe(recipe, overrides)
     elif overrides:
         raise ValueError("overrides apply to a recipe file; use dataclasses.replace on a Recipe")
-    run = Path(output) if output is not None else Path("runs") / recipe.name
+    run = local_path(output) if output is not None else Path("runs") / recipe.name
     _check_run_folder(run, recipe, resume)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     if accelerator.device.type == "cpu":

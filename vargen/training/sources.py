@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 from diffusers import ModelMixin
 from torch import nn
 
-from vargen.registry import MODELS_FOLDER
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_weights
 from vargen.training.recipe import Recipe, parse_recipe
 from vargen.training.tasks.base import TASKS, make_task
+from vargen.validation.places import MODELS_FOLDER
 from vargen.validation.printable import printable
-from vargen.validation.reading import read_json
+from vargen.validation.reading import local_path, read_json
 
 RECIPE_FILE = "recipe.json"
 T = TypeVar("T", bound=ModelMixin)
@@ -34,7 +34,7 @@ def load_tokenizer(source: str | Path, kind: type[T] = VQTokenizer) -> T:  # typ
     Raises:
         ValueError: nothing of the kind is there.
     """
-    folder = Path(source)
+    folder = local_path(source)
     if (folder / RECIPE_FILE).is_file():
         recipe, weights = read_run(folder)
         task = TOKENIZER_TASKS[kind.__name__]
@@ -69,7 +69,7 @@ def read_run(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
     Raises:
         ValueError: not a run folder, or no checkpoint in it yet.
     """
-    folder = Path(run)
+    folder = local_path(run)
     recipe = stored_recipe(folder)
     checkpoints = checkpoint_folders(folder)
     if not checkpoints:
@@ -98,7 +98,7 @@ def component_folder(source: str | Path, name: str) -> Path:
     Raises:
         ValueError: neither a folder nor the name of a shipped model.
     """
-    folder = Path(source)
+    folder = local_path(source)
     if not folder.is_dir():
         names = sorted(place.name for place in MODELS_FOLDER.glob("*") if place.is_dir())
         folder = MODELS_FOLDER / str(source)

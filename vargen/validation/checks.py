@@ -11,7 +11,7 @@ import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import wraps
+from functools import partial, wraps
 from numbers import Integral, Real
 from types import SimpleNamespace
 from typing import Any, NamedTuple, TypeVar, cast
@@ -149,6 +149,20 @@ def check_scales(name: str, value: Any, *, longest: int = 64) -> tuple[int | tup
     if any(h > height or w > width for h, w in map(pair_of, found)):
         raise ValueError(f"{name}: no scale may be larger than the last one {(height, width)}, got {shown(value)}")
     return found
+
+
+def read_grid(name: str, value: Any, lengths: Sequence[int] = (2,), *, high: int = MAX_POSITIONS) -> tuple[int, ...]:
+    """Return the sides of a grid of codes; one number is a square."""
+    if isinstance(value, Integral) and not isinstance(value, bool):
+        value = (value, value)
+    value = value.tolist() if hasattr(value, "tolist") else value
+    words = (
+        "(height, width) in codes"
+        + (" or (frames, height, width)" if 3 in lengths else "")
+        + ", or one number for a square"
+    )
+    item = partial(check_integer, low=1, high=high)
+    return check_list(name, value, item=item, lengths=lengths, words=words)
 
 
 def pair_of(scale: int | tuple[int, int]) -> tuple[int, int]:

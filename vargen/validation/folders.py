@@ -7,14 +7,16 @@ are settings that make other libraries fetch or import code. Which classes a fol
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+from vargen.validation.places import component_folder, other_layout, resolve_model
 from vargen.validation.printable import printable, shown
-from vargen.validation.reading import read_json
+from vargen.validation.reading import StrPath, local_path, read_json
 
 MAX_BYTES = 4 << 20  # of a file of settings; a thousand class names take 30 kB
 MAX_FILES = 10_000  # in the folder of a component
@@ -32,8 +34,6 @@ REFUSED_SETTINGS = (
     "_experts_implementation_internal",
 )
 _SETTINGS_FILES = ("config.json", "generation_config.json", "tokenizer_config.json")
-
-StrPath = str | os.PathLike[str]
 
 
 class FolderError(ValueError):
@@ -179,21 +179,47 @@ class Stored:
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: Any, **kwargs: Any) -> Self:
-        """Load the component from a folder, or from a repository on the Hugging Face Hub.
+        """Load the component from a folder, a shipped model, or a repository on the Hugging Face Hub.
 
         Args:
-            pretrained_model_name_or_path: folder, or id of a repository.
-            kwargs: those of diffusers, such as ``subfolder`` and ``torch_dtype``.
+            pretrained_model_name_or_path: folder, name of a shipped model, or id of a repository.
+            kwargs: those of diffusers, such as ``subfolder`` and ``torch_dtype``; the folder of a pipeline that holds one
+                component of this class needs no ``subfolder``.
 
         Raises:
-            ValueError: the folder holds code, or settings or weights that are missing, damaged or do not fit.
+            ValueError: unknown name, a folder that holds code, or settings or weights that are missing, damaged or do not fit.
         """
-        folder = Path(pretrained_model_name_or_path) / (kwargs.get("subfolder") or "")
-        with one_line(folder):
-            if folder.is_dir():
-                check_component(folder, cls)
-            loaded: Self = super().from_pretrained(pretrained_model_name_or_path, **kwargs)  # type: ignore[misc]
+        place, kwargs = cls.find_component(pretrained_model_name_or_path, **kwargs)
+        with one_line(place):
+            if isinstance(place, Path):
+                check_component(place, cls)
+            loaded: Self = super().from_pretrained(place, **kwargs)  # type: ignore[misc]
             return loaded
+
+    def save_pretrained(self, save_directory: StrPath, *args: Any, **kwargs: Any) -> None:
+        """Write the component to a folder; arguments as in diffusers."""
+        super().save_pretrained(str(local_path(save_directory)), *args, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def find_component(cls, name_or_path: Any, **kwargs: Any) -> tuple[Path | str, dict[str, Any]]:
+        """Where the component lies: its own folder, or the id of a repository with what diffusers is to be told.
+
+        Raises:
+            ValueError: neither a shipped name nor a folder nor an id; a folder in another layout, with the call that loads it.
+        """
+        found = resolve_model(name_or_path)
+        if not Path(found).is_dir():
+            return found, kwargs
+        subfolder = kwargs.pop("subfolder", None)
+        own = getattr(cls, "config_name", None) or "config.json"
+        place = component_folder(Path(found), subfolder, cls.__name__, own)
+        original = cls.__name__ if hasattr(cls, "from_original") else None
+        foreign = not (place / own).is_file() or "model_type" in read_settings(place / own)
+        if foreign and (line := other_layout(place, original)):
+            raise ValueError(line)
+        if not place.is_dir():
+            raise ValueError(f"{found} has no folder {printable(subfolder)}; copy the whole pipeline folder")
+        return place, kwargs
 
     @classmethod
     def _dict_from_json_file(cls, json_file: StrPath, dduf_entries: Any = None) -> dict[str, Any]:
@@ -203,3 +229,11 @@ class Stored:
         settings = read_settings(os.fspath(json_file))
         check_settings(Path(json_file), settings)
         return settings
+
+
+def _says_something(record: logging.LogRecord) -> bool:
+    return "should be kept in float32: []." not in record.getMessage()
+
+
+# diffusers announces at every cast to a dtype that no module has to stay in float32
+logging.getLogger("diffusers.models.modeling_utils").addFilter(_says_something)

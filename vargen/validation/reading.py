@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,8 +18,16 @@ MAX_NODES = 2**20  # values in all
 MAX_BITS = 128  # of an integer
 _MAX_LINE = 1000  # characters of a line of TOML
 
+StrPath = str | os.PathLike[str]
 
-def read_text(path: str | Path, *, limit: int = MAX_TEXT) -> str:
+
+def local_path(path: StrPath) -> Path:
+    """A path as a shell reads it: ``~`` is the home folder."""
+    text = os.fspath(path)
+    return Path(text).expanduser() if text == "~" or text.startswith(("~/", "~\\")) else Path(text)
+
+
+def read_text(path: StrPath, *, limit: int = MAX_TEXT) -> str:
     """Read a UTF-8 text file.
 
     Args:
@@ -28,7 +37,7 @@ def read_text(path: str | Path, *, limit: int = MAX_TEXT) -> str:
     Raises:
         ValueError: no such file, not a regular one, too large, not UTF-8, not readable.
     """
-    file, name = Path(path), printable(path)
+    file, name = local_path(path), printable(path)
     try:
         if not file.is_file():
             raise ValueError(f"{name} is not a file" if file.exists() else f"no file at {name}")
@@ -43,7 +52,7 @@ def read_text(path: str | Path, *, limit: int = MAX_TEXT) -> str:
         raise ValueError(f"cannot read {name}: {error.strerror or error}") from None
 
 
-def read_json(path: str | Path, *, limit: int = MAX_TEXT) -> Any:
+def read_json(path: StrPath, *, limit: int = MAX_TEXT) -> Any:
     """Read a JSON file whose content is bounded as ``check_plain`` says.
 
     Raises:
@@ -78,7 +87,7 @@ def read_value(text: str) -> Any:
         raise
 
 
-def read_toml(path: str | Path) -> dict[str, Any]:
+def read_toml(path: StrPath) -> dict[str, Any]:
     """Read a TOML file of at most 64 KiB whose content is bounded as ``check_plain`` says.
 
     Raises:

@@ -19,8 +19,8 @@ from vargen.validation.checks import (
     at_most,
     check_choice,
     check_integer,
-    check_list,
     check_number,
+    read_grid,
 )
 
 WIDTH = partial(check_integer, low=1, high=MAX_WIDTH)
@@ -30,10 +30,8 @@ ROWS = partial(check_integer, low=1, high=MAX_ROWS)
 MAYBE_ROWS = partial(check_integer, low=0, high=MAX_ROWS)
 POSITIONS = partial(check_integer, low=1, high=MAX_POSITIONS)
 MAYBE_POSITIONS = partial(check_integer, low=0, high=MAX_POSITIONS)
-GRID = partial(check_list, item=POSITIONS, lengths=(2,), words="(height, width) in codes")
-VIDEO_GRID = partial(
-    check_list, item=POSITIONS, lengths=(2, 3), words="(height, width) or (frames, height, width) in codes"
-)
+GRID = read_grid
+VIDEO_GRID = partial(read_grid, lengths=(2, 3))
 SHARE = partial(check_number, low=0.0, high=1.0)
 DROPOUT = partial(check_number, low=0.0, high=1.0, open_high=True)
 FACTOR = partial(check_number, low=0.0, high=64.0, open_low=True)

@@ -27,6 +27,7 @@ from vargen.evaluation.images import write_npz
 from vargen.files import WriteError, atomic_write
 from vargen.images import Rounding, quantise
 from vargen.validation.printable import printable, shown
+from vargen.validation.reading import local_path
 
 if TYPE_CHECKING:
     from vargen.pipelines.image import ImagePipeline
@@ -140,7 +141,7 @@ def generate(
         "conditions": conditions.digest(),
     }
     manifest |= {"settings": settings or {}, **(record or {}), **({} if keep_images else {"keep_images": False})}
-    run = RunFolder(Path(folder), manifest, num=num, chunk=chunk, keep_images=keep_images)
+    run = RunFolder(local_path(folder), manifest, num=num, chunk=chunk, keep_images=keep_images)
     artist = _Artist(pipe, conditions, [(seed + i) % 2**64 for i in range(num)], rounding, settings or {})
     generated = Generated(run, artist.seeds)
     try:
