@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 _ENTERED = "_entered"  # in a module while one of its methods runs with its hooks
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -64,7 +64,7 @@ def execution_device(module: nn.Module) -> torch.device:
         group = _diffusers_hook(part, "group_offloading")
         if group is not None:
             return torch.device(group.config.onload_device)
-    weight = next(module.parameters(), None)
+    weight: Tensor | None = next(module.parameters(), None)
     weight = next(module.buffers(), None) if weight is None else weight
     return torch.device("cpu") if weight is None else weight.device
 

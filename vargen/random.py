@@ -289,7 +289,7 @@ def plain_seed(seed: Any) -> Any:
     if isinstance(seed, range):
         return list(seed[: MAX_SEEDS + 1])
     if isinstance(seed, np.ndarray | np.generic | Tensor) and not getattr(seed, "is_meta", False):
-        return seed.tolist() if seed.ndim == 0 or len(seed) <= MAX_SEEDS else seed
+        return seed.tolist() if seed.ndim == 0 or seed.shape[0] <= MAX_SEEDS else seed
     return seed
 
 

@@ -151,16 +151,15 @@ def check_scales(name: str, value: Any, *, longest: int = 64) -> tuple[int | tup
     return found
 
 
-def read_grid(name: str, value: Any, lengths: Sequence[int] = (2,), *, high: int = MAX_POSITIONS) -> tuple[int, ...]:
-    """Return the sides of a grid of codes; one number is a square."""
+def read_grid(
+    name: str, value: Any, lengths: Sequence[int] = (2,), *, high: int = MAX_POSITIONS, words: str = ""
+) -> tuple[int, ...]:
+    """Return the sides of a grid of codes; one number is a square. ``words`` say what the sides are."""
     if isinstance(value, Integral) and not isinstance(value, bool):
         value = (value, value)
     value = value.tolist() if hasattr(value, "tolist") else value
-    words = (
-        "(height, width) in codes"
-        + (" or (frames, height, width)" if 3 in lengths else "")
-        + ", or one number for a square"
-    )
+    sides = "(height, width) in codes" + (" or (frames, height, width)" if 3 in lengths else "")
+    words = f"{words or sides}, or one number for a square"
     item = partial(check_integer, low=1, high=high)
     return check_list(name, value, item=item, lengths=lengths, words=words)
 
