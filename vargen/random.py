@@ -288,8 +288,10 @@ def plain_seed(seed: Any) -> Any:
     """A seed, or several as an array, a tensor or a range, as Python's own integers; anything else as it is."""
     if isinstance(seed, range):
         return list(seed[: MAX_SEEDS + 1])
-    if isinstance(seed, np.ndarray | np.generic | Tensor) and not getattr(seed, "is_meta", False):
-        return seed.tolist() if seed.ndim == 0 or seed.shape[0] <= MAX_SEEDS else seed
+    if isinstance(seed, np.generic):
+        return seed.item()
+    if isinstance(seed, np.ndarray | Tensor) and not getattr(seed, "is_meta", False):
+        return seed.tolist() if seed.ndim == 0 or len(seed) <= MAX_SEEDS else seed
     return seed
 
 
