@@ -325,8 +325,8 @@ def test_run_folder_in_the_way_and_nothing_to_resume_are_named(vq_run, tmp_path)
         train(recipe, output=vq_run)
     with pytest.raises(ValueError, match="nothing to resume"):
         train(recipe, output=tmp_path / "none", resume=True)
-    changed = replace(recipe, optimizer=replace(recipe.optimizer, lr=1e-4))
-    with pytest.raises(ValueError, match=r"'optimizer\.lr' differs from the run's recipe"):
+    changed = replace(recipe, optimizer=replace(recipe.optimizer, betas=(0.5, 0.9)))
+    with pytest.raises(ValueError, match=r"'optimizer\.betas' differs from the run's recipe"):
         train(changed, output=vq_run, resume=True)
 
 

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,8 @@ def one_line_errors(command: Command) -> Command:
     @functools.wraps(command)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
+            with _one_line_warnings():
+                return command(*args, **{name: _expanded(value) for name, value in kwargs.items()})
         except typer.Exit:
             raise
         except KeyboardInterrupt:
@@ -55,6 +57,17 @@ def one_line_errors(command: Command) -> Command:
 def _expanded(value: Any) -> Any:
     """Paths with ``~`` as the home folder, which a shell leaves alone behind ``--output=`` or in quotes."""
     return local_path(value) if isinstance(value, Path) else value
+
+
+@contextmanager
+def _one_line_warnings() -> Iterator[None]:
+    """Print warnings as "warning: ..." instead of with a file, a line and a piece of code; which are shown stays as it is."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {printable(message)}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _describe(error: Exception) -> str:

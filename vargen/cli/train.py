@@ -16,7 +16,9 @@ def train(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", metavar="DIR", help="Run folder; default: runs/<recipe name>.")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in that folder, to the bit.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue the run in that folder, to the bit; it remembers its --set.")
+    ] = False,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one value of the recipe; repeatable."),
@@ -29,6 +31,7 @@ def train(
       vargen train heroes32-vq
       vargen train heroes32-llamagen --set data.batch_size=32 -o runs/small
       vargen train heroes32-llamagen --resume
+      vargen train heroes32-llamagen --resume --set optimizer.lr=5e-4
       accelerate launch -m vargen.cli train my_recipe.toml
     """
     from vargen.training.run import train as run_recipe

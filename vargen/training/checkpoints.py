@@ -8,19 +8,22 @@ from __future__ import annotations
 import json
 import os
 import re
+import secrets
 import shutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vargen.files import atomic_write, make_folder, writing
+from vargen.files import make_folder, writing
 from vargen.validation.printable import printable
-from vargen.validation.reading import parse_json, read_json
+from vargen.validation.reading import read_json
 
+T = TypeVar("T")
 _RENAMED = {"mean": "exp_avg", "square": "exp_avg_sq"}
 _PATTERN = re.compile(r"step-(\d+)")
 
@@ -48,11 +51,14 @@ def save_checkpoint(
         weights: file stem -> state dict, e.g. ``{"model": ..., "ema": ...}``.
         optimizer: anything ``torch.load(weights_only=True)`` can read back.
         state: plain values.
-        keep: how many checkpoints stay.
+        keep: how many checkpoints stay, counted from this one backwards.
 
     Raises:
+        ValueError: a weight is NaN or infinite; nothing is written, the older checkpoints stay.
         WriteError: the disk is full, or a file too large for the system or a limit; the older checkpoints stay.
     """
+    for stem, tensors in weights.items():
+        _check_finite(tensors, f"the weights of {stem!r} after step {step}")
     folder = run / "checkpoints" / f"step-{step:08d}"
     beside = folder.with_name(f".writing-{folder.name}")
     shutil.rmtree(beside, ignore_errors=True)
@@ -68,10 +74,14 @@ def save_checkpoint(
         for file in beside.iterdir():  # on disk before the name says so
             with file.open("rb") as handle:
                 os.fsync(handle.fileno())
+    before = folder.with_name(f".before-{folder.name}")
     if folder.exists():  # the same step written twice: a resumed run that stopped at once
-        shutil.rmtree(folder)
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(folder, before)
     os.replace(beside, folder)
-    for old in checkpoint_folders(run)[:-keep]:
+    shutil.rmtree(before, ignore_errors=True)
+    older = checkpoint_folders(run)
+    for old in older[: older.index(folder) + 1][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return folder
 
@@ -85,8 +95,55 @@ def load_state(folder: Path) -> dict[str, Any]:
 
 
 def load_weights(folder: Path, stem: str) -> dict[str, Tensor]:
-    """Read one state dict of a checkpoint."""
-    return load_file(folder / f"{stem}.safetensors")
+    """Read one state dict of a checkpoint.
+
+    Raises:
+        ValueError: a weight is NaN or infinite.
+    """
+    weights = load_file(folder / f"{stem}.safetensors")
+    _check_finite(weights, f"the weights of {stem!r}")
+    return weights
+
+
+def all_finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether no tensor holds NaN or infinity."""
+    return all(bool(t.isfinite().all()) for t in tensors if t.is_floating_point() or t.is_complex())
+
+
+def _check_finite(tensors: Mapping[str, Tensor], what: str) -> None:
+    wrong = next((name for name, value in tensors.items() if not all_finite([value])), None)
+    if wrong is not None:
+        raise ValueError(f"{what} are not finite ({wrong})")
+
+
+def load_newest(run: Path, load: Callable[[Path], T], *, set_aside: bool = False) -> T:
+    """Load the newest checkpoint of a run that can be read; one line warns of each damaged one behind it.
+
+    Args:
+        run: its folder, which holds a checkpoint.
+        load: reads a checkpoint's folder; whatever it raises means that the checkpoint is damaged.
+        set_aside: rename damaged ones, so that the run can write those steps again. Only once an older one was read: what
+            fails for all of them is not their damage.
+
+    Raises:
+        ValueError: none can be read.
+    """
+    damaged: list[tuple[Path, str]] = []
+    for folder in reversed(checkpoint_folders(run)):
+        try:
+            loaded = load(folder)
+        except Exception as error:  # torch, safetensors and json raise whatever they trip over
+            damaged.append((folder, " ".join(f"{error or type(error).__name__}".split())[:200]))
+            continue
+        for place, reason in damaged:
+            warnings.warn(
+                f"{printable(place)} is damaged ({printable(reason)}); {folder.name} is used instead", stacklevel=2
+            )
+            if set_aside:
+                os.replace(place, place.with_name(f"damaged-{secrets.token_hex(2)}-{place.name}"))
+        return loaded
+    place, reason = damaged[0]
+    raise ValueError(f"no checkpoint in {printable(run)} can be read; the newest, {place.name}: {printable(reason)}")
 
 
 def load_optimizer(folder: Path) -> dict[str, Any]:
@@ -110,18 +167,3 @@ def load_named_state(
                 _RENAMED.get(key, key): torch.tensor(float(value)) if key == "step" else value.to(p.device)
                 for key, value in saved[name].items()
             }
-
-
-def keep_metrics_until(file: Path, step: int) -> None:
-    """Drop the lines of a metrics file that lie behind ``step``: the resumed run writes them again."""
-    if not file.is_file():
-        return
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        try:
-            if parse_json(line, file.name).get("step", 0) <= step:
-                lines.append(line)
-        except (ValueError, TypeError, AttributeError):  # the line that a kill cut off
-            continue
-    with atomic_write(file, overwrite=True) as beside:
-        beside.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")

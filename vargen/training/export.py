@@ -30,7 +30,7 @@ from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.vq.model import VQTokenizer
-from vargen.training.checkpoints import checkpoint_folders, load_state
+from vargen.training.checkpoints import checkpoint_folders, load_newest, load_state, load_weights
 from vargen.training.data import open_dataset
 from vargen.training.recipe import Recipe
 from vargen.training.sources import load_tokenizer, load_transformer, read_run, stored_recipe
@@ -203,9 +203,15 @@ def _conditioner(recipe: Recipe, fill: bool) -> Conditioner:
     return AttributeConditioner(words, fill=fill) if isinstance(words, str) else ClassConditioner(words)
 
 
+def exported_step(run: Path) -> int:
+    """Finished steps of the checkpoint that ``read_run`` reads."""
+    return int(
+        load_newest(run, lambda checkpoint: (load_weights(checkpoint, "ema"), load_state(checkpoint)))[1]["step"]
+    )
+
+
 def _facts(source: str | Path | None) -> dict[str, Any]:
     """What trained a component: its recipe and the step that was exported."""
     if source is None or not checkpoint_folders(Path(source)):
         return {}
-    step = load_state(checkpoint_folders(Path(source))[-1])["step"]
-    return {"step": step, "recipe": stored_recipe(Path(source)).to_dict()}
+    return {"step": exported_step(Path(source)), "recipe": stored_recipe(Path(source)).to_dict()}

@@ -12,7 +12,7 @@ import math
 import re
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -23,6 +23,19 @@ RECIPES_FOLDER = Path(__file__).parent / "recipes"
 MAX_STEPS = 10**9
 MAX_OPTION = 10**7  # whole numbers among a task's options count images, iterations and the like
 ALIASES = {"law_weight": "distribution_weight"}  # older names of tasks' options -> today's
+RESUMABLE = (  # sections and settings that a resumed run may change
+    "schedule",
+    "log",
+    "compile",
+    "optimizer.lr",
+    "optimizer.muon_lr",
+    "optimizer.weight_decay",
+    "optimizer.max_grad_norm",
+    "optimizer.non_finite",
+    "optimizer.max_skipped",
+    "data.batch_size",
+    "data.num_eval_images",
+)
 _NAME = re.compile(r"\w[\w.+ -]{0,99}")  # of a folder in runs/: no separators, no control characters, no dots alone
 
 
@@ -53,6 +66,8 @@ class OptimizerConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     weight_decay: float = 0.0
     max_grad_norm: float = 1.0  # 0 = no clipping
+    non_finite: str = "skip"  # a step whose loss or gradient is NaN or infinite: "skip" it, or "stop"
+    max_skipped: int = 20  # so many in a row; one more stops the run
 
     def __post_init__(self) -> None:
         if self.name not in ("adamw", "muon"):
@@ -60,7 +75,10 @@ class OptimizerConfig:
         for name in ("lr", "muon_lr"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"optimizer.{name} must be > 0, got {shown(getattr(self, name))}")
+        if self.non_finite not in ("skip", "stop"):
+            raise ValueError(f"optimizer.non_finite must be 'skip' or 'stop', got {shown(self.non_finite)}")
         _between(self, "optimizer", 0, 1e6, "weight_decay", "max_grad_norm")
+        _between(self, "optimizer", 0, MAX_STEPS, "max_skipped")
         if len(self.betas) != 2 or not all(_is_number(beta) and 0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"optimizer.betas must be two numbers in [0, 1), got {shown(self.betas)}")
 
@@ -210,15 +228,18 @@ def check_keys(values: Mapping[str, Any], allowed: Sequence[str], section: str) 
             raise ValueError(f"unknown key {shown(_join(section, str(key)))} in the recipe; {hint}")
 
 
-def same_weights(a: Recipe, b: Recipe) -> str | None:
-    """Name the first setting in which two recipes differ and that a resumed run may not change; None if there is none."""
-    free = {"schedule": ScheduleConfig(), "log": LogConfig(), "compile": False}
-    left, right = replace(a, **free).to_dict(), replace(b, **free).to_dict()  # type: ignore[arg-type]
-    flat_left, flat_right = dict(_flatten(left)), dict(_flatten(right))
-    for key in sorted(flat_left.keys() | flat_right.keys()):
-        if json.dumps(flat_left.get(key)) != json.dumps(flat_right.get(key)):
-            return key
-    return None
+def differences(old: Recipe, new: Recipe) -> dict[str, tuple[Any, Any]]:
+    """Settings in which two recipes differ: dotted name -> (old value, new value), None where there is none."""
+    left, right = dict(_flatten(old.to_dict())), dict(_flatten(new.to_dict()))
+    keys = [
+        key for key in sorted(left.keys() | right.keys()) if json.dumps(left.get(key)) != json.dumps(right.get(key))
+    ]
+    return {key: (left.get(key), right.get(key)) for key in keys}
+
+
+def may_change(key: str) -> bool:
+    """Whether a resumed run may have another value of a setting: one that says how training goes on, not what is trained."""
+    return key in RESUMABLE or key.partition(".")[0] in RESUMABLE
 
 
 def _flatten(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

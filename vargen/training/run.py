@@ -6,13 +6,10 @@ that was killed at any moment therefore continues to the very weights it would h
 
 from __future__ import annotations
 
-import ctypes
-import json
-import signal
-import sys
+import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import warnings
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +20,12 @@ from accelerate.utils import set_seed
 from PIL import Image
 from torch import Tensor, nn
 
-from vargen.files import atomic_write, make_folder, writing
+from vargen.files import atomic_write
 from vargen.training.checkpoints import (
+    all_finite,
     checkpoint_folders,
-    keep_metrics_until,
     load_named_state,
+    load_newest,
     load_optimizer,
     load_state,
     load_weights,
@@ -36,13 +34,22 @@ from vargen.training.checkpoints import (
 )
 from vargen.training.ema import EMA
 from vargen.training.optim import MuonAdamW, parameter_groups
-from vargen.training.recipe import Recipe, load_recipe, same_weights
-from vargen.training.sources import RECIPE_FILE, stored_recipe
+from vargen.training.process import keep_freed_memory, stop_signals
+from vargen.training.recipe import MAX_STEPS, Recipe
+from vargen.training.run_folder import (
+    METRICS_FILE,
+    append_metrics,
+    check_run_folder,
+    held,
+    open_recipe,
+    prepare_folder,
+)
+from vargen.training.sources import stored_recipe
 from vargen.training.tasks.base import Task, make_task
-from vargen.validation.printable import printable
 from vargen.validation.reading import local_path
 
-METRICS_FILE = "metrics.jsonl"
+__all__ = ["METRICS_FILE", "TrainingResult", "train"]
+
 _STEP_SEED = 1_000_003  # prime: (seed, step, rank) -> seed of the step's dropout without collisions that matter
 
 
@@ -71,43 +78,54 @@ def train(
         recipe: a recipe, a TOML file, or the name of a shipped recipe.
         overrides: ``"section.key=value"`` strings applied to a file.
         output: run folder for checkpoints, metrics and sample grids; default ``runs/<recipe name>``.
-        resume: continue the run in that folder from its newest checkpoint. Only the schedule and what is logged may have
-            changed.
+        resume: continue the run in that folder from its newest checkpoint that is whole. The folder remembers the overrides
+            so far; those given now are added. Learning rates, weight decay, clipping, batch size, schedule and logging
+            may have changed (``vargen.training.recipe.RESUMABLE``), nothing else.
+
+    A step whose loss or gradient is NaN or infinite changes nothing: it is skipped, or stops the run, as
+    ``optimizer.non_finite`` says.
 
     Raises:
-        ValueError: unusable recipe or data, a run folder in the way, nothing to resume.
+        ValueError: unusable recipe or data, a run folder in the way or in use by another process, nothing to resume,
+            training that diverged.
         WriteError: the disk is full, or a file too large for the system or a limit; ``resume`` goes on from the last
             checkpoint.
     """
+    overrides = list(overrides)
     if not isinstance(recipe, Recipe):
-        recipe = load_recipe(recipe, overrides)
+        recipe, run, overrides = open_recipe(recipe, overrides, output, resume)
     elif overrides:
         raise ValueError("overrides apply to a recipe file; use dataclasses.replace on a Recipe")
-    run = local_path(output) if output is not None else Path("runs") / recipe.name
-    _check_run_folder(run, recipe, resume)
+    else:
+        run = local_path(output) if output is not None else Path("runs") / recipe.name
+    check_run_folder(run, recipe, resume)
     accelerator = Accelerator(mixed_precision=recipe.mixed_precision)
     if accelerator.device.type == "cpu":
-        _keep_freed_memory()
-    return _Loop(recipe, run, resume, accelerator).run()
+        keep_freed_memory()
+    with held(run, recipe, resume, accelerator):
+        return _Loop(recipe, run, resume, accelerator, overrides).run()
 
 
 class _Loop:
     """State of one run: built, resumed, stepped."""
 
-    def __init__(self, recipe: Recipe, run: Path, resume: bool, accelerator: Accelerator) -> None:
-        self.recipe, self.folder, self.accelerator = recipe, run, accelerator
+    def __init__(
+        self, recipe: Recipe, run: Path, resume: bool, accelerator: Accelerator, overrides: Sequence[str] = ()
+    ) -> None:
+        self.recipe, self.folder, self.accelerator, self.overrides = recipe, run, accelerator, overrides
         set_seed(recipe.seed)
         self.task: Task = make_task(recipe, accelerator.process_index, accelerator.num_processes)
-        checkpoint = checkpoint_folders(run)[-1] if resume else None
-        model = self.task.build(initialize=checkpoint is None)
+        model = self.task.build(initialize=not resume)
         self.ema = EMA(model, recipe.ema_decay)
         o = recipe.optimizer
         groups = parameter_groups(model, optimizer=o.name, lr=o.lr, muon_lr=o.muon_lr, weight_decay=o.weight_decay)
         optimizer = MuonAdamW(groups, betas=o.betas)
         self.base_lrs = [group["lr"] for group in optimizer.param_groups]
         self.step = 0
-        if checkpoint is not None:
-            self._load(checkpoint, model, optimizer)
+        self.skipped = 0  # steps in a row
+        if resume:
+            main = accelerator.is_main_process
+            load_newest(run, lambda checkpoint: self._load(checkpoint, model, optimizer), set_aside=main)
         self.task.setup(accelerator.device)
         self.ema.model.to(accelerator.device)
         if recipe.compile:
@@ -120,10 +138,10 @@ class _Loop:
     def run(self) -> TrainingResult:
         main = self.accelerator.is_main_process
         if main:
-            _prepare_folder(self.folder, self.recipe, self.step)
+            prepare_folder(self.folder, self.recipe, self.overrides, self.step)
         if self.step == 0:
             self._save()  # what initialisation found (a codebook) can be used at once
-        with _stop_signals() as stopped:
+        with stop_signals() as stopped:
             while self.step < self.recipe.schedule.num_steps and not stopped:
                 self._train_step()
                 self._report(bool(stopped))
@@ -140,9 +158,14 @@ class _Loop:
         with self.accelerator.autocast():
             loss, numbers = self.task.loss(self.model, batch)
         self.accelerator.backward(loss)
-        norm: Any = None
-        if self.recipe.optimizer.max_grad_norm > 0:
-            norm = self.accelerator.clip_grad_norm_(self.model.parameters(), self.recipe.optimizer.max_grad_norm)
+        norm = self.accelerator.clip_grad_norm_(
+            self.model.parameters(), self.recipe.optimizer.max_grad_norm or math.inf
+        )
+        problem = self._problem(loss, norm)
+        if problem is not None:
+            self._skip(problem)
+            return
+        self.skipped = 0
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.task.after_step(self.plain, self.step)
@@ -152,17 +175,57 @@ class _Loop:
         if self.step % log.log_every == 0 or self.step == 1:
             self._log_step(loss, numbers, norm, factor)
 
-    def _log_step(self, loss: Tensor, numbers: dict[str, Tensor], norm: Any, factor: float) -> None:
+    def _problem(self, loss: Tensor, norm: Tensor) -> str | None:
+        """What keeps a step from being taken, the same in all processes; None if nothing does."""
+        finite = torch.stack([loss.detach().isfinite().all(), torch.as_tensor(norm).to(loss.device).isfinite()]).long()
+        good = self.accelerator.reduce(finite, "sum") == self.accelerator.num_processes
+        if good.all():
+            return None
+        return "the loss is not finite" if not good[0] else "the gradient is not finite"
+
+    def _skip(self, problem: str) -> None:
+        """Pass over a step that would spoil the weights, or stop before it."""
+        o, at = self.recipe.optimizer, self.step + 1
+        scaler = self.accelerator.scaler
+        if scaler is not None:
+            self.optimizer.step()  # finds what we found: takes no step and lowers the scale of the loss
+        self.optimizer.zero_grad()
+        self.skipped += 1
+        overflow = scaler is not None and problem.startswith(
+            "the gradient"
+        )  # of float16, and mended by the lower scale
+        if not self._is_finite() or self.skipped > o.max_skipped or (o.non_finite == "stop" and not overflow):
+            again = f", as in the {o.max_skipped} steps before" if self.skipped > max(1, o.max_skipped) else ""
+            self._stop(f"{problem} at step {at}{again}")
+        self.step = at
+        self._write({"skipped": problem})
+        if self.accelerator.is_main_process:
+            warnings.warn(f"{problem} at step {at}, which is skipped", stacklevel=2)
+
+    def _stop(self, problem: str) -> None:
+        """End a run that diverged. Weights that are still finite are written, and no checkpoint is deleted for them."""
+        if self._is_finite():
+            self._save(keep=MAX_STEPS)
+        whole = checkpoint_folders(self.folder)
+        if not whole:
+            raise ValueError(f"{problem}, and nothing was trained yet: what the run starts from is not finite")
+        raise ValueError(
+            f"{problem}; the run stopped and its weights up to {whole[-1].name} are whole: resume with a lower optimizer.lr "
+            f"(now {self.recipe.optimizer.lr:g})"
+            + (", or with optimizer.non_finite=skip" if self.recipe.optimizer.non_finite == "stop" else "")
+        )
+
+    def _is_finite(self) -> bool:
+        return all_finite([*self.plain.state_dict().values(), *self.ema.model.state_dict().values()])
+
+    def _log_step(self, loss: Tensor, numbers: dict[str, Tensor], norm: Tensor, factor: float) -> None:
         means = {
             k: float(self.accelerator.reduce(v.float(), "mean")) for k, v in {"loss": loss.detach(), **numbers}.items()
         }
-        if not all(value == value for value in means.values()):
-            raise ValueError(f"the loss is NaN at step {self.step}; lower the learning rate and resume")
         seconds, since = time.perf_counter() - self.started[0], self.step - self.started[1]
         self.started = (time.perf_counter(), self.step)
         rate = since * self.recipe.data.batch_size / max(seconds, 1e-9)
-        extra = {} if norm is None else {"grad_norm": float(norm)}
-        self._write({**means, **extra, "lr_factor": factor, "images_per_second": rate})
+        self._write({**means, "grad_norm": float(norm), "lr_factor": factor, "images_per_second": rate})
 
     def _report(self, stopping: bool) -> None:
         log, last = self.recipe.log, self.step == self.recipe.schedule.num_steps
@@ -175,13 +238,9 @@ class _Loop:
             if _due(self.step, log.sample_every, last):
                 self._write_grid()
 
-    def _write(self, values: dict[str, float]) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        line = {"step": self.step, "images": self.step * self.recipe.data.batch_size, **values}
-        target = self.folder / METRICS_FILE
-        with writing(target), target.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+    def _write(self, values: Mapping[str, Any]) -> None:
+        if self.accelerator.is_main_process:
+            append_metrics(self.folder, {"step": self.step, "images": self.task.first_example(self.step), **values})
 
     def _write_grid(self) -> None:
         pixels = self.task.sample_grid(self.ema.model).permute(1, 2, 0).numpy()
@@ -191,8 +250,10 @@ class _Loop:
         with atomic_write(target.with_name("captions.txt"), overwrite=True) as beside:  # the same at every step
             beside.write_text("".join(f"{text}\n" for text in self.task.captions()), encoding="utf-8")
 
-    def _save(self) -> None:
+    def _save(self, keep: int | None = None) -> None:
         self.accelerator.wait_for_everyone()
+        if not self._is_finite():
+            self._stop(f"the weights are not finite after step {self.step}")
         if self.accelerator.is_main_process:
             inner: torch.optim.Optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
             scaler = self.accelerator.scaler
@@ -201,20 +262,26 @@ class _Loop:
                 self.step,
                 weights={"model": _own_state(self.plain), "ema": _own_state(self.ema.model)},
                 optimizer={"state": named_state(inner, self.plain), "scaler": scaler.state_dict() if scaler else {}},
-                state={"step": self.step, "num_processes": self.accelerator.num_processes},
-                keep=self.recipe.log.keep_checkpoints,
+                state={
+                    "step": self.step,
+                    "examples": self.task.first_example(self.step),
+                    "num_processes": self.accelerator.num_processes,
+                },
+                keep=keep or self.recipe.log.keep_checkpoints,
             )
         self.accelerator.wait_for_everyone()
 
     def _load(self, checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-        state = load_state(checkpoint)
-        self.step = int(state["step"])
+        state, saved = load_state(checkpoint), load_optimizer(checkpoint)
         model.load_state_dict(load_weights(checkpoint, "model"))
         self.ema.model.load_state_dict(load_weights(checkpoint, "ema"))
-        saved = load_optimizer(checkpoint)
+        optimizer.state.clear()  # of a newer checkpoint that broke off here
         load_named_state(optimizer, model, saved["state"])
         if self.accelerator.scaler is not None and saved["scaler"]:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
+        self.step = state["step"]
+        examples = state.get("examples", self.step * stored_recipe(self.folder).data.batch_size)
+        self.task.start = (self.step, examples)
 
 
 def _own_state(model: nn.Module) -> dict[str, Tensor]:
@@ -224,60 +291,3 @@ def _own_state(model: nn.Module) -> dict[str, Tensor]:
 
 def _due(step: int, period: int, last: bool) -> bool:
     return period > 0 and (last or step % period == 0)
-
-
-def _check_run_folder(run: Path, recipe: Recipe, resume: bool) -> None:
-    if not resume:
-        if checkpoint_folders(run):
-            raise ValueError(
-                f"{printable(run)} already holds a run; continue it with --resume or choose another --output"
-            )
-        return
-    if not checkpoint_folders(run):
-        raise ValueError(f"nothing to resume in {printable(run)}: it has no checkpoint; start without --resume")
-    changed = same_weights(stored_recipe(run), recipe)
-    if changed:
-        raise ValueError(
-            f"cannot resume {printable(run)}: {changed!r} differs from the run's recipe; only schedule and log may change"
-        )
-
-
-def _prepare_folder(run: Path, recipe: Recipe, step: int) -> None:
-    make_folder(run / "samples")
-    with atomic_write(run / RECIPE_FILE, overwrite=True) as beside:
-        beside.write_text(json.dumps(recipe.to_dict(), indent=1), encoding="utf-8")
-    keep_metrics_until(run / METRICS_FILE, step)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collect SIGINT and SIGTERM instead of dying from them; a second one kills."""
-    caught: list[int] = []
-    previous: dict[int, Any] = {}
-
-    def note(number: int, _frame: Any) -> None:
-        caught.append(number)
-        signal.signal(number, previous[number])
-
-    try:
-        for number in (signal.SIGINT, signal.SIGTERM):
-            previous[number] = signal.signal(number, note)
-    except ValueError:  # not the main thread: signals stay as they are
-        pass
-    try:
-        yield caught
-    finally:
-        for caught_number, handler in previous.items():
-            signal.signal(caught_number, handler)
-
-
-def _keep_freed_memory() -> None:
-    """Tell glibc not to return freed buffers: mapping the logits anew at every step costs a tenth of the time on CPUs."""
-    if not sys.platform.startswith("linux"):
-        return
-    try:
-        mallopt = ctypes.CDLL("libc.so.6").mallopt
-    except (OSError, AttributeError):
-        return
-    for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 1 << 28)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
-        mallopt(option, value)

@@ -10,7 +10,7 @@ from diffusers import ModelMixin
 from torch import nn
 
 from vargen.tokenizers.vq.model import VQTokenizer
-from vargen.training.checkpoints import checkpoint_folders, load_weights
+from vargen.training.checkpoints import checkpoint_folders, load_newest, load_weights
 from vargen.training.recipe import Recipe, parse_recipe
 from vargen.training.tasks.base import TASKS, make_task
 from vargen.validation.places import MODELS_FOLDER
@@ -64,17 +64,16 @@ def load_transformer(run: str | Path) -> nn.Module:
 
 
 def read_run(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
-    """Return the recipe of a run and the averaged weights of its newest checkpoint.
+    """Return the recipe of a run and the averaged weights of its newest checkpoint that is whole.
 
     Raises:
         ValueError: not a run folder, or no checkpoint in it yet.
     """
     folder = local_path(run)
     recipe = stored_recipe(folder)
-    checkpoints = checkpoint_folders(folder)
-    if not checkpoints:
+    if not checkpoint_folders(folder):
         raise ValueError(f"the run {folder} has no checkpoint yet; wait for the first one")
-    return recipe, load_weights(checkpoints[-1], "ema")
+    return recipe, load_newest(folder, lambda checkpoint: load_weights(checkpoint, "ema"))
 
 
 def stored_recipe(run: Path) -> Recipe:

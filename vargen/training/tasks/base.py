@@ -57,6 +57,7 @@ class Task:
         if not 1 <= pictures <= MAX_GRID:
             raise ValueError(f"options.grid_size must be in 1..{MAX_GRID}, got {pictures}")
         self.device = torch.device("cpu")
+        self.start = (0, 0)  # a step and how many examples lie before it: a resumed run may have another batch size
         self.train_data = open_dataset(recipe, "train", self.data_kind, **self.data_options())
         self.test_data = open_dataset(recipe, "test", self.data_kind, **self.data_options())
 
@@ -88,10 +89,14 @@ class Task:
         """Compile the expensive part of the training forward in place."""
         model.compile()
 
+    def first_example(self, step: int) -> int:
+        """How many examples lie before a step."""
+        since, examples = self.start
+        return examples + (step - since) * self.recipe.data.batch_size
+
     def batch(self, step: int) -> dict[str, Tensor]:
-        """Examples of one step for this process: a function of (recipe, step, rank) alone."""
-        size = self.recipe.data.batch_size
-        indices = np.arange(step * size + self.rank, (step + 1) * size, self.world_size)
+        """Examples of one step for this process: a function of (recipe, start, step, rank) alone."""
+        indices = np.arange(self.first_example(step) + self.rank, self.first_example(step + 1), self.world_size)
         return self.encode(self.on_device(self.train_data.examples(indices)))
 
     def test_batch(self, start: int, size: int) -> dict[str, Tensor]:

@@ -80,7 +80,7 @@ class VQTask(Task):
         every = self.options.restart_every
         if not every or (step + 1) % every or not isinstance(model, VQTokenizer):
             return
-        first = (step + 1) * self.recipe.data.batch_size
+        first = self.first_example(step + 1)
         images = self.on_device(self.train_data.examples(np.arange(first, first + self.options.num_restart_images)))
         latents = [model.features(part) for part in images["image"].split(64)]
         vectors = rearrange(torch.cat(latents), "b c h w -> (b h w) c")
