@@ -3,7 +3,8 @@
 Inside the library an image is a float tensor in [-1, 1]. A different rounding to 8 bits or a different resize moves an
 FID in its third digit, so published numbers are compared with published conventions.
 
-Picture files are opened by ``open_image`` and its neighbours of ``vargen.validation.pictures``, and by nothing else.
+Picture files are opened by ``open_rgb`` and its neighbours of ``vargen.validation.pictures``, and by nothing else; PIL images of
+any mode become RGB in ``to_rgb``, and nowhere else.
 
 Letters: B images, C channels, H W pixels.
 """
@@ -20,7 +21,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from vargen.validation.pictures import batch_count, image_size, open_frames, open_image
+from vargen.validation.pictures import batch_count, image_size, open_frames, open_image, open_rgb
+from vargen.validation.rgb import Background, to_rgb
 
 __all__ = [
     "Rounding",
@@ -29,9 +31,11 @@ __all__ = [
     "image_size",
     "open_frames",
     "open_image",
+    "open_rgb",
     "preprocess",
     "resize",
     "to_pil",
+    "to_rgb",
     "to_uint8",
 ]
 
@@ -74,19 +78,26 @@ def to_pil(images: Tensor, rounding: Rounding = "nearest") -> list[Image.Image]:
     return [Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image) for image in pixels]
 
 
-def from_pil(images: Image.Image | Sequence[Image.Image]) -> Tensor:
-    """Convert PIL images of one size to ``[B, 3, H, W]`` float32 in [-1, 1].
+def from_pil(
+    images: Image.Image | Sequence[Image.Image], *, background: Background | None = None, name: str = "image"
+) -> Tensor:
+    """Convert PIL images of one size, of any mode, to ``[B, 3, H, W]`` float32 in [-1, 1].
 
-    Transparency is dropped, as official data loading does; flatten such images first if it matters.
+    Args:
+        images: one image or several; how they are read says ``to_rgb``.
+        background: colour behind transparent pixels.
+        name: what errors call an image.
 
     Raises:
-        ValueError: no images, or different sizes.
+        ValueError: no images, different sizes, transparent without ``background``, values out of range.
     """
     pictures = [images] if isinstance(images, Image.Image) else list(images)
+    names = [name if len(pictures) == 1 else f"{name} {i}" for i in range(len(pictures))]
+    pictures = [to_rgb(one, background=background, name=text) for one, text in zip(pictures, names, strict=True)]
     if len({picture.size for picture in pictures}) != 1:
         sizes = ", ".join(sorted({f"{w}x{h}" for w, h in (p.size for p in pictures)})) or "no image"
         raise ValueError(f"images must share one size, got {sizes}; give preprocess a size")
-    pixels = torch.from_numpy(np.stack([np.asarray(picture.convert("RGB")) for picture in pictures]))
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures]))
     return pixels.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
@@ -105,18 +116,23 @@ def center_crop(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def preprocess(images: Image.Image | Sequence[Image.Image], size: int | None = None) -> Tensor:
+def preprocess(
+    images: Image.Image | Sequence[Image.Image], size: int | None = None, *, background: Background | None = None
+) -> Tensor:
     """Turn PIL images into tokenizer input.
 
     Args:
         images: one image or several.
         size: side of the centre crop; ``None`` keeps the images as they are.
+        background: colour behind transparent pixels.
 
     Returns:
         ``[B, 3, H, W]`` float32 in [-1, 1].
     """
     pictures = [images] if isinstance(images, Image.Image) else list(images)
-    return from_pil(pictures if size is None else [center_crop(picture.convert("RGB"), size) for picture in pictures])
+    if size is not None:
+        pictures = [center_crop(to_rgb(one, background=background, name="image"), size) for one in pictures]
+    return from_pil(pictures, background=background)
 
 
 def resize(images: Tensor, size: int | tuple[int, int]) -> Tensor:

@@ -23,6 +23,10 @@ Weights = Annotated[Path | None, typer.Option(help="Weights of the feature netwo
 Rounding = Annotated[str, typer.Option(help="How pixels become 8 bits: nearest, llamagen or truncate.")]
 Infinity = Annotated[bool, typer.Option("--infinity", help="Also extrapolate to infinitely many images.")]
 Interval = Annotated[bool, typer.Option("--interval", help="Also compute a 95 % interval of the distance.")]
+Rotate = Annotated[
+    bool, typer.Option("--exif-rotation", help="Folders: apply EXIF rotation; the field's habit is not to.")
+]
+Background = Annotated[str | None, typer.Option(help="Folders: colour behind transparent pixels: white, #ffffff, ...")]
 Score = Annotated[bool, typer.Option("--inception-score", help="Also compute the score from the network's logits.")]
 
 
@@ -53,6 +57,8 @@ def fid(
     inception_score: Score = False,
     no_images: Annotated[bool, typer.Option("--no-images", help="Keep features and digests, not the images.")] = False,
     npz: Annotated[bool, typer.Option("--npz", help="Also write samples.npz for ADM's evaluator.")] = False,
+    exif_rotation: Rotate = False,
+    background: Background = None,
     timeout: Annotated[float, typer.Option(help="Seconds to wait for a process that hangs.")] = 1800.0,
     device: _common.Device = None,
     dtype: _common.Dtype = "float32",
@@ -94,7 +100,7 @@ def fid(
             pipe,
             out,
             num=num,
-            reference=reference,
+            reference=_images(reference, exif_rotation, background),
             conditions=chosen,
             network=features,
             seed=seed,
@@ -125,6 +131,8 @@ def compare(
     infinity: Infinity = False,
     interval: Interval = False,
     inception_score: Score = False,
+    exif_rotation: Rotate = False,
+    background: Background = None,
     device: _common.Device = None,
 ) -> None:
     """Compare two image sets.
@@ -138,8 +146,8 @@ def compare(
 
     with _common.progress() as progress:
         report = run(
-            a,
-            b,
+            _images(a, exif_rotation, background),
+            _images(b, exif_rotation, background),
             network=open_network(network, weights, tap, device),
             infinity=infinity,
             interval=interval,
@@ -162,6 +170,8 @@ def reconstruction(
     tap: Tap = None,
     weights: Weights = None,
     rounding: Rounding = "nearest",
+    exif_rotation: Rotate = False,
+    background: Background = None,
     device: _common.Device = None,
 ) -> None:
     """Encode and decode real images: PSNR and rFD of a model's tokenizer."""
@@ -175,7 +185,7 @@ def reconstruction(
             tokenizer,
             out,
             num=num,
-            reference=reference,
+            reference=_images(reference, exif_rotation, background),
             network=features,
             rounding=rounding,  # type: ignore[arg-type]
             model=model,
@@ -237,6 +247,14 @@ def classifier(
     folder = out or CLASSIFIER_FOLDER
     model.save_pretrained(folder)
     _common.say(f"{folder}: " + ", ".join(f"{slot} {value:.1%}" for slot, value in model.real_accuracy.items()))
+
+
+def _images(source: str | Path, rotate: bool, background: str | None) -> Any:
+    """A folder read as the options say; anything else as it is."""
+    from vargen.evaluation.images import read_images
+
+    plain = not rotate and background is None
+    return source if plain or not Path(source).is_dir() else read_images(source, rotate=rotate, background=background)
 
 
 def _check_counts(num: int, classes: int | None = None) -> None:

@@ -25,6 +25,9 @@ def generate_video(
     frames: Annotated[
         Path | None, typer.Option(help="Image or GIF whose frames begin every clip; they are held and continued.")
     ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Colour behind transparent pixels of --frames: white, #ffffff, ...")
+    ] = None,
     num_frames: Annotated[int | None, typer.Option(help="Stop after so many frames.")] = None,
     settings: _drawing.Settings = None,
     seed: Annotated[int | None, typer.Option(help="Clip i uses seed + i; default: drawn, and shown.")] = None,
@@ -61,7 +64,7 @@ def generate_video(
     if not (prompts or class_label or frames):
         raise ValueError("give prompts, --class-label or --frames, got none; see vargen generate-video --help")
     _drawing.check_numbers(num_videos, len(prompts or class_label or []), batch_size, columns, scale, threads)
-    first = _read_frames(frames)
+    first = _read_frames(frames, background)
     overrides = _common.read_settings(settings or [])
     start = time.perf_counter()
     pipe = _drawing.load_pipeline(VideoPipeline, model, device, dtype)
@@ -88,12 +91,12 @@ def generate_video(
     _drawing.print_table(result, output, used, seconds, loaded - start, what="clips")
 
 
-def _read_frames(path: Path | None) -> list[Any] | None:
+def _read_frames(path: Path | None, background: str | None) -> list[Any] | None:
     if path is None:
         return None
     from vargen.validation.pictures import open_frames
 
-    return open_frames(path)
+    return open_frames(path, background=background)
 
 
 def _check_sheet(pipe: Any, count: int, columns: int | None, scale: int | None) -> None:

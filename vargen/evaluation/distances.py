@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from vargen.evaluation.features import FeatureBank, Progress, extract_cached
-from vargen.evaluation.images import ImageSet, read_images
+from vargen.evaluation.images import ImageSet, described, read_images
 from vargen.metrics.frechet import FrechetDistance, frechet_error, frechet_infinity, statistics_distance
 from vargen.metrics.heroes import HeroImages
 from vargen.metrics.inception_score import InceptionScore
@@ -47,7 +47,7 @@ def load_reference(
         return Reference(FeatureBank(str(reference), statistics, None), None, "", f"statistics {reference}")
     images = read_images(reference)
     bank = extract_cached(images, network, progress=progress)
-    return Reference(bank, bank.halves(), "two halves of the reference", f"{len(bank)} images of {images.name}")
+    return Reference(bank, bank.halves(), "two halves of the reference", f"{len(bank)} images of {described(images)}")
 
 
 def distances(

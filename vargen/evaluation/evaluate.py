@@ -20,7 +20,7 @@ from vargen.evaluation.distances import distances, load_reference, logit_score, 
 from vargen.evaluation.drawing.generate import CHUNK, TIMEOUT, Measure, generate, ordered_images, pack, process_rank
 from vargen.evaluation.drawing.run_folder import RunImages
 from vargen.evaluation.features import Progress, extract, stored_bank
-from vargen.evaluation.images import ImageSet, read_images
+from vargen.evaluation.images import ImageSet, described, read_images
 from vargen.evaluation.report import Report, environment
 from vargen.images import Rounding
 from vargen.metrics.attribute_accuracy import AttributeAccuracy
@@ -37,7 +37,7 @@ def evaluate_fid(
     out: str | Path,
     *,
     num: int = 2000,
-    reference: str | Path = "heroes",
+    reference: str | Path | ImageSet = "heroes",
     conditions: Conditions | None = None,
     network: str | FeatureNetwork = "lite0",
     seed: int = 0,
@@ -62,7 +62,8 @@ def evaluate_fid(
         pipe: an ``ImagePipeline``.
         out: folder for images, report and sample grid; an interrupted run goes on there.
         num: images, and heroes of the reference.
-        reference: ``"heroes"``, a folder of images, an npz of images, or an npz with ``mu`` and ``sigma``.
+        reference: ``"heroes"``, a folder of images, an npz of images, an npz with ``mu`` and ``sigma``, or what
+            ``read_images`` returns (its ``rotate`` and ``background`` say how pictures are read).
         conditions: default for heroes: captions of fresh test heroes.
         network: name or ``FeatureNetwork``.
         seed: image i uses ``seed + i``.
@@ -216,7 +217,7 @@ def compare(
         results.append(score_of(logit_score(network), images, "given as uint8"))
     return Report(
         kind="compare",
-        subject={"images": images.name},
+        subject={"images": described(images)},
         protocol={"reference": real.source},
         results=[r.to_dict() for r in results],
         environment=environment(None),
@@ -231,7 +232,7 @@ def sampler_record(sampler: Sampler | None) -> dict[str, Any]:
     return {"name": type(sampler).__name__, **config}
 
 
-def _default_conditions(reference: str | Path, num: int) -> Conditions:
+def _default_conditions(reference: str | Path | ImageSet, num: int) -> Conditions:
     if str(reference) != "heroes":
         raise ValueError(
             "say what the model shall draw: a file of prompts (--prompts) or a number of classes (--classes)"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from vargen.evaluation.conditions import check_num
 from vargen.evaluation.features import Progress, extract, extract_cached
-from vargen.evaluation.images import ImageSet, read_images
+from vargen.evaluation.images import ImageSet, described, read_images
 from vargen.evaluation.report import Report, environment
 from vargen.images import Rounding, TensorImages, to_uint8
 from vargen.metrics.frechet import statistics_distance
@@ -59,7 +59,7 @@ def evaluate_reconstruction(
     out: str | Path | None = None,
     *,
     num: int = 2000,
-    reference: str | Path = "heroes",
+    reference: str | Path | ImageSet = "heroes",
     network: str | FeatureNetwork | None = "lite0",
     chunk: int = 64,
     rounding: Rounding = "nearest",
@@ -72,7 +72,7 @@ def evaluate_reconstruction(
         tokenizer: with ``encode(images).codes`` and ``decode(codes)`` over images in [-1, 1].
         out: folder for the report and a sheet of originals and reconstructions; None writes nothing.
         num: heroes to draw, or how many images of a folder or npz to take at most.
-        reference: ``"heroes"`` (fresh ones of the test split), a folder or an npz.
+        reference: ``"heroes"`` (fresh ones of the test split), a folder, an npz, or what ``read_images`` returns.
         network: for the distance between reconstructions and originals; None leaves it out.
         chunk: images at a time.
         rounding: how reconstructions become 8 bits, before anything is measured.
@@ -99,7 +99,7 @@ def evaluate_reconstruction(
     report = Report(
         kind="reconstruction",
         subject={"model": model, "tokenizer": type(tokenizer).__name__},
-        protocol={"num": len(originals), "rounding": rounding, "reference": source.name},
+        protocol={"num": len(originals), "rounding": rounding, "reference": described(source)},
         results=[*(d.to_dict() for d in distances), result.to_dict()],
         environment=environment(tokenizer),
     )

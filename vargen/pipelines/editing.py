@@ -14,11 +14,14 @@ from torch import Tensor
 
 from vargen.images import from_pil
 from vargen.samplers.scale.editing import keep_codes
+from vargen.validation.rgb import Background, read_background, to_rgb, upright_size
 
 REDRAWN = 0.5  # pixels of a mask above it are drawn anew, as in diffusers
 
 
-def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tensor] | None:
+def read_edit(
+    tokenizer: Any, image: Any, mask_image: Any, background: Background | None = None
+) -> tuple[Tensor, Tensor] | None:
     """Check what is to be edited.
 
     Args:
@@ -26,6 +29,7 @@ def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tens
         image: PIL image or several, or ``[3, H, W]`` or ``[P, 3, H, W]`` in [0, 1]; arrays of numpy have channels last, and
             may be uint8.
         mask_image: PIL image or ``[H, W]`` or ``[P, H, W]``; white, True or above 0.5 (uint8: 128 and more) = draw anew.
+        background: colour behind transparent pixels of PIL images.
 
     Returns:
         Images ``[P, 3, H, W]`` in [-1, 1] and the cells to keep, ``[1 or P, h, w]`` bool; None where nothing is edited.
@@ -39,6 +43,7 @@ def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tens
     if image is None or mask_image is None:
         missing = "image" if image is None else "mask_image"
         raise ValueError(f"editing needs image and mask_image, got no {missing}")
+    read_background(background)
     if not hasattr(tokenizer, "scale_inputs"):
         raise ValueError(f"image and mask_image need a next-scale model, got a {type(tokenizer).__name__}")
     height, width = tokenizer.scales[-1]
@@ -48,7 +53,7 @@ def read_edit(tokenizer: Any, image: Any, mask_image: Any) -> tuple[Tensor, Tens
             if found not in (None, size):
                 got = "x".join(map(str, found))
                 raise ValueError(f"{name} must have {size[0]}x{size[1]} pixels (height x width), got {got}")
-    pixels, mask = _read_images(image), _read_mask(mask_image)
+    pixels, mask = _read_images(image, background), _read_mask(mask_image, background)
     if mask.shape[0] not in (1, pixels.shape[0]):
         raise ValueError(f"mask_image must hold 1 or {pixels.shape[0]} masks, one an image, got {mask.shape[0]}")
     cells = (mask > REDRAWN).unflatten(2, (width, -1)).unflatten(1, (height, -1))  # P h f w f
@@ -89,14 +94,14 @@ def _from_numpy(image: Any, channels: int) -> Any:
 def _sides(image: Any) -> tuple[int, ...] | None:
     """Height and width, before pixels are touched; None for what has none."""
     if isinstance(image, Image.Image):
-        return image.height, image.width
+        return upright_size(image)[::-1]
     return tuple(image.shape[-2:]) if isinstance(image, Tensor) and image.ndim > 1 else None
 
 
-def _read_images(image: Any) -> Tensor:
+def _read_images(image: Any, background: Background | None) -> Tensor:
     listed = image if isinstance(image, list | tuple) else [image]
     if listed and all(isinstance(one, Image.Image) for one in listed):
-        return from_pil(listed)
+        return from_pil(listed, background=background)
     right = isinstance(image, Tensor) and image.ndim in (3, 4) and image.is_floating_point() and not image.is_meta
     if not right or image.shape[-3] != 3 or not len(image):
         raise ValueError(
@@ -108,9 +113,9 @@ def _read_images(image: Any) -> Tensor:
     return pixels.float() * 2 - 1
 
 
-def _read_mask(mask: Any) -> Tensor:
+def _read_mask(mask: Any, background: Background | None) -> Tensor:
     if isinstance(mask, Image.Image):
-        grey = mask.convert("L")
+        grey = to_rgb(mask, background=background, name="mask_image").convert("L")
         return torch.frombuffer(bytearray(grey.tobytes()), dtype=torch.uint8).view(1, grey.height, grey.width) / 255
     if not isinstance(mask, Tensor) or mask.ndim not in (2, 3) or mask.is_complex() or mask.is_meta:
         raise ValueError(

@@ -47,6 +47,7 @@ from vargen.samplers.base import Sampler
 from vargen.validation.checks import check_names
 from vargen.validation.folders import one_line, read_settings
 from vargen.validation.reading import local_path
+from vargen.validation.rgb import Background
 
 register_library()
 
@@ -311,6 +312,7 @@ class ImagePipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         batch_size: int | None = None,
         drafter: DrafterInput = None,
+        background: Background | None = None,
         **sampler_overrides: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Generate ``num_images_per_prompt`` images for every prompt or class label, prompt-major.
@@ -339,6 +341,7 @@ class ImagePipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: what ``tensors`` holds: ``"codes"`` ([b, N] of the images in work, -1
                 where not drawn), ``"num_committed"`` ([b]).
             batch_size: images decoded at a time; less memory, the same images.
+            background: colour behind transparent pixels of ``image``: a name, ``"#rrggbb"`` or three integers.
             drafter: for this call, in place of the one in the slot: a model, the name of a stored one (``pipe.drafters``), or of
                 one that needs no model, such as ``"row-above"``.
             sampler_overrides: other settings of the sampler for this call, such as ``window=16``.
@@ -368,7 +371,7 @@ class ImagePipeline(DiffusionPipeline):
         sampler = self.sampler.replace(**changes) if changes else self.sampler
         sampler.check_backbone(self.backbone)
         drafting = self._drafter_for(sampler, drafter)
-        edit = read_edit(self.tokenizer, image, mask_image)
+        edit = read_edit(self.tokenizer, image, mask_image, background)
         given = prompt if prompt is not None else class_labels if class_labels is not None else edit and edit[0]
         inputs.check_rows(given, num_images_per_prompt, seed, generator)
 

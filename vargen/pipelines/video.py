@@ -27,6 +27,7 @@ from vargen.random import image_seeds
 from vargen.samplers.base import Sampler
 from vargen.tokenizers.video_fsq.layers import StreamState
 from vargen.validation.checks import shown
+from vargen.validation.rgb import Background
 
 
 class VideoPipeline(ImagePipeline):
@@ -101,6 +102,7 @@ class VideoPipeline(ImagePipeline):
         callback_on_step_end: Callable[..., Any] | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("codes",),
         batch_size: int | None = None,
+        background: Background | None = None,
         **sampler_overrides: Any,
     ) -> VideoPipelineOutput | tuple[Any, ...]:
         """Generate ``num_videos_per_prompt`` clips for every prompt or class label, prompt-major.
@@ -108,7 +110,8 @@ class VideoPipeline(ImagePipeline):
         Args:
             prompt: one text or several; give either prompts or class labels, or only frames where the model needs no more.
             class_labels: ids, or names where the conditioner knows names.
-            frames: first frames to continue, for all prompts or one clip each: PIL images, ``[P, T0, 3, H, W]`` or
+            frames: first frames to continue, for all prompts or one clip each: PIL images (of an
+                animation, all frames), ``[P, T0, 3, H, W]`` or
                 ``[P, T0, H, W, 3]`` (array) in [0, 1]. They are encoded and held; T0 = 1 + k * f, shorter than a clip.
             num_frames: stop after so many frames, 1 + k * f; None is a whole clip.
             num_videos_per_prompt: clips of each prompt.
@@ -123,6 +126,7 @@ class VideoPipeline(ImagePipeline):
                 ``"num_committed"`` ([b]), ``"frames"`` ([b, T_new, 3, H, W] in [0, 1]: frames that became complete in
                 this pass, decoded while later ones are still to be drawn, or None).
             batch_size: clips decoded at a time; less memory, the same clips.
+            background: colour behind transparent pixels of ``frames``: a name, ``"#rrggbb"`` or three integers.
             sampler_overrides: other settings of the sampler for this call.
 
         Returns:
@@ -144,7 +148,7 @@ class VideoPipeline(ImagePipeline):
         changes = {name: value for name, value in shared.items() if value is not None} | sampler_overrides
         sampler = self.sampler.replace(**changes) if changes else self.sampler
         sampler.check_backbone(self.backbone)
-        clips = read_frames(frames, self._frame_size())
+        clips = read_frames(frames, self._frame_size(), background)
         given = prompt if prompt is not None else class_labels if class_labels is not None else clips
         inputs.check_rows(given, num_videos_per_prompt, seed, generator)
 

@@ -27,7 +27,9 @@ from vargen.pipelines.progress import DecodeInterrupted, Watch
 from vargen.samplers.state import DecodeState
 from vargen.tokenizers.video_fsq.layers import StreamState
 from vargen.validation.checks import shown
+from vargen.validation.pictures import all_frames
 from vargen.validation.reading import local_path
+from vargen.validation.rgb import Background, is_animation, upright_size
 
 FILE_TYPES = (".gif", ".mp4")
 
@@ -133,13 +135,14 @@ def check_fps(fps: Any) -> None:
         raise ValueError(f"fps must be an integer in 1..100, got {shown(fps)}")
 
 
-def read_frames(frames: Any, sides: tuple[int, int]) -> Tensor | None:
+def read_frames(frames: Any, sides: tuple[int, int], background: Background | None = None) -> Tensor | None:
     """Given first frames as ``[P, T0, 3, H, W]`` in [-1, 1].
 
     Args:
         frames: PIL image or images of one clip, a list of such lists, or a float tensor ``[T0, 3, H, W]`` or
-            ``[P, T0, 3, H, W]`` (array: channels last) in [0, 1].
+            ``[P, T0, 3, H, W]`` (array: channels last) in [0, 1]. An animation is a clip.
         sides: (H, W) of the model.
+        background: colour behind transparent pixels.
 
     Raises:
         ValueError: another type or shape, other sides than the model's, clips of different lengths, values out of range.
@@ -147,7 +150,7 @@ def read_frames(frames: Any, sides: tuple[int, int]) -> Tensor | None:
     if frames is None:
         return None
     if isinstance(frames, Image.Image):
-        frames = [frames]
+        frames = all_frames(frames, background=background, name="frames")
     if isinstance(frames, np.ndarray):
         if frames.ndim not in (4, 5) or frames.dtype not in (np.float16, np.float32, np.float64):
             raise ValueError(
@@ -166,15 +169,19 @@ def read_frames(frames: Any, sides: tuple[int, int]) -> Tensor | None:
         return (frames if frames.ndim == 5 else frames[None]).float() * 2 - 1
     if not isinstance(frames, list | tuple) or not frames:
         raise ValueError(f"frames must be PIL images, lists of them or a tensor, got {type(frames).__name__}")
-    clips = [frames] if isinstance(frames[0], Image.Image) else list(frames)
+    clips: list[Any]
+    if all(isinstance(one, Image.Image) and is_animation(one) for one in frames):
+        clips = [all_frames(one, background=background, name="frames") for one in frames]
+    else:
+        clips = [frames] if isinstance(frames[0], Image.Image) else list(frames)
     for clip in clips:
         if not isinstance(clip, list | tuple) or not clip or not all(isinstance(one, Image.Image) for one in clip):
             raise ValueError(f"frames must be PIL images, lists of them or a tensor, got a list of {shown(clip)}")
         for image in clip:
-            _check_sides((image.height, image.width), sides)
+            _check_sides(upright_size(image)[::-1], sides)
     if len({len(clip) for clip in clips}) != 1:
         raise ValueError("frames must hold clips of one length; cut them to the shortest")
-    return torch.stack([from_pil(clip) for clip in clips])
+    return torch.stack([from_pil(clip, background=background, name="frame") for clip in clips])
 
 
 def _check_sides(found: Sequence[int], sides: tuple[int, int]) -> None:

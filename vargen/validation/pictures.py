@@ -11,14 +11,60 @@ import io
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from PIL import Image, ImageSequence
+from PIL import Image, ImageSequence, features
 
 from vargen.validation.printable import printable
+from vargen.validation.rgb import (
+    Background,
+    Refused,
+    flatten,
+    is_animation,
+    orientation,
+    read_background,
+    upright_size,
+    warn_of_animation,
+)
 
-FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # Pillow's names; none of them runs a program
+FORMATS: tuple[str, ...] = (
+    "PNG",
+    "JPEG",
+    "WEBP",
+    "GIF",
+    "BMP",
+    "TIFF",
+    "PPM",
+)  # Pillow's names; none of them runs a program
+if "avif" in features.modules and features.check_module("avif"):  # Pillow 11.3 and later
+    FORMATS = (*FORMATS, "AVIF")
+SUFFIXES = tuple(  # under which such a file is meant to be a picture
+    f".{name}"
+    for name in [
+        "png",
+        "apng",
+        "jpg",
+        "jpeg",
+        "jpe",
+        "jfif",
+        "mpo",
+        "webp",
+        "gif",
+        "bmp",
+        "dib",
+        "tif",
+        "tiff",
+        "ppm",
+        "pgm",
+        "pbm",
+        "pnm",
+        "pfm",
+        "avif",
+        "avifs",
+    ]
+)
 MAX_PIXELS = 2**26  # of a picture, or of all frames of a film together: 8192 x 8192
 MAX_FRAMES = 10_000
 MAX_BYTES = 2**30  # of a file
@@ -43,33 +89,102 @@ def open_image(source: str | Path | IO[bytes], *, max_pixels: int = MAX_PIXELS) 
         return image
 
 
+@dataclass(frozen=True)
+class ImageFacts:
+    """What a picture file says of itself before it is decoded."""
+
+    size: tuple[int, int]  # width, height as stored
+    upright: tuple[int, int]  # with EXIF rotation applied
+    turned: bool  # EXIF asks for a rotation or a mirror image
+    animated: bool  # more than one frame
+
+
+def open_rgb(
+    source: str | Path | IO[bytes],
+    *,
+    background: Background | None = None,
+    rotate: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    warn: bool = True,
+) -> Image.Image:
+    """Read a picture as 8-bit RGB, as ``vargen.validation.rgb.to_rgb`` does with one that is open.
+
+    Args:
+        source: a regular file, or a binary stream.
+        background: colour behind transparent pixels.
+        rotate: apply EXIF rotation.
+        max_pixels: beyond which it is refused.
+        warn: say so when the first frame of an animation is taken.
+
+    Raises:
+        ValueError: as for ``open_image`` and ``to_rgb``.
+    """
+    colour = read_background(background)
+    with _opened(source, max_pixels) as image:
+        animated = is_animation(image)
+        image.load()
+        made = flatten(image, colour, rotate)
+    if animated and warn:
+        warn_of_animation(_name(source))
+    return made
+
+
+def image_facts(source: str | Path | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> ImageFacts:
+    """Look at a picture without decoding it; arguments and errors as for ``open_image``."""
+    with _opened(source, max_pixels) as image:
+        return ImageFacts(image.size, upright_size(image), orientation(image) != 1, is_animation(image))
+
+
 def image_size(source: str | Path | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """Read width and height of a picture without decoding it; arguments and errors as for ``open_image``."""
+    """Read width and height of a picture as stored, without decoding it; arguments and errors as for ``open_image``."""
     with _opened(source, max_pixels) as image:
         return image.size
 
 
-def open_frames(source: str | Path | IO[bytes], *, max_pixels: int = MAX_PIXELS) -> list[Image.Image]:
+def open_frames(
+    source: str | Path | IO[bytes], *, background: Background | None = None, max_pixels: int = MAX_PIXELS
+) -> list[Image.Image]:
     """Read all frames of a GIF, WebP, PNG or TIFF as RGB; one frame of a still picture.
 
     Args:
         source: a regular file, or a binary stream.
+        background: colour behind transparent pixels.
         max_pixels: of all frames together.
 
     Raises:
-        ValueError: as for ``open_image``.
+        ValueError: as for ``open_rgb``.
     """
-    frames: list[Image.Image] = []
+    colour = read_background(background)
     with _opened(source, max_pixels) as image:
-        for frame in ImageSequence.Iterator(image):
-            if len(frames) == MAX_FRAMES:
-                raise _Refused(f"has more than {MAX_FRAMES:,} frames; cut it first")
-            if (len(frames) + 1) * frame.width * frame.height > max_pixels:
-                size = f"{frame.width}x{frame.height}"
-                raise _Refused(
-                    f"has more than {len(frames)} frames of {size} pixels, together more than {max_pixels:,}"
-                )
-            frames.append(frame.convert("RGB"))
+        return _frames(image, colour, max_pixels)
+
+
+def all_frames(
+    image: Image.Image, *, background: Background | None = None, name: str = "the picture"
+) -> list[Image.Image]:
+    """Frames of a PIL image as RGB, as ``open_frames`` reads those of a file.
+
+    Raises:
+        ValueError: too many or too large, or as for ``to_rgb``.
+    """
+    colour, place = read_background(background), image.tell()
+    try:
+        return _frames(image, colour, MAX_PIXELS)
+    except Refused as error:
+        raise ValueError(f"{name} {error}") from None
+    finally:
+        image.seek(place)
+
+
+def _frames(image: Image.Image, background: tuple[int, int, int] | None, max_pixels: int) -> list[Image.Image]:
+    frames: list[Image.Image] = []
+    for frame in ImageSequence.Iterator(image):
+        if len(frames) == MAX_FRAMES:
+            raise Refused(f"has more than {MAX_FRAMES:,} frames; cut it first")
+        if (len(frames) + 1) * frame.width * frame.height > max_pixels:
+            size = f"{frame.width}x{frame.height}"
+            raise Refused(f"has more than {len(frames)} frames of {size} pixels, together more than {max_pixels:,}")
+        frames.append(flatten(frame, background, True))
     return frames
 
 
@@ -83,24 +198,20 @@ def batch_count(wanted: int, height: int, width: int) -> int:
     return max(1, min(wanted, BATCH_PIXELS // max(1, height * width)))
 
 
-class _Refused(Exception):
-    """What is wrong with a picture, without its name."""
-
-
 @contextmanager
 def _opened(source: str | Path | IO[bytes], max_pixels: int) -> Iterator[Image.Image]:
-    name = printable(getattr(source, "name", "the picture")) if hasattr(source, "read") else printable(source)
+    name = _name(source)
     try:
         with _stream(source) as stream, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damaged side information, which is not read
             if stream.seek(0, io.SEEK_END) > MAX_BYTES:
-                raise _Refused(f"is larger than {MAX_BYTES:,} bytes")
+                raise Refused(f"is larger than {MAX_BYTES:,} bytes")
             stream.seek(0)
             image = Image.open(stream, formats=FORMATS)
             _check_pixels(image, max_pixels)
             _check_cost(image, stream)
             yield image
-    except _Refused as error:
+    except Refused as error:
         raise ValueError(f"{name} {error}") from None
     except Image.DecompressionBombError:
         raise ValueError(f"{name} has more than {max_pixels:,} pixels; make it smaller first") from None
@@ -112,13 +223,17 @@ def _opened(source: str | Path | IO[bytes], max_pixels: int) -> Iterator[Image.I
         raise ValueError(f"{name} is not a readable image: {reason}") from error
 
 
+def _name(source: str | Path | IO[bytes]) -> str:
+    return printable(getattr(source, "name", "the picture")) if hasattr(source, "read") else printable(source)
+
+
 @contextmanager
 def _stream(source: str | Path | IO[bytes]) -> Iterator[IO[bytes]]:
     if not isinstance(source, str | Path):
         yield source
         return
     if not Path(source).is_file():  # a pipe or a device might never end
-        raise _Refused("is not a file" if Path(source).exists() else "does not exist")
+        raise Refused("is not a file" if Path(source).exists() else "does not exist")
     with open(source, "rb") as stream:
         yield stream
 
@@ -126,7 +241,7 @@ def _stream(source: str | Path | IO[bytes]) -> Iterator[IO[bytes]]:
 def _check_pixels(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         size = f"{image.width}x{image.height}"
-        raise _Refused(f"has {size} pixels, more than {max_pixels:,}; make it smaller first")
+        raise Refused(f"has {size} pixels, more than {max_pixels:,}; make it smaller first")
 
 
 def _check_cost(image: Image.Image, stream: IO[bytes]) -> None:
@@ -135,14 +250,14 @@ def _check_cost(image: Image.Image, stream: IO[bytes]) -> None:
     if tags is not None:
         width, height = (int(tags.get(tag, 0)) for tag in _TILE_TAGS)
         if width * height > max(_SMALL_TILE, 4 * image.width * image.height):  # a tile is decoded whole
-            raise _Refused(f"has tiles of {width}x{height} pixels, far larger than the picture")
+            raise Refused(f"has tiles of {width}x{height} pixels, far larger than the picture")
     if image.format in ("JPEG", "MPO") and image.info.get("progressive"):
         position = stream.tell()
         stream.seek(0)
         scans = _num_scans(stream.read())
         stream.seek(position)
         if scans > _MAX_SCANS:
-            raise _Refused(f"is a progressive JPEG of {scans} scans, more than {_MAX_SCANS}; save it again")
+            raise Refused(f"is a progressive JPEG of {scans} scans, more than {_MAX_SCANS}; save it again")
 
 
 def _num_scans(data: bytes) -> int:
