@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
 from torchmetrics.utilities.data import dim_zero_cat
 
 from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import compose
+from vargen.metrics.base import ExactMetric
 from vargen.metrics.heroes import draw_heroes
 from vargen.metrics.networks.attributes import AttributeClassifier
 
@@ -40,7 +40,7 @@ class AttributeResult:
         return asdict(self)
 
 
-class AttributeAccuracy(Metric):
+class AttributeAccuracy(ExactMetric):
     """Compare what a classifier sees in generated heroes with what their captions asked for.
 
     Args:
@@ -92,6 +92,7 @@ class AttributeAccuracy(Metric):
 
     def add_found(self, found: Tensor, attributes: Tensor, visible: Tensor) -> None:
         """Add what ``find`` returned earlier."""
+        self.changed()
         self.found.append(found[:, 0].to(self.device))
         self.real.append(found[:, 1].to(self.device))
         self.asked.append(attributes.to(self.device))

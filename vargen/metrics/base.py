@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,32 @@ from torchmetrics.utilities.distributed import gather_all_tensors
 from vargen.images import ROUNDINGS, Rounding, quantise
 
 
-class QuantisedMetric(Metric):
+class ExactMetric(Metric):
+    """A metric whose states and network keep their dtype, and whose value follows every change of its states.
+
+    ``set_dtype``, ``half`` and ``to(dtype)`` move nothing between dtypes: sums are float64 already, counts are integers, and
+    a network in another precision measures something else.
+    """
+
+    def changed(self) -> None:
+        """Forget a computed value: states that are set without ``update`` would otherwise leave it standing."""
+        self._computed = None
+        self._update_count += 1
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the states of another metric of this class, or those of a dictionary."""
+        super().merge_state(incoming_state)
+        self.changed()  # a value computed before is stale now
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Any:  # type: ignore[override]
+        def moved(tensor: Tensor) -> Tensor:
+            probe = fn(tensor.detach().new_empty(0))
+            return fn(tensor) if probe.dtype == tensor.dtype else tensor.to(probe.device)
+
+        return super()._apply(moved, exclude_state)
+
+
+class QuantisedMetric(ExactMetric):
     """A metric over images that sees what a PNG file would hold."""
 
     rounding: Rounding
@@ -26,10 +51,11 @@ class QuantisedMetric(Metric):
             raise ValueError(f"rounding must be one of {', '.join(ROUNDINGS)}, got {rounding!r}")
         self.rounding, self.rounding_used = rounding, "given as uint8"
 
-    def changed(self) -> None:
-        """Forget a computed value: states that are set without ``update`` would otherwise leave it standing."""
-        self._computed = None
-        self._update_count += 1
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the states of another metric of this class, or those of a dictionary."""
+        super().merge_state(incoming_state)
+        if isinstance(incoming_state, QuantisedMetric) and incoming_state.rounding_used == incoming_state.rounding:
+            self.rounding_used = incoming_state.rounding_used
 
     def quantise(self, images: Tensor) -> Tensor:
         """Return uint8 images and remember whether rounding happened here."""

@@ -10,6 +10,7 @@ Letters: B clips, T frames, H W sides, D features.
 from __future__ import annotations
 
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
@@ -21,20 +22,46 @@ from torch import Tensor, nn
 from vargen.files import file_digest
 from vargen.metrics.frechet import FrechetDistance, frechet_distance
 from vargen.metrics.networks.i3d import I3D, MIN_FRAMES
-from vargen.metrics.networks.registry import feature_network, load_weights
+from vargen.metrics.networks.registry import feature_network, load_weights, module_dtype
 from vargen.metrics.networks.weights import load_state
+from vargen.metrics.results import FrechetResult, protocol
 
 Protocol = Literal["styleganv", "larp", "nbp"]
 Covariance = Literal["n", "n-1"]
 I3D_FILE = "i3d_pretrained_400.pt"
+_RESIZES = {
+    "styleganv": "frames to 224x224 (styleganv)",
+    "larp": "frames to 224x224 (larp)",
+    "nbp": "shorter side to 224, centre crop (nbp)",
+}
 _FEW = 400  # clips below which a covariance of 400 features has no full rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrechetVideoResult(FrechetResult):
+    """A Frechet distance between clips; ``num_reference`` and ``num_generated`` count clips."""
+
+    frames: int  # of each clip that were read
+    cov: str  # covariances are divided by "n" or "n-1"
 
 
 class VideoFeatures(nn.Module):
     """A frozen network over clips: ``[B, 3, T, H, W]`` in [0, 1] to ``[B, D]``; ``name`` is that of the distance."""
 
-    def __init__(self, body: nn.Module, *, name: str, num_features: int, min_frames: int, weights: str = "") -> None:
+    def __init__(
+        self,
+        body: nn.Module,
+        *,
+        name: str,
+        num_features: int,
+        min_frames: int,
+        weights: str = "",
+        network: str = "",
+        tap: str = "output",
+        resize: str = "none",
+    ) -> None:
         super().__init__()
+        self.network, self.tap, self.resize = network or type(body).__name__, tap, resize
         self.body, self.name, self.num_features = body, name, num_features
         self.min_frames, self.weights = min_frames, weights
         self.requires_grad_(False)
@@ -47,7 +74,7 @@ class VideoFeatures(nn.Module):
     @torch.no_grad()
     def forward(self, clips: Tensor) -> Tensor:
         """Compute features ``[B, D]`` float32."""
-        return self.body(clips).float()
+        return self.body(clips.to(module_dtype(self))).float()
 
 
 class _I3DBody(nn.Module):
@@ -115,18 +142,21 @@ def video_features(
     if network == "i3d":
         body, found = I3D(), _checked_file(weights, digest)
         load_state(body, load_weights(found[0]), "I3D of FVD")
-        fields: dict[str, Any] = {"name": "FVD", "weights": found[1][:8]}
+        fields: dict[str, Any] = {"name": "FVD", "weights": found[1][:8], "network": "i3d"}
+        fields |= {"tap": "logits", "resize": _RESIZES[protocol]}
         return VideoFeatures(_I3DBody(body, protocol), num_features=400, min_frames=MIN_FRAMES, **fields)
     if network == "random":
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             body = I3D()
         wrapped = _I3DBody(body.eval(), protocol)
-        return VideoFeatures(wrapped, name="FD-random-I3D", num_features=400, min_frames=MIN_FRAMES)
+        fields = {"name": "FD-random-I3D", "network": "random-i3d", "tap": "logits", "resize": _RESIZES[protocol]}
+        return VideoFeatures(wrapped, num_features=400, min_frames=MIN_FRAMES, **fields)
     if network == "lite0":
         frames = feature_network("lite0", weights)
         width = 3 * frames.num_features
-        return VideoFeatures(_FrameBody(frames), name="FD-frames", num_features=width, min_frames=2)
+        fields = {"name": "FD-frames", "network": "lite0-frames", "tap": frames.tap, "resize": frames.resize}
+        return VideoFeatures(_FrameBody(frames), num_features=width, min_frames=2, **fields)
     raise ValueError(f"network must be 'i3d', 'lite0', 'random' or a torch module, got {network!r}")
 
 
@@ -206,6 +236,16 @@ class FrechetVideoDistance(FrechetDistance):
             clips = (clips * 255).round().to(torch.uint8)
         if len(clips):
             self.add_features(self.network(clips.float() / 255), real)
+
+    def result(self, **fields: Any) -> FrechetVideoResult:
+        """Return the distance with its protocol; ``fields`` may give the floor."""
+        with self.sync_context(should_sync=self._to_sync, should_unsync=self._should_unsync):
+            counts = self.statistics(True).count, self.statistics(False).count
+        features: VideoFeatures = cast(Any, self.network)
+        shared = protocol(self.network, self.rounding_used, *counts) | {"network": features.network}
+        return FrechetVideoResult(
+            metric=self.metric_name, value=float(self.compute()), frames=self.frames, cov=self.cov, **shared, **fields
+        )
 
     def compute(self) -> Tensor:
         """Return the distance as a float64 scalar.

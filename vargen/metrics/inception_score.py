@@ -40,7 +40,11 @@ def split_scores(logits: Tensor, splits: int, seed: int = 0) -> Tensor:
 
 
 class InceptionScore(FeatureListMetric, _InceptionScore):
-    """torchmetrics' Inception score over any network tapped at its logits, in float64, with splits from a seed."""
+    """torchmetrics' Inception score over any network tapped at its logits, in float64, with splits from a seed.
+
+    Splits are drawn by place: the value moves, within its deviation, with the order in which images were added, and so with the
+    number of processes, whose shards are gathered one after another. With ``splits=1`` it depends on neither.
+    """
 
     def __init__(
         self,

@@ -20,6 +20,9 @@ class KernelDistance(FeatureListMetric, KernelInceptionDistance):
 
     ``subset_size=None`` takes the smaller of 1000 and half the smaller side. The parent draws subsets from the global
     generator, so that two ranks disagree, and cannot gather uneven shards.
+
+    Subsets are drawn by place: the value moves, within its deviation, with the order in which images were added, and so with the
+    number of processes, whose shards are gathered one after another.
     """
 
     def __init__(
@@ -32,9 +35,13 @@ class KernelDistance(FeatureListMetric, KernelInceptionDistance):
         rounding: Rounding = "nearest",
         **kwargs: Any,
     ) -> None:
+        if subset_size is not None and subset_size < 2:
+            raise ValueError(f"subset_size must be at least 2, or None to choose it by the images, got {subset_size}")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # "will save all extracted features": said in our docstring
-            super().__init__(feature=network, subsets=subsets, subset_size=subset_size or 1000, **kwargs)
+            super().__init__(
+                feature=network, subsets=subsets, subset_size=1000 if subset_size is None else subset_size, **kwargs
+            )
         self.wanted_size, self.seed, self.num_features = subset_size, seed, network.num_features
         self.replace_lists("real_features", "fake_features")
         self.set_rounding(rounding)
@@ -90,7 +97,7 @@ class KernelDistance(FeatureListMetric, KernelInceptionDistance):
 
     def _size(self, num_real: int, num_fake: int) -> int:
         least = min(num_real, num_fake)
-        size = self.wanted_size or min(1000, least // 2)
+        size = min(1000, least // 2) if self.wanted_size is None else self.wanted_size
         if size < 2 or size > least:
             raise ValueError(
                 f"a kernel distance over subsets of {max(size, 2)} needs that many images a side, "

@@ -54,7 +54,14 @@ def precision_recall(real: Tensor, generated: Tensor, neighbours: int = 3) -> tu
 
 
 class ManifoldPrecisionRecall(FeatureListMetric):
-    """Precision and recall as a torchmetrics metric; keeps all features."""
+    """Precision and recall as a torchmetrics metric; keeps all features.
+
+    Args:
+        network: whose features are compared.
+        neighbours: k; the radius of a ball is the distance to the k-th nearest neighbour.
+        reset_real_features: False keeps the real images when the metric is reset, as torchmetrics' FID and KID do.
+        rounding: see ``vargen.images.quantise``.
+    """
 
     is_differentiable = False
     higher_is_better = True
@@ -63,14 +70,30 @@ class ManifoldPrecisionRecall(FeatureListMetric):
     fake_features: list[Tensor]
 
     def __init__(
-        self, network: FeatureNetwork, *, neighbours: int = 3, rounding: Rounding = "nearest", **kwargs: Any
+        self,
+        network: FeatureNetwork,
+        *,
+        neighbours: int = 3,
+        reset_real_features: bool = True,
+        rounding: Rounding = "nearest",
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
         if neighbours < 1:
             raise ValueError(f"neighbours must be at least 1, got {neighbours}")
         self.network, self.neighbours, self.num_features = network, neighbours, network.num_features
+        if not isinstance(reset_real_features, bool):
+            raise ValueError(f"reset_real_features must be True or False, got {reset_real_features!r}")
+        self.reset_real_features = reset_real_features
         self.replace_lists("real_features", "fake_features")
         self.set_rounding(rounding)
+
+    def reset(self) -> None:
+        """Forget the images; the real ones only with ``reset_real_features``."""
+        kept = list(self.real_features)  # the parent empties the list itself
+        super().reset()
+        if not self.reset_real_features:
+            self.real_features = kept
 
     def update(self, imgs: Tensor, real: bool) -> None:
         """Add images: ``[B, 3, H, W]`` uint8, or float in [0, 1]."""

@@ -83,7 +83,7 @@ class AttributeClassifier(nn.Module):
         device = next(self.parameters()).device
         for part in images.split(batch_size):
             x = part.to(device)
-            x = x.float() / 255 if x.dtype == torch.uint8 else x.float()
+            x = (x.float() / 255 if x.dtype == torch.uint8 else x).to(next(self.parameters()).dtype)
             best = [scores.argmax(1) for scores in self(x)]
             ids = [torch.tensor(ids, device=device)[i] for ids, i in zip(self.slot_ids, best, strict=True)]
             found.append(torch.stack(ids, 1).cpu())

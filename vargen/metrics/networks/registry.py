@@ -23,6 +23,11 @@ INCEPTION_VARIABLE = "VARGEN_INCEPTION_WEIGHTS"
 NAMES = ("inception", "lite0")
 
 
+def module_dtype(module: nn.Module) -> torch.dtype:
+    """Floating dtype of a module's weights; float32 where it has none."""
+    return next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+
+
 class FeatureNetwork(nn.Module):
     """A frozen network with one layer tapped: ``[B, 3, H, W]`` uint8, or float in [0, 1], to ``[B, num_features]``.
 
@@ -60,6 +65,8 @@ class FeatureNetwork(nn.Module):
         """Return hex digits that change with layer, resize and weights."""
         weights = self.weights or state_digest(self)  # a module of the user has no file
         text = f"{self.name} {self.tap} {self.num_features} {self.resize} {weights}"
+        if module_dtype(self) != torch.float32:
+            text += f" {module_dtype(self)}"
         return hashlib.sha256(text.encode()).hexdigest()
 
     def train(self, mode: bool = True) -> FeatureNetwork:
@@ -85,7 +92,7 @@ class FeatureNetwork(nn.Module):
         pixels = images.float() if images.dtype == torch.uint8 else images.float() * 255
         if len(images) == 0:
             return pixels.new_zeros(0, self.num_features)
-        features = self.body(pixels)
+        features = self.body(pixels.to(module_dtype(self))).float()
         if features.shape != (len(images), self.num_features):
             raise ValueError(
                 f"features of {self.name} must be {(len(images), self.num_features)}, got {tuple(features.shape)}"
