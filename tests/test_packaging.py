@@ -117,7 +117,7 @@ import sys
 from setuptools import Distribution
 from setuptools.config.pyprojecttoml import apply_configuration
 
-distribution = apply_configuration(Distribution({"script_name": "setup.py"}), "pyproject.toml")
+distribution = apply_configuration(Distribution({"script_name": "setup.py", "long_description": "set there"}), "pyproject.toml")
 build = distribution.get_command_obj("build_py")
 build.build_lib = sys.argv[1]
 build.ensure_finalized()

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
 
 from vargen.backbones.layers.cache.kv_cache import KVCache, Plan
+from vargen.validation.extras import extra
+
+with extra("transformers", "an image model of transformers"):
+    from transformers.cache_utils import Cache, CacheLayerMixin
 
 MASKED_IMPLEMENTATIONS = ("sdpa", "eager")  # take a 4-D mask; for a ragged forward of another one sdpa stands in
 

@@ -13,21 +13,24 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessorList
-from transformers.generation.logits_process import (
-    PrefixConstrainedLogitsProcessor,
-    SuppressTokensLogitsProcessor,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    UnbatchedClassifierFreeGuidanceLogitsProcessor,
-)
 
 from vargen.adapters.wrap import wrap
 from vargen.outputs import SamplerOutput
 from vargen.random import image_seeds
 from vargen.samplers.base import Sampler
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.validation.extras import extra
+
+with extra("transformers", "generate_with"):
+    from transformers import LogitsProcessorList
+    from transformers.generation.logits_process import (
+        PrefixConstrainedLogitsProcessor,
+        SuppressTokensLogitsProcessor,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+        UnbatchedClassifierFreeGuidanceLogitsProcessor,
+    )
 
 SUPPORTED = ("emu3", "emu3.5", "glm_image")
 # guidance and warpers are settings of the sampler, structure is the adapter's

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 
+from vargen.validation.extras import install
+
 
 def clean_caption(text: str) -> str:
     """Clean twice, as those models were trained (the second pass catches what unescaping uncovers).
@@ -17,7 +19,7 @@ def clean_caption(text: str) -> str:
     """
     missing = [name for name in ("transformers", "ftfy", "bs4") if find_spec(name) is None]
     if missing:
-        raise ImportError(f"cleaning captions needs {', '.join(missing)}; install them with pip install vargen[text]")
+        raise ImportError(f"cleaning captions needs {', '.join(missing)}; {install('transformers')}")
     from bs4 import ParserRejectedMarkup
     from diffusers import PixArtAlphaPipeline
 

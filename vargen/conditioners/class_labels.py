@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property, lru_cache
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,11 @@ from torch import Tensor
 from vargen.conditioners.base import Conditioner, check_prompt, one_of
 from vargen.datasets.nearest_words import NearestPhrases
 from vargen.validation.checks import MAX_ROWS, Settings, check_list, check_text, checked, shown
+from vargen.validation.reading import read_text
 
 MAX_CHARACTERS = 200  # of a class name that is looked up; those of ImageNet have at most 30
+
+_IMAGENET = Path(__file__).parents[1] / "assets" / "imagenet" / "classes.txt"
 
 
 def check_class_names(name: str, value: Any) -> str | tuple[str, ...]:
@@ -121,10 +125,8 @@ class ClassConditioner(Conditioner):
 
 @lru_cache(maxsize=1)
 def imagenet_names() -> tuple[str, ...]:
-    """The 1000 class names of ImageNet-1k, by id."""
-    from torchvision.models import ResNet18_Weights  # type: ignore[import-untyped]  # slow to import, and only names are wanted
-
-    return tuple(ResNet18_Weights.IMAGENET1K_V1.meta["categories"])
+    """The 1000 class names of ImageNet-1k, by id, as torchvision (BSD-3-Clause) writes them."""
+    return tuple(read_text(_IMAGENET).splitlines())
 
 
 def _plain(name: str) -> str:

@@ -24,6 +24,7 @@ from vargen.conditioners.captions import clean_caption
 from vargen.hooks import execution_device, runs_as_forward
 from vargen.validation.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
 from vargen.validation.classes import component_class
+from vargen.validation.extras import install
 from vargen.validation.folders import check_component, check_settings, one_line
 from vargen.validation.reading import local_path
 
@@ -156,7 +157,7 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         if self.text_encoder is not None:
             return
         if find_spec("transformers") is None:
-            raise ImportError("encoding captions needs transformers; install it with pip install vargen[text]")
+            raise ImportError(f"encoding captions needs transformers; {install('transformers')}")
         name = self.config.model_name
         try:
             self.tokenizer = load_text_tokenizer(name)

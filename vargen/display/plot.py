@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 
 from vargen.display.notebook import BANDS
+from vargen.validation.extras import extra
+
+with extra("eval", "a plot"):
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Rectangle
 
 MAX_IMAGES = 8
 

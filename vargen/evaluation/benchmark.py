@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
 
 from vargen.evaluation.conditions import Conditions, hero_conditions
 from vargen.evaluation.evaluate import evaluate_fid, sampler_record
@@ -26,8 +24,13 @@ from vargen.evaluation.report import environment, read_report
 from vargen.files import atomic_write, make_folder
 from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.registry import fitting_samplers, swap_sampler
+from vargen.validation.extras import extra
 from vargen.validation.printable import printable, shown
 from vargen.validation.reading import read_json, read_value
+
+with extra("eval", "a benchmark"):
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullLocator
 
 if TYPE_CHECKING:
     from vargen.pipelines.image import ImagePipeline

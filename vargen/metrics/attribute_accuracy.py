@@ -14,13 +14,16 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.utilities.data import dim_zero_cat
 
 from vargen.datasets.heroes.atlas import HeroAtlas
 from vargen.datasets.heroes.compose import compose
 from vargen.metrics.base import ExactMetric
 from vargen.metrics.heroes import draw_heroes
 from vargen.metrics.networks.attributes import AttributeClassifier
+from vargen.validation.extras import extra
+
+with extra("eval", "vargen.metrics"):
+    from torchmetrics.utilities.data import dim_zero_cat
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,11 +7,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics import Metric
-from torchmetrics.utilities.data import dim_zero_cat
-from torchmetrics.utilities.distributed import gather_all_tensors
 
 from vargen.images import ROUNDINGS, Rounding, quantise
+from vargen.validation.extras import extra
+
+with extra("eval", "vargen.metrics"):
+    from torchmetrics import Metric
+    from torchmetrics.utilities.data import dim_zero_cat
+    from torchmetrics.utilities.distributed import gather_all_tensors
 
 
 class ExactMetric(Metric):

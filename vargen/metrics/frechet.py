@@ -10,13 +10,16 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torchmetrics.image.fid import FrechetInceptionDistance
 
 from vargen.images import Rounding
 from vargen.metrics.base import QuantisedMetric
 from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.results import FrechetResult, protocol
 from vargen.metrics.statistics import GaussianStatistics
+from vargen.validation.extras import extra
+
+with extra("eval", "vargen.metrics"):
+    from torchmetrics.image.fid import FrechetInceptionDistance
 
 
 def frechet_distance(mean_a: Tensor, covariance_a: Tensor, mean_b: Tensor, covariance_b: Tensor) -> float:

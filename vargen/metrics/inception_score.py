@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.image.inception import InceptionScore as _InceptionScore
 
 from vargen.images import Rounding
 from vargen.metrics.base import FeatureListMetric
 from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.results import InceptionScoreResult, protocol
+from vargen.validation.extras import extra
+
+with extra("eval", "vargen.metrics"):
+    from torchmetrics.image.inception import InceptionScore as _InceptionScore
 
 _BLOCK = 1024  # images whose logits are in float64 at a time
 

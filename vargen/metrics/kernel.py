@@ -7,12 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 from vargen.images import Rounding
 from vargen.metrics.base import FeatureListMetric
 from vargen.metrics.networks.registry import FeatureNetwork
 from vargen.metrics.results import KernelResult, protocol
+from vargen.validation.extras import extra
+
+with extra("eval", "vargen.metrics"):
+    from torchmetrics.image.kid import KernelInceptionDistance, poly_mmd
 
 
 class KernelDistance(FeatureListMetric, KernelInceptionDistance):

@@ -11,7 +11,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import inception as tv  # type: ignore[import-untyped]
+
+from vargen.validation.extras import extra
+
+with extra("eval", "the Inception network of FID"):
+    from torchvision.models import inception as tv  # type: ignore[import-untyped]
 
 
 def _average_pool(x: Tensor) -> Tensor:

