@@ -213,7 +213,7 @@ class GumbelCache:
         self.capacity = capacity
         self.num_codes = num_codes
         self._held = torch.full((len(seeds), capacity), -1, dtype=torch.int64, device=seeds.device)
-        self._rows = torch.empty(len(seeds), capacity, num_codes, device=seeds.device)
+        self._rows = torch.empty(len(seeds), capacity, num_codes, dtype=torch.float32, device=seeds.device)
 
     def rows(self, positions: Tensor) -> Tensor:
         """Noise ``[B, W, V]`` float32 of ``positions [B, W]``; at most ``capacity`` consecutive positions an image."""

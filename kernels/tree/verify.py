@@ -178,7 +178,7 @@ def _launch(
         **(exact if relaxation is None else relaxation.arguments()),
         nodes=nodes,
         slots=slots,
-        work_ptr=torch.empty(batch, 2, num_codes, device=logits.device),
+        work_ptr=torch.empty(batch, 2, num_codes, dtype=torch.float32, device=logits.device),
         found=kernels.Path(*pointers),
         errors_ptr=errors,
         levels=draft.depth + 1,

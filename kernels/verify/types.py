@@ -52,7 +52,7 @@ class Draft:
         return cls(
             tokens=torch.full(shape, -1, dtype=torch.int64, device=device),
             kind=torch.zeros(shape, dtype=torch.int8, device=device),
-            prob=torch.zeros(shape, device=device),
+            prob=torch.zeros(shape, dtype=torch.float32, device=device),
             row=torch.zeros(shape, dtype=torch.int64, device=device),
         )
 

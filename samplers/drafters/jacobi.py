@@ -73,7 +73,7 @@ def shared_guesses(state: Any) -> Tensor:
     num_images, num_codes = len(state.keys), int(state.backbone.codebook_size)
     block = max(1, GUESS_BLOCK // (num_images * num_codes))
     block = block if state.noise is None else min(block, state.noise.capacity)
-    flat = torch.zeros(num_codes, device=state.keys.device)
+    flat = torch.zeros(num_codes, dtype=torch.float32, device=state.keys.device)
     guesses = []
     for positions in state.layout.code_index.split(block):
         here = positions.expand(num_images, -1)

@@ -214,14 +214,14 @@ def _step(
 
 def _identity(count: int, offset: int = 0) -> Tensor:
     """Target i is read off item offset + i by the one head: [1, g, w]."""
-    mix = torch.zeros(1, count, offset + count)
+    mix = torch.zeros(1, count, offset + count, dtype=torch.float32)
     mix[0].diagonal(offset).fill_(1.0)
     return mix
 
 
 def _condition_step(num_condition: int, targets: Tensor, num_heads: int) -> Step:
     """The condition in causal order; its last position guesses the first code, all heads averaged."""
-    mix = torch.zeros(num_heads, 1, num_condition)
+    mix = torch.zeros(num_heads, 1, num_condition, dtype=torch.float32)
     mix[:, 0, -1] = 1 / num_heads
     return _step([(Item.CONDITION, i, i, i) for i in range(num_condition)], targets, mix)
 
@@ -232,7 +232,7 @@ def _grouped_steps(order: Tensor, size: int, stamps: list[int], restart: bool = 
     ``restart``: a guidance interval counts from 0 again when the groups begin, as PAR's code does.
     """
     positions, offset = order.tolist(), len(stamps)
-    mix = torch.zeros(1, 1, offset)
+    mix = torch.zeros(1, 1, offset, dtype=torch.float32)
     mix[0, 0, -1] = 1.0
     first = [(Item.CONDITION, i, i, stamp) for i, stamp in enumerate(stamps)]
     steps = [_step(first, positions[:1], mix)]

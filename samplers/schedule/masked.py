@@ -190,7 +190,7 @@ class MaskedSampler(ScheduleSampler):
 
 def _line_share(masked: int, ratio: float, number: int, num_passes: int) -> int:
     """Dimple's count: times fall on a line from 1 to nearly 0, start at the first one below the masked share."""
-    times = torch.linspace(1, LAST_TIME, num_passes + 1).tolist()
+    times = torch.linspace(1, LAST_TIME, num_passes + 1, dtype=torch.float32).tolist()
     start = max(next((i for i, time in enumerate(times) if time < ratio), num_passes), number + 1)
     for i in range(start, num_passes + 1):
         count = masked if i == num_passes else int(masked * (1 - times[i] / ratio))

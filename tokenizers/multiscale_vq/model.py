@@ -250,7 +250,7 @@ class MultiScaleVQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
     def blank(self, num_images: int, sizes: Scales | None = None) -> Tensor:
         """The empty sum ``[B, C, h, w]`` float32."""
         size = (sizes or self.scales)[-1]
-        return torch.zeros(num_images, self.config.codebook_dim, *size, device=self.device)
+        return torch.zeros(num_images, self.config.codebook_dim, *size, dtype=torch.float32, device=self.device)
 
     @runs_as_forward
     def lookup(self, codes: Tensor) -> Tensor:

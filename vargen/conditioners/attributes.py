@@ -60,11 +60,15 @@ class AttributeConditioner(Conditioner):
     @checked(Settings({"vocabulary": check_vocabulary, "fill": check_flag}))
     @register_to_config
     def __init__(self, vocabulary: str | Vocabulary = "heroes", fill: bool = False) -> None:
-        if isinstance(vocabulary, str):
-            vocabulary = import_module(VOCABULARIES[vocabulary])  # type: ignore[assignment]
-        if fill and not hasattr(vocabulary, "complete"):
+        self._vocabulary, self.fill = vocabulary, fill
+        if fill and not hasattr(self.vocabulary, "complete"):
             raise ValueError("fill=True needs a vocabulary with complete(attributes, seeds); leave fill out")
-        self.vocabulary, self.fill = vocabulary, fill
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What reads the prompts. A module is looked up by its name, for no module can be copied or pickled."""
+        named = self._vocabulary
+        return import_module(VOCABULARIES[named]) if isinstance(named, str) else named  # type: ignore[return-value]
 
     def encode(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> Tensor:
         """Read the prompts.
@@ -89,7 +93,7 @@ class AttributeConditioner(Conditioner):
         """Fill the zeros of ``[B, T]`` ids, row i by ``seeds[i]``; without ``fill`` nothing changes."""
         if not self.fill:
             return condition
-        filled = self.vocabulary.complete(condition.cpu().numpy(), np.array(seeds, dtype=np.uint64))  # type: ignore[union-attr]
+        filled = self.vocabulary.complete(condition.cpu().numpy(), np.array(seeds, dtype=np.uint64))  # type: ignore[attr-defined]
         return torch.from_numpy(filled).to(condition)
 
     def save_pretrained(self, save_directory: str | PathLike[str], **kwargs: Any) -> None:

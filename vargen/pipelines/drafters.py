@@ -131,7 +131,7 @@ def weights_digest(module: nn.Module) -> str:
         digest.update(f"{name} {tuple(value.shape)}".encode())
         if value.is_floating_point() and value.numel():
             flat = value.detach().reshape(-1)
-            where = torch.linspace(0, flat.numel() - 1, min(_SAMPLED, flat.numel())).long()
+            where = torch.linspace(0, flat.numel() - 1, min(_SAMPLED, flat.numel()), dtype=torch.float32).long()
             sample = flat[where.to(flat.device)].cpu().to(torch.bfloat16).view(torch.int16)
             digest.update(sample.numpy().tobytes())
     return digest.hexdigest()

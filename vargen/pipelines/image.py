@@ -37,7 +37,7 @@ from vargen.pipelines.continuous import check_autoencoder, decode_tokens, is_con
 from vargen.pipelines.drafters import EARLIER, StoredDrafters, warn_of_other_target
 from vargen.pipelines.editing import forced_codes, read_edit
 from vargen.pipelines.outputs import ImagePipelineOutput
-from vargen.pipelines.progress import DecodeInterrupted, Watch
+from vargen.pipelines.progress import DecodeInterrupted, Watch, interrupt_calls, is_interrupted
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
 from vargen.pipelines.types import DrafterInput, ImageInput, LabelInput, Pictures, PromptInput, Rows, SeedInput
 from vargen.protocols import ConditionInput, Model, Tokenizer
@@ -98,7 +98,6 @@ class ImagePipeline(DiffusionPipeline):
         )
         self._stored_drafters = StoredDrafters()
         self._stored_drafters.put("eagle", eagle)
-        self._interrupt = False
         self._check_components()
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -289,8 +288,20 @@ class ImagePipeline(DiffusionPipeline):
 
     @property
     def interrupt(self) -> bool:
-        """Set it to ``True`` (``pipe._interrupt = True``, from a callback or another thread) to stop after the current step."""
-        return self._interrupt
+        """Whether a call is to stop after its current step: this thread's, or for a thread without one any.
+
+        ``pipe._interrupt = True`` in a callback stops the call that runs it and no other. From a thread that runs no call of
+        this pipeline it stops all that run, since none is meant more than the others. It does not outlast them.
+        """
+        return is_interrupted(self)
+
+    @property
+    def _interrupt(self) -> bool:
+        return is_interrupted(self)
+
+    @_interrupt.setter
+    def _interrupt(self, stop: bool) -> None:
+        interrupt_calls(self, bool(stop))
 
     @torch.no_grad()
     def __call__(
@@ -439,7 +450,6 @@ class ImagePipeline(DiffusionPipeline):
         self, sampler: Sampler, given: Rows, seeds: list[int], batch_size: int, watch: Watch, drafter: Any = None
     ) -> SamplerOutput:
         parts: list[SamplerOutput] = []
-        self._interrupt = False
         watch.open(len(seeds))
         try:
             for start in range(0, len(seeds), batch_size):
@@ -455,7 +465,7 @@ class ImagePipeline(DiffusionPipeline):
         return SamplerOutput(codes, seeds, inputs.merge_stats([part.stats for part in parts]), latents)
 
     def _draw_rows(self, sampler: Sampler, given: Rows, seeds: list[int], watch: Watch, drafter: Any) -> SamplerOutput:
-        if self._interrupt:
+        if watch.interrupted:
             return self._undrawn(seeds)
         condition, kept = given
         try:

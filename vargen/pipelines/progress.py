@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from torch import Tensor
 
 from vargen.samplers.state import DecodeState
 
+_running: list[Watch] = []  # of the calls of all pipelines, in all threads; adding and removing are atomic
 _POLL_EVERY = 16  # steps between two looks at the progress on a GPU, where each look waits for it
 
 
@@ -37,7 +40,7 @@ def check_returned(answer: Any, given: dict[str, Any]) -> None:
         )
 
 
-@dataclass
+@dataclass(eq=False)
 class Watch:
     """Progress bar, user callback and interruption: what the pipeline does after every forward pass."""
 
@@ -49,13 +52,17 @@ class Watch:
     shown: int = field(default=0, init=False)  # codes of the images in work that the bar has counted
     every: int = field(default=1, init=False)  # steps between two looks at the progress
     stopped: bool = field(default=False, init=False)  # it has all that the caller asked for and ended the drawing
+    interrupted: bool = field(default=False, init=False)  # somebody wants the call to end
+    thread: int = field(default_factory=threading.get_ident, init=False)  # that runs the call
 
     def open(self, num_images: int) -> None:
-        """Start the bar; it counts codes."""
+        """Start the bar, which counts codes; from now on the call can be interrupted."""
+        _running.append(self)
         self.bar = self.pipe.progress_bar(total=num_images * self.pipe.backbone.num_codes)
 
     def close(self) -> None:
         """Finish the bar."""
+        _running.remove(self)
         self.bar.close()
 
     def __call__(self, step: int, state: DecodeState) -> None:
@@ -68,8 +75,29 @@ class Watch:
             self.bar.update(committed - self.shown)
             self.shown = committed
         if self.callback is not None:
-            found = {name: getattr(state, name) for name in self.tensors}
+            found = {name: _copy(getattr(state, name)) for name in self.tensors}
             check_returned(self.callback(self.pipe, self.step, state.num_forwards, found), found)
         self.step += 1
-        if self.pipe.interrupt and not state.done:  # set by the callback or by another thread
+        if self.interrupted and not state.done:  # by the callback or by another thread
             raise DecodeInterrupted(state)
+
+
+def is_interrupted(pipe: DiffusionPipeline) -> bool:
+    """Whether the call of this pipeline that runs in this thread is to stop; in a thread without one, whether any is."""
+    return any(watch.interrupted for watch in _calls(pipe))
+
+
+def interrupt_calls(pipe: DiffusionPipeline, stop: bool) -> None:
+    """Stop the call of this pipeline that runs in this thread, or all that run where this thread has none."""
+    for watch in _calls(pipe):
+        watch.interrupted = stop
+
+
+def _calls(pipe: DiffusionPipeline) -> list[Watch]:
+    calls = [watch for watch in list(_running) if watch.pipe is pipe]
+    own = [watch for watch in calls if watch.thread == threading.get_ident()]
+    return own[-1:] or calls  # a callback may call the pipeline again: the innermost call is meant
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value

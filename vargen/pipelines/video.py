@@ -70,7 +70,6 @@ class VideoPipeline(ImagePipeline):
         self._stored_drafters = StoredDrafters()
         check_fps(fps)
         self.register_to_config(fps=fps)
-        self._interrupt = False
         self._check_components()
 
     @classmethod

@@ -213,7 +213,7 @@ def complete_frames(codes: Tensor) -> int:
     return int((codes >= 0).flatten(2).all(-1).all(0).long().cumprod(0).sum())
 
 
-@dataclass
+@dataclass(eq=False)
 class VideoWatch(Watch):
     """Also hands over frames as soon as their code frame is complete, and stops when enough of them are."""
 
