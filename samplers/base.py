@@ -27,6 +27,7 @@ from vargen.protocols import Condition, ConditionInput, Model, Tokenizer
 from vargen.random import seed_tensor
 from vargen.samplers.registry import OWN_WORDS, SAMPLERS, old_names, renamed, same_sampler
 from vargen.samplers.state import DecodeState
+from vargen.samplers.window.controller import is_controller
 from vargen.validation.checks import (
     check_choice,
     check_integer,
@@ -160,6 +161,8 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         settings = {name: _plain(getattr(self, name)) for name in self.setting_names()}
         for name, value in settings.items():
             object.__setattr__(self, name, value)
+        # an object that chooses widths is not for a file, which asks for the library's own in its place
+        settings = {name: "auto" if is_controller(value) else value for name, value in settings.items()}
         object.__setattr__(self, "_internal_dict", SamplerConfig({"_class_name": type(self).__name__, **settings}))
 
     def check(self) -> None:
@@ -218,7 +221,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         if ours:  # settings of another sampler may be unknown here, our own may not
             check_names(settings, known, cls.__name__)
         check_names(overrides, known, cls.__name__)
-        given = {name: value for name, value in settings.items() if name in known and (ours or name not in OWN_WORDS)}
+        given = {name: value for name, value in settings.items() if name in known and (ours or _shared(name, value))}
         unused = {name: value for name, value in settings.items() if name not in given}
         sampler = cls(**(renamed(cls, given, whole=False)[1] | renamed(cls, overrides, whole=False)[1]))
         return (sampler, unused) if return_unused_kwargs else sampler
@@ -349,6 +352,11 @@ def check_inputs(given: Iterable[str], kind: type[Inputs], owner: str) -> None:
         if name not in known:
             near = f"; did you mean {nearest(name, known)!r}? Inputs: {', '.join(known)}" if known else ""
             raise ValueError(f"{owner} takes no input {shown(name)}{near}")
+
+
+def _shared(name: str, value: Any) -> bool:
+    """Whether a setting means the same to all samplers: their own words do not, nor do windows that are no number."""
+    return name not in OWN_WORDS and not (name in ("window", "num_draft_tokens") and not isinstance(value, Integral))
 
 
 def _plain(value: Any) -> Any:

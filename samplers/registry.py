@@ -24,6 +24,7 @@ SAMPLERS = {  # short name: public class
     "next-cell": "NextCellSampler",
     "continuous-masked": "ContinuousMaskedSampler",
     "continuous-speculative": "ContinuousSpeculativeSampler",
+    "continuous-jacobi": "ContinuousJacobiSampler",
     "zipar": "ZipARSampler",
     "neighboring": "NeighboringSampler",
     "next-block": "NextBlockSampler",

@@ -142,6 +142,7 @@ def _cases() -> list[Case]:
 
     model, causal, quick = "heroes32-mar-causal", "ContinuousSpeculativeSampler", {"num_diffusion_steps": 5}
     add(model, "next-token", causal, forwards=6, num_draft_tokens=0, **constant)
+    add(model, "jacobi", "ContinuousJacobiSampler", forwards=6, window=32, **constant)
     add(model, "paths", causal, forwards=5, num_draft_tokens=2, **quick)
     for mode in ("exact", "stepwise"):
         add(model, f"near-{mode}", causal, drafter="near", forwards=8, mode=mode, num_draft_tokens=3, **quick)

@@ -149,6 +149,7 @@ def _cases() -> list[Case]:
         Case("ContinuousMaskedSampler", vectors, {ORDER, NORMAL}, {"num_steps": 3}),
         Case("NextCellSampler", small("XARTransformer", **CELLS), {NORMAL}, {"num_steps": 3}),
         Case(PATHS, vectors, {NORMAL}, {"num_draft_tokens": 0}),
+        Case("ContinuousJacobiSampler", vectors, {NORMAL}, {"window": 3, "tolerance": 0.0}, shared=True, padded=True),
         Case(PATHS, vectors, {NORMAL, ACCEPT, RESIDUAL, FRESH}, {"mode": "exact", "num_draft_tokens": 2}, **CHAINS),
         Case(PATHS, vectors, {NORMAL, ACCEPT, RESIDUAL, FRESH}, {"mode": "stepwise", "num_draft_tokens": 2}, **CHAINS),
         Case(LANTERN, tree, {GUMBEL}, EXACT | {"temperature": 0.0}, **TREES),

@@ -47,6 +47,7 @@ _names = {
     "RowAboveDrafter": "samplers.drafters.row_above",
     "ContinuousMaskedSampler": "samplers.schedule.masked_continuous",
     "ContinuousSpeculativeSampler": "samplers.window.continuous_speculative",
+    "ContinuousJacobiSampler": "samplers.window.continuous_jacobi",
     "ZipARSampler": "samplers.schedule.zipar",
     "NeighboringSampler": "samplers.schedule.neighboring",
     "NextBlockSampler": "samplers.schedule.next_block",

@@ -28,6 +28,9 @@ class DecodeStats:
     commit_trace: Tensor | None = None  # [B, N] int64: the forward (0 = prefill) that made position n permanent
     guarantee: Guarantee = "exact"  # what this run kept; lower than the sampler's own when a cap or a fallback struck
     notes: list[str] = field(default_factory=list)  # one line for each departure from the sampler's own guarantee
+    widths: list[int] = field(
+        default_factory=list
+    )  # of window samplers, slots decided by each pass behind the prefill
     extra: dict[str, Any] = field(default_factory=dict)  # numbers of one sampler only, named in its documentation
 
     def tokens_per_forward(self, num_codes: int) -> float:

@@ -54,6 +54,7 @@ class PlainDrafter:
 
     num_forwards = 0
     in_tree = False
+    guesses_alone = True  # makes a guess, which costs nothing, in windows of one as well
 
     def begin(self, state: Any) -> Self:
         """Return the drafter of one run."""

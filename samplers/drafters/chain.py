@@ -24,13 +24,17 @@ class ChainDrafter:
     in_tree = False
 
     def __init__(self, sampler: Any, model: Backbone, condition: Any, max_window: int) -> None:
-        self.sampler, self.model = sampler, model
+        self.sampler, self.model, self.max_window = sampler, model, max_window
         self.session, _ = model.open(condition, max_window=max_window)
         self.num_forwards = 1
         self.fed = 0  # codes fed for the last window, all of them in the cache
+        self.behind = 0  # codes that were committed by windows of one and not fed yet, in every image
 
     def commit(self, count: Tensor) -> None:
         """Keep what the target committed of the last window and take the rest back."""
+        if self.fed == 0:  # a window of one, of which every image keeps its code
+            self.behind += 1
+            return
         self.model.rewind(self.session, self.fed - count)
         self.fed = 0
 
@@ -41,6 +45,9 @@ class ChainDrafter:
     def propose(self, state: Any, logits: Tensor, outcome: VerifyOutcome, slots: Tensor, num_rows: Tensor) -> Draft:
         """Draft code after code; each pass feeds one code, which stays until the target has judged the window."""
         draft = Draft.none(len(state.rows), state.width, logits.device)
+        if state.widths is not None and state.width == 1:
+            return draft
+        self._catch_up(state)
         slots = state.next_slots()  # a w
         forced = torch.full_like(slots, -1) if state.forced is None else state.forced.gather(1, slots)
         token = state.last_codes()  # a 1
@@ -60,6 +67,17 @@ class ChainDrafter:
         draft.kind.masked_fill_(drafted, int(Label.ROW))
         draft = force(forced, draft)
         return draft.with_logits(torch.cat(scores, dim=2)) if scores else draft
+
+    def _catch_up(self, state: Any) -> None:
+        """Feed what was committed while nothing was drafted."""
+        while self.behind:
+            count = min(self.behind, self.max_window)
+            first = state.length - 1 - self.behind  # a
+            slots = first[:, None] + torch.arange(count, device=first.device)
+            self.model.step(self.session, state.tokens[state.rows[:, None], slots])
+            self.model.commit(self.session, count)
+            self.num_forwards += 1
+            self.behind -= count
 
     def _forward(self, token: Tensor) -> Tensor:
         logits = self.model.step(self.session, token).logits

@@ -32,12 +32,17 @@ from vargen.samplers.drafters.base import Drafter
 from vargen.samplers.window.cuda_graph import Replay, obstacle
 from vargen.samplers.window.layout import SlotLayout, forced_slots
 from vargen.samplers.window.state import WindowState
+from vargen.samplers.window.widths import Widths, commit_one
 
 __all__ = ["WindowInputs", "WindowSampler", "WindowState"]
 
 POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
 NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
 NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
+ROUNDED = (
+    "widths follow the clock, and in half precision logits depend on them a little: two runs with one seed may differ; give "
+    "stats.widths as the window to repeat this one"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -73,6 +78,10 @@ class WindowSampler(Sampler):
         """Most codes that one iteration makes permanent; less than ``num_rows`` where proposals form a tree."""
         return self.num_rows
 
+    def make_widths(self, run: Run, layout: SlotLayout) -> Widths | None:
+        """Return who chooses the width of every iteration; None = all have the same."""
+        return None
+
     def make_rule(self, run: Run, inputs: Any) -> Rule:
         """Return the acceptance rule of one run; ``inputs`` is of ``inputs_type``."""
         return SharedNoise()
@@ -100,19 +109,24 @@ class WindowSampler(Sampler):
         """Run the condition and commit the first code."""
         backbone = run.backbone
         rule = self.make_rule(run, inputs)
-        reason = "switched off" if inputs.cuda_graph is False else obstacle(self, backbone)
+        table, structural = SlotLayout.of(backbone)
+        widths = self.make_widths(run, table)
+        reason = "widths change from iteration to iteration; give a number instead" if widths else None
+        reason = "switched off" if inputs.cuda_graph is False else reason or obstacle(self, backbone)
         if inputs.cuda_graph and reason is not None:
             raise ValueError(f"cuda_graph=True is not possible: {reason}; leave it out or take cuda_graph=None")
-        table, structural = SlotLayout.of(backbone)
         forced = forced_slots(inputs.forced_codes, structural, table, len(run.seeds), int(backbone.codebook_size))
         options = {"hidden": True} if self.reads_hidden(run.drafter) else {}
         options |= {"static": True} if reason is None else {}
-        session, out = backbone.open(run.condition, max_window=self._rows_at_once(table), **options)
-        state = self._first_state(run, session, table.to(out.logits.device), out.logits.shape[-1])
+        most = self._rows_at_once(table) if widths is None else widths.most
+        session, out = backbone.open(run.condition, max_window=most, **options)
+        state = self._first_state(run, session, table.to(out.logits.device), out.logits.shape[-1], widths)
         state.forced = None if forced is None else forced.to(out.logits.device)
         state.hidden = out.hidden
         state.noise = None if reason is None else state.noise  # a replay makes its own
         state.rule = rule.first
+        if widths is not None and widths.by_clock and backbone.dtype in (torch.bfloat16, torch.float16):
+            state.notes.append(ROUNDED)
         if self.num_rows > 1:
             state.drafter = self.make_drafter(state, run.drafter, run.given)
         self._decide(state, out.logits.expand(-1, -1, state.width, -1))  # the prefill has one row, of slot 0
@@ -121,6 +135,8 @@ class WindowSampler(Sampler):
             state.replay = Replay(state, labels=rule != SharedNoise() and self.temperature > 0)
         elif inputs.cuda_graph is None and out.logits.is_cuda and reason is not None:
             state.notes.append(f"iterations are not replayed as a CUDA graph: {reason}")
+        if widths is not None:
+            widths.pause()
         return state
 
     def _rows_at_once(self, layout: SlotLayout) -> int:
@@ -131,6 +147,9 @@ class WindowSampler(Sampler):
         """Score the drafts in one forward pass, commit, draft again."""
         if state.done:
             return state
+        state.used.append(state.width)
+        if state.widths is not None:
+            state.widths.resume()
         if state.replay is not None:
             state.replay.step(self, state)
             self._look(state)
@@ -139,6 +158,8 @@ class WindowSampler(Sampler):
             self._decide(state, state.backbone.step(state.session, codes).logits)
         else:
             self._decide(state, self._score(state))
+        if state.widths is not None:
+            state.widths.pause()
         return state
 
     def _score(self, state: WindowState) -> Tensor:
@@ -152,16 +173,21 @@ class WindowSampler(Sampler):
         state.num_drafter_forwards = 0 if state.drafter is None else state.drafter.num_forwards
         if state.replay is not None:
             state.counts["graph_replays"] = state.replay.count
-        return super().finish(state)
+        out = super().finish(state)
+        out.stats.widths = list(state.used)
+        return out
 
-    def _first_state(self, run: Run, session: Any, layout: SlotLayout, num_codes: int) -> WindowState:
+    def _first_state(
+        self, run: Run, session: Any, layout: SlotLayout, num_codes: int, widths: Widths | None
+    ) -> WindowState:
         device, num_images = run.keys.device, len(run.seeds)
         empty = torch.full((num_images, layout.num_slots + 1), -1, dtype=torch.int64, device=device)
-        width = min(self.reach, layout.num_slots)
+        reach = self.reach if widths is None else widths.most
+        width = min(reach, layout.num_slots) if widths is None else 1
         noise = None
         if device.type == "cpu" and self.temperature > 0:
             room = NOISE_BLOCK if self.num_rows == 1 else NOISE_CACHE
-            held = min(layout.num_slots, max(self.reach, room // (num_images * num_codes)))
+            held = min(layout.num_slots, max(reach, room // (num_images * num_codes)))
             noise = GumbelCache(run.keys, held, num_codes)
         return WindowState(
             backbone=run.backbone,
@@ -177,6 +203,7 @@ class WindowSampler(Sampler):
             length=torch.zeros(num_images, dtype=torch.int64, device=device),
             errors=new_errors(num_images, device) if device.type == "cuda" else None,
             width=width,
+            widths=widths,
             draft=Draft.none(num_images, width, device),
         )
 
@@ -184,6 +211,12 @@ class WindowSampler(Sampler):
         """Draw or verify the rows ``logits [G, A, w, V]``, commit, and prepare the next iteration."""
         if self.num_rows == 1:
             self._commit_one(state, logits)
+            return
+        if state.widths is not None and state.width == 1:
+            commit_one(self, state, logits, NOISE_BLOCK)
+            self._look(state)
+            if not state.done:
+                self._propose(state, logits, None, state.length[:, None], state.length)
             return
         outcome, slots, num_rows = self._accept(state, logits)
         keep = self._look(state)
@@ -214,6 +247,8 @@ class WindowSampler(Sampler):
         num_rows = (state.layout.num_slots - state.length).clamp(max=1 if prefill else state.width)  # a
         outcome = self._verify(state, logits, slots, num_rows)
         committed = slots < (state.length + outcome.num_committed)[:, None]
+        if state.widths is not None:
+            state.widths.count(state, slots, outcome.tokens, committed)
         place = torch.where(committed, slots, state.layout.num_slots)
         state.tokens[state.rows[:, None], place] = outcome.tokens
         state.trace[state.rows[:, None], place] = state.iteration[:, None]
@@ -258,9 +293,13 @@ class WindowSampler(Sampler):
         left = state.layout.num_slots - state.length
         most = int(left.max())
         state.done = most == 0
-        if free and not static:
-            state.width = min(self.reach, most)
-        state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
+        if state.widths is not None:
+            state.width = state.widths.next(state, most)
+            least = int(left.where(left > 0, most).min())  # windows of one overshoot nothing
+            state.next_poll = state.num_forwards + min(POLL_EVERY, least)
+        else:
+            state.width = min(self.reach, most) if free and not static else state.width
+            state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
         if state.errors is not None:
             raise_errors(state.errors)
         if state.done or static or bool((left > 0).all()):

@@ -5,6 +5,7 @@ Drafts come from the sampler's own previous iteration; no draft model is used an
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -14,8 +15,12 @@ from vargen.samplers.acceptance.shared_noise import SharedNoise
 from vargen.samplers.base import Run
 from vargen.samplers.drafters.base import Drafter
 from vargen.samplers.drafters.jacobi import INITS, Init, JacobiDrafter, shared_guesses
+from vargen.samplers.drafters.memory import MemoryDrafter
+from vargen.samplers.window.controller import AutoController, WidthController
 from vargen.samplers.window.decoder import WindowSampler, WindowState
-from vargen.validation.checks import check_choice, check_integer
+from vargen.samplers.window.layout import SlotLayout
+from vargen.samplers.window.widths import Widths, check_rule, open_widths, read_widths, widest
+from vargen.validation.checks import check_choice
 
 RULES = ("shared-noise", "maximal", "independent")
 
@@ -27,7 +32,11 @@ class SpeculativeJacobiSampler(WindowSampler):
     Exact for every setting: the codes follow the distribution of next-token sampling.
 
     Args:
-        window: W, codes scored in one forward pass. Wider windows need fewer passes and more work in each.
+        window: W, codes scored in one forward pass. Wider windows need fewer passes and more work in each. ``"auto"`` takes
+            for every pass the width with the most expected codes per second, from what the run has seen so far; a list,
+            such as ``stats.widths`` of an earlier run, gives the width of each pass behind the first; an object with the
+            methods of ``samplers.window.controller.WidthController`` chooses by rules of its own. These three are for rule
+            ``"shared-noise"``, whose codes do not depend on widths.
         rule: what becomes of a row that cannot be committed yet. ``"shared-noise"`` draws it with the noise of its
             position and commits while the draw repeats the guess: the result is, code for code, that of
             ``NextTokenSampler`` with the same seed. ``"maximal"`` changes a guess as rarely as its distribution allows.
@@ -38,21 +47,28 @@ class SpeculativeJacobiSampler(WindowSampler):
 
     replayable: ClassVar[bool] = True
 
-    window: int = 32
+    window: int | str | Sequence[int] | WidthController = 32
     rule: Literal["shared-noise", "maximal", "independent"] = "shared-noise"
     init: Init = "uniform"
 
     def check(self) -> None:
         """Check the shared settings, the window, the rule and the initialiser."""
         super().check()
-        check_integer("window", self.window, low=1, hint="1 is next-token sampling")
+        object.__setattr__(self, "window", read_widths("window", self.window, low=1))
         check_choice("rule", self.rule, RULES)
+        check_rule("window", self.window, self.rule)
         check_choice("init", self.init, INITS)
 
     @property
     def num_rows(self) -> int:
         """W."""
-        return self.window
+        return widest(self.window)
+
+    def make_widths(self, run: Run, layout: SlotLayout) -> Widths | None:
+        """Who chooses, unless the window is a number."""
+        return open_widths(
+            "window", self.window, AutoController(), run, layout.num_slots, int(run.backbone.codebook_size)
+        )
 
     def make_rule(self, run: Run, inputs: Any) -> Rule:
         """The rule of that name."""
@@ -60,5 +76,7 @@ class SpeculativeJacobiSampler(WindowSampler):
 
     def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Drafter:
         """Draft from the previous iteration."""
+        if state.widths is not None:
+            return MemoryDrafter(self.init)
         shared = self.rule == "shared-noise" and self.temperature > 0
         return JacobiDrafter(self.init, shared_guesses(state) if shared else None)

@@ -6,7 +6,9 @@ SpecTr (arXiv:2310.15141) and EAGLE (arXiv:2401.15077) for trees.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
 
 from vargen.outputs import Guarantee
@@ -23,8 +25,11 @@ from vargen.samplers.base import MAX_DRAFTS, Run
 from vargen.samplers.drafters.base import check_drafter
 from vargen.samplers.drafters.chain import ChainDrafter
 from vargen.samplers.registry import RULES, find_drafter
+from vargen.samplers.window.controller import AutoController, ByDepth, WidthController
 from vargen.samplers.window.decoder import WindowInputs, WindowState
+from vargen.samplers.window.layout import SlotLayout
 from vargen.samplers.window.trees import MAX_NODES, TreeSampler
+from vargen.samplers.window.widths import Widths, check_rule, open_widths, read_widths, widest
 from vargen.validation.checks import check_choice, check_integer, check_number
 
 
@@ -51,7 +56,9 @@ class SpeculativeSampler(TreeSampler):
         tree: ``"chain"``, one proposal a slot; ``"siblings"``, proposals for one slot; ``"dynamic"``, the likeliest paths
             under the drafter (EAGLE-2); or one of the published shapes ``"naive_extend_57"``, ``"mc_sim_7b_63"``,
             ``"mc_sim_7b_63_balanced"``, ``"reverse_balanced_25"``, ``"medusa_2_7b_63"``.
-        num_draft_tokens: codes proposed for one forward pass of the target; published shapes have their own number.
+        num_draft_tokens: codes proposed for one forward pass of the target; published shapes have their own number. For
+            chains under "shared-noise" also ``"auto"``, a list (``stats.widths``, each less 1) or a controller, as ``window``
+            of ``SpeculativeJacobiSampler``.
         depth: longest path of a dynamic tree.
         branching: children of a node of a dynamic tree.
         proposal: how siblings are chosen: drawn ``"without_replacement"``, drawn ``"with_replacement"``, or ``"top"``,
@@ -63,7 +70,7 @@ class SpeculativeSampler(TreeSampler):
     guarantee: ClassVar[Guarantee] = _Guarantee()  # type: ignore[assignment]
 
     rule: str = "shared-noise"
-    num_draft_tokens: int = 4
+    num_draft_tokens: int | str | Sequence[int] | WidthController = 4
     typical_epsilon: float = 0.09
     typical_alpha: float = 0.3
 
@@ -71,8 +78,7 @@ class SpeculativeSampler(TreeSampler):
         """Check every setting and how they go together."""
         check_choice("rule", self.rule, RULES)
         super().check()
-        most = None if self.fits_window else MAX_DRAFTS if self.tree == "chain" else MAX_NODES - 1
-        check_integer("num_draft_tokens", self.num_draft_tokens, low=1, high=most)  # a window ends with the image
+        self._check_number()
         check_number("typical_epsilon", self.typical_epsilon, low=0.0, high=1.0, open_low=True)
         check_number("typical_alpha", self.typical_alpha, low=0.0, open_low=True)
         if self.rule == "rejection" and self.tree != "chain":
@@ -82,20 +88,31 @@ class SpeculativeSampler(TreeSampler):
         if self.rule == "typical" and self.temperature == 0:
             raise ValueError("rule 'typical' needs a temperature above 0, got 0")
 
+    def _check_number(self) -> None:
+        most = None if self.fits_window else MAX_DRAFTS if self.tree == "chain" else MAX_NODES - 1
+        number = self.num_draft_tokens
+        if isinstance(number, Integral):
+            check_integer("num_draft_tokens", number, low=1, high=most)  # a window ends with the image
+            return
+        object.__setattr__(self, "num_draft_tokens", read_widths("num_draft_tokens", number, low=0))
+        check_rule("num_draft_tokens", self.num_draft_tokens, self.rule)
+        if self.tree != "chain":
+            raise ValueError(f"num_draft_tokens must be a number for trees, got tree={self.tree!r}; take tree='chain'")
+
     @property
     def chain_length(self) -> int:
         """Proposals of a chain."""
-        return self.num_draft_tokens
+        return widest(self.num_draft_tokens, extra=1) - 1
 
     @property
     def num_siblings(self) -> int:
         """Proposals of "siblings"."""
-        return self.num_draft_tokens
+        return self.chain_length
 
     @property
     def most_nodes(self) -> int:
         """Proposals of a dynamic tree and the last permanent code."""
-        return self.num_draft_tokens + 1
+        return self.chain_length + 1
 
     @property
     def chosen_proposal(self) -> str:
@@ -114,12 +131,23 @@ class SpeculativeSampler(TreeSampler):
         """Whether proposals are a window, not a tree: chains of all drafters but those that only fill trees."""
         return self.fits_window and not self.reads_hidden(drafter)
 
+    def make_widths(self, run: Run, layout: SlotLayout) -> Widths | None:
+        """Who chooses, unless the number of drafts is given."""
+        slots, codes = layout.num_slots, int(run.backbone.codebook_size)
+        auto = AutoController(ByDepth())
+        return open_widths("num_draft_tokens", self.num_draft_tokens, auto, run, slots, codes, extra=1)
+
     def begin(self, run: Run, inputs: WindowInputs) -> WindowState:
         """Commit the first code and draft the first proposals."""
         return super().begin(run.with_drafter(find_drafter(run.drafter)), inputs)
 
     def check_proposer(self, backbone: Backbone, drafter: Any) -> None:
         """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
+        if not isinstance(self.num_draft_tokens, int) and self.reads_hidden(drafter):
+            raise ValueError(
+                f"num_draft_tokens must be a number for {type(drafter).__name__}, which fills trees; 'auto', lists and "
+                "controllers are for drafters of chains"
+            )
         if hasattr(drafter, "guess"):
             if not self.fits_window:
                 raise ValueError(
@@ -130,7 +158,7 @@ class SpeculativeSampler(TreeSampler):
             check_drafter(type(self).__name__, backbone, drafter)
         else:
             if self.tree == "chain":
-                check_integer("num_draft_tokens", self.num_draft_tokens, low=1, high=MAX_DRAFTS)
+                check_integer("num_draft_tokens", self.chain_length, low=1, high=MAX_DRAFTS)
             super().check_proposer(backbone, drafter)
 
     def make_rule(self, run: Run, inputs: Any) -> Rule:
@@ -152,4 +180,4 @@ class SpeculativeSampler(TreeSampler):
         if not self.in_window(drafter):
             return super().make_drafter(state, drafter, condition)
         prepared = drafter.prepare(condition, guidance_scale=self.guidance_scale)
-        return ChainDrafter(self, drafter, prepared, state.width)
+        return ChainDrafter(self, drafter, prepared, state.width if state.widths is None else state.widths.most)

@@ -6,7 +6,7 @@ W window, w rows of this iteration, G guidance branches.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from vargen.random import GumbelCache
 from vargen.samplers.state import DecodeState
 from vargen.samplers.window.cuda_graph import Replay
 from vargen.samplers.window.layout import SlotLayout
+from vargen.samplers.window.widths import Widths
 
 
 @dataclass(kw_only=True)
@@ -40,6 +41,8 @@ class WindowState(DecodeState):
     errors: Tensor | None = None  # on a CUDA device: record of bad rows, asked when the host looks anyway
     counter: Tensor | None = None  # [A] int64 num_forwards on the device, where iterations are replayed
     replay: Replay | None = None  # the iteration as a CUDA graph
+    widths: Widths | None = None  # who chooses the width, where it changes
+    used: list[int] = field(default_factory=list)  # slots that each iteration behind the prefill could decide
 
     @property
     def codes(self) -> Tensor:

@@ -118,7 +118,7 @@ class TreeSampler(WindowSampler):
 
     def finish(self, state: WindowState) -> SamplerOutput:
         """Collect codes and statistics; ``stats.extra`` says how many proposals of trees were kept, and why."""
-        if state.drafter.in_tree:
+        if state.drafter is not None and state.drafter.in_tree:
             state.counts.update(state.drafter.summary())
         return super().finish(state)
 

@@ -216,6 +216,7 @@ def merge_stats(parts: Sequence[DecodeStats]) -> DecodeStats:
         commit_trace=_join([part.commit_trace for part in parts]),
         guarantee=max((part.guarantee for part in parts), key=_WEAKEST_LAST.index),
         notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
+        widths=[width for part in parts for width in part.widths],
         extra=extra,
     )
 
