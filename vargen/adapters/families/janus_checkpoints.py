@@ -92,6 +92,8 @@ def load_janus(
 
 
 def _check_settings(settings: Mapping[str, Any], tokens: Mapping[str, int], beside: str | Path | None) -> None:
+    if settings["tie_word_embeddings"]:
+        raise ValueError("tie_word_embeddings must be False: Janus has a text head of its own, which would overwrite the embedding")
     for part in ("text_config", "vision_config"):
         heads, width = settings[part]["num_attention_heads"], settings[part]["hidden_size"]
         if heads is None:
