@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from tests.golden_files import load_file
-from vargen import ImagePipeline, wrap
-from vargen.adapters.families import emu3_layout, janus_layout
+from vargen import wrap
+from vargen.adapters.families import emu3_layout
 from vargen.adapters.families.emu3_checkpoints import load_emu3
 from vargen.adapters.families.janus_checkpoints import load_janus
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
@@ -156,7 +156,9 @@ def test_emu3_logits_are_the_official_ones() -> None:
     packed = backbone.prepare(prompts, guidance_scale=3.0, negative=negative)
     session, first = backbone.open(packed, max_window=layout.length)
     slots = torch.zeros(2, layout.run_length, dtype=torch.int64)
-    slots[:, (layout.forced < 0)[: layout.run_length]] = codes[:, : int((layout.forced < 0)[: layout.run_length].sum())]
+    slots[:, (layout.forced < 0)[: layout.run_length]] = codes[
+        :, : int((layout.forced < 0)[: layout.run_length].sum())
+    ]
     rest = backbone.step(session, slots)
     logits = torch.cat([first.logits, rest.logits], dim=2)[:, :, (layout.forced < 0)[: layout.run_length + 1]]
     expected = torch.stack([io["forced.cond_code_logits"], io["forced.uncond_code_logits"]])

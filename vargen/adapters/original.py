@@ -77,7 +77,9 @@ def find_layout(path: str | Path) -> OriginalLayout:
         ValueError: nothing there, or files of another family, which is named with its loader.
     """
     if not Path(path).exists():
-        raise ValueError(f"no folder or file {path}; download the authors' repository first (hf download REPOSITORY --local-dir DIR)")
+        raise ValueError(
+            f"no folder or file {path}; download the authors' repository first (hf download REPOSITORY --local-dir DIR)"
+        )
     stored = read_config(path).get("model_type")
     if stored in CONVERTED:
         raise ValueError(

@@ -72,4 +72,6 @@ def check_rope(settings: Any, name: str) -> None:
     if not isinstance(settings, Mapping):
         raise ValueError(f"{name} of config.json must be an object, got {shown(settings)}")
     if settings.get("rope_scaling"):
-        raise ValueError(f"{name} scales rotary positions ({shown(settings['rope_scaling'])}); no published model does")
+        raise ValueError(
+            f"{name} scales rotary positions ({shown(settings['rope_scaling'])}); no published model does"
+        )

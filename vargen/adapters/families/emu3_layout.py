@@ -88,7 +88,6 @@ def infer_settings(state_dict: Mapping[str, Tensor], stored: Mapping[str, Any]) 
     }
 
 
-
 def vocabulary_map(stored: Mapping[str, Any], rows: int, codes: int) -> dict[str, int]:
     """Names to ids of everything that an image needs: structural tokens by the config, codes as the last rows.
 
@@ -105,7 +104,9 @@ def vocabulary_map(stored: Mapping[str, Any], rows: int, codes: int) -> dict[str
     for text, token in names.items():
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < first:
             field = TOKENS[text][0]
-            raise ValueError(f"{field} must be in 0..{first - 1}, before the {codes} codes, got {token!r}; see config.json")
+            raise ValueError(
+                f"{field} must be in 0..{first - 1}, before the {codes} codes, got {token!r}; see config.json"
+            )
     return names | {CODE.format(code): first + code for code in range(codes)}
 
 

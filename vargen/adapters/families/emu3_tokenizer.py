@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,9 @@ def check_vocabulary(processor: Any, names: dict[str, int], folder: str | Path) 
     for name in (*TOKENS, codes[0], codes[-1]):
         if words.convert_tokens_to_ids(name) != names[name]:
             found = words.convert_tokens_to_ids(name)
-            raise ValueError(f"{folder}: {name} is token {found} of {PIECES} and {names[name]} of the model; is it its own?")
+            raise ValueError(
+                f"{folder}: {name} is token {found} of {PIECES} and {names[name]} of the model; is it its own?"
+            )
 
 
 def read_vocabulary(folder: Path) -> Any:
@@ -83,7 +86,9 @@ def read_vocabulary(folder: Path) -> Any:
     letters = _byte_letters()
     text = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
     pairs = [_parts(piece, ranks) for piece in ranks if len(piece) > 1]
-    words = Tokenizer(models.BPE({text[piece]: rank for piece, rank in ranks.items()}, [(text[a], text[b]) for a, b in pairs]))
+    words = Tokenizer(
+        models.BPE({text[piece]: rank for piece, rank in ranks.items()}, [(text[a], text[b]) for a, b in pairs])
+    )
     words.normalizer = normalizers.NFC()
     pieces = pre_tokenizers.Split(Regex(PATTERN), "isolated")
     words.pre_tokenizer = pre_tokenizers.Sequence([pieces, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -110,7 +115,9 @@ def read_pieces(file: Path) -> dict[bytes, int]:
         except (binascii.Error, ValueError):
             found = b""
         if not 0 < len(found) <= MAX_PIECE or rank != str(number) or found in ranks or number >= MAX_PIECES:
-            raise ValueError(f"{file}: line {number + 1} must be a new piece in base64 and {number}, got {shown(line)}")
+            raise ValueError(
+                f"{file}: line {number + 1} must be a new piece in base64 and {number}, got {shown(line)}"
+            )
         ranks[found] = number
     missing = next((byte for byte in range(256) if bytes([byte]) not in ranks), None)
     if missing is not None:
@@ -122,13 +129,15 @@ def _parts(piece: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
     """The two pieces that were merged into this one: what is left when all merges before it are done."""
     parts = [bytes([byte]) for byte in piece]
     while len(parts) > 2:
-        found = [(ranks.get(a + b, MAX_PIECES), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False))]
+        found = [(ranks.get(a + b, MAX_PIECES), i) for i, (a, b) in enumerate(pairwise(parts))]
         rank, i = min(found)
         if rank >= ranks[piece]:
             break
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     if len(parts) != 2:
-        raise ValueError(f"{PIECES}: the piece of rank {ranks[piece]} is not made of two earlier ones; download it again")
+        raise ValueError(
+            f"{PIECES}: the piece of rank {ranks[piece]} is not made of two earlier ones; download it again"
+        )
     return parts[0], parts[1]
 
 

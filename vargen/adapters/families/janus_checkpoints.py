@@ -93,7 +93,9 @@ def load_janus(
 
 def _check_settings(settings: Mapping[str, Any], tokens: Mapping[str, int], beside: str | Path | None) -> None:
     if settings["tie_word_embeddings"]:
-        raise ValueError("tie_word_embeddings must be False: Janus has a text head of its own, which would overwrite the embedding")
+        raise ValueError(
+            "tie_word_embeddings must be False: Janus has a text head of its own, which would overwrite the embedding"
+        )
     for part in ("text_config", "vision_config"):
         heads, width = settings[part]["num_attention_heads"], settings[part]["hidden_size"]
         if heads is None:
@@ -113,7 +115,9 @@ def _check_settings(settings: Mapping[str, Any], tokens: Mapping[str, int], besi
     rows = settings["text_config"]["vocab_size"]
     for name, token in tokens.items():
         if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < rows:
-            raise ValueError(f"the token id of {name} must be in 0..{rows - 1}, the rows of the embedding, got {token}")
+            raise ValueError(
+                f"the token id of {name} must be in 0..{rows - 1}, the rows of the embedding, got {token}"
+            )
 
 
 def _set_generation(model: Any, tokens: Mapping[str, int]) -> None:

@@ -18,7 +18,8 @@ from vargen.checkpoints.bounds import count_layers, read_shape
 from vargen.checkpoints.reader import CheckpointError
 from vargen.tokenizers.vq.checkpoints import infer_config
 
-IGNORED = ("gen_vision_model.quantize.codebook_used", "vision_model.vision_tower.attn_pool.*")  # read by nothing
+STATISTIC = "gen_vision_model.quantize.codebook_used"  # codes that were used last in training
+IGNORED = (STATISTIC, "vision_model.vision_tower.attn_pool.*")  # read by nothing
 VISION, VQ = "vision_model.vision_tower.", "gen_vision_model."
 # (authors, transformers); what begins a name
 PARTS = (
