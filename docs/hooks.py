@@ -175,7 +175,7 @@ def families() -> tuple[list[list[str]], str]:
     import vargen
     from vargen.checkpoints.families import known_families
 
-    found = [family for family in known_families() if family.loader in vargen.__all__]
+    found = [family for family in known_families() if family.loader.split(".")[0] in vargen.__all__]
     return [["checkpoint", "loads as"], *([family.title, f"`{family.loader}`"] for family in found)], ""
 
 

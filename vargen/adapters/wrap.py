@@ -78,15 +78,18 @@ class PromptConditioner:
 
     Args:
         backbone: from ``wrap``, with a processor.
+        unreadable: what to say of texts where there is no processor.
     """
 
-    def __init__(self, backbone: TransformersBackbone) -> None:
-        self.backbone = backbone
+    def __init__(self, backbone: TransformersBackbone, unreadable: str = "") -> None:
+        self.backbone, self.unreadable = backbone, unreadable
 
     def encode(self, prompts: list[str] | None = None, class_labels: Any = None) -> PromptIds:
         """Tokenise prompts; these models know no class labels."""
         if prompts is None:
             raise ValueError("this pipeline reads prompts, not class_labels")
+        if self.backbone.processor is None and self.unreadable:
+            raise ValueError(self.unreadable)
         return self.backbone.encode(prompts)
 
     def save_pretrained(self, save_directory: Any, **_: Any) -> None:
@@ -94,9 +97,16 @@ class PromptConditioner:
         raise ValueError("save the model and the processor with their own save_pretrained(folder)")
 
 
-def pipeline_components(model: nn.Module, processor: Any, sampler: Any, options: dict[str, Any]) -> dict[str, Any]:
-    """Components of ``ImagePipeline.from_transformers``."""
-    if processor is None:
+def pipeline_components(
+    model: nn.Module, processor: Any, sampler: Any, options: dict[str, Any], *, unreadable: str = ""
+) -> dict[str, Any]:
+    """Components of ``ImagePipeline.from_transformers``.
+
+    Args:
+        model, processor, sampler, options: as there.
+        unreadable: allow that there is no processor, and say this of prompts.
+    """
+    if processor is None and not unreadable:
         raise ValueError("a pipeline reads prompts, so it needs the model's processor")
     backbone = wrap(model, processor, **options)
     if sampler is None:
@@ -105,7 +115,7 @@ def pipeline_components(model: nn.Module, processor: Any, sampler: Any, options:
         "tokenizer": backbone.pixels(),
         "backbone": backbone,
         "sampler": sampler,
-        "conditioner": PromptConditioner(backbone),
+        "conditioner": PromptConditioner(backbone, unreadable),
     }
 
 

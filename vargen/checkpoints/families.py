@@ -5,7 +5,7 @@ Used for error messages and by ``verify_checkpoint``; nothing is loaded here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -19,6 +19,23 @@ class Family:
     loader: str  # what reads such a file
     all_of: tuple[str, ...]
     none_of: tuple[str, ...] = ()
+    rows: tuple[str, int] | None = None  # a tensor and its first axis, where the keys are those of other families too
+
+    def has_keys(self, names: Collection[str]) -> bool:
+        """Whether the keys are those of this layout."""
+
+        def occurs(pattern: str) -> bool:
+            return any(fnmatchcase(name, pattern) for name in names)
+
+        return all(occurs(p) for p in self.all_of) and not any(occurs(p) for p in self.none_of)
+
+    def has_rows(self, state_dict: Iterable[str]) -> bool:
+        """Whether the sizes are those of this layout; names alone do not tell them."""
+        if self.rows is None:
+            return True
+        name, count = self.rows
+        tensor = state_dict.get(name) if isinstance(state_dict, Mapping) else None
+        return tuple(getattr(tensor, "shape", ()))[:1] == (count,)
 
 
 _GPT = ("tok_embeddings.weight", "layers.*.attention.wqkv.weight")
@@ -62,6 +79,12 @@ _families: list[Family] = [
     Family(
         "llamagen-vq", "LlamaGen VQ tokenizer", "VQTokenizer", ("quantize.embedding.weight", "*decoder.conv_blocks.*")
     ),
+    Family(
+        "emu3-vision-tokenizer",
+        "Emu3 vision tokenizer",
+        "the vision_tokenizer of ImagePipeline.from_original",
+        ("quantize.embedding.weight", "decoder.up.*.block.*.norm1.conv_y.weight"),
+    ),
     Family("taming-vqgan", "taming VQGAN", "VQTokenizer", ("quantize.embedding.weight", "decoder.up.*")),
     Family("taming-gumbel", "taming Gumbel VQGAN", _NO, ("quantize.embed.weight", "decoder.up.*")),
     Family(
@@ -75,6 +98,19 @@ _families: list[Family] = [
     ),
     Family("patchgan", "PatchGAN discriminator", _NO, ("main.0.weight", "main.11.weight")),
     Family("janus", "Janus model", "vargen.wrap", ("*generation_head.*",)),
+    Family(
+        "janus-original",
+        "Janus model in its authors' layout",
+        "ImagePipeline.from_original",
+        ("gen_embed.weight", "gen_vision_model.*", "language_model.model.layers.*"),
+    ),
+    Family(
+        "emu3-original",
+        "Emu3 model in its authors' layout",
+        "ImagePipeline.from_original",
+        ("model.layers.*.self_attn.q_proj.weight", "model.embed_tokens.weight"),
+        rows=("model.embed_tokens.weight", 184_622),
+    ),
     Family("hf-llama", "Hugging Face language model", "vargen.wrap", ("*layers.*.self_attn.q_proj.weight",)),
 ]
 
@@ -108,17 +144,11 @@ def get_family(name: str) -> Family:
 
 
 def guess_family(keys: Iterable[str]) -> Family | None:
-    """Return the family whose key patterns fit, or ``None``.
+    """Return the family whose key patterns fit, or ``None``; a mapping's shapes are looked at where keys cannot tell.
 
     >>> guess_family(["tok_embeddings.weight", "layers.0.attention.wqkv.weight", "medusa_output.weight"]).name
     'nar'
     """
     names = list(keys)
-
-    def occurs(pattern: str) -> bool:
-        return any(fnmatchcase(name, pattern) for name in names)
-
-    for family in _families:
-        if all(occurs(p) for p in family.all_of) and not any(occurs(p) for p in family.none_of):
-            return family
-    return None
+    fits = (family for family in _families if family.has_keys(names) and family.has_rows(keys))
+    return next(fits, None)

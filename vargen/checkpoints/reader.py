@@ -26,7 +26,7 @@ from vargen.checkpoints.bounds import (
     check_tensors,
 )
 from vargen.checkpoints.families import get_family, guess_family
-from vargen.checkpoints.files import read_checkpoint_file
+from vargen.checkpoints.folders import read_checkpoint
 from vargen.validation.reading import local_path
 
 __all__ = [
@@ -53,7 +53,8 @@ def load_original(checkpoint: str | Path | Mapping[str, Any], *, key: str | None
     request (``key="ema"``). The prefixes ``module.`` and ``_orig_mod.`` are removed where every key has them.
 
     Args:
-        checkpoint: safetensors or torch file, or a mapping that was loaded already.
+        checkpoint: safetensors or torch file, a folder with one or with shards and their index, or a mapping that was
+            loaded already.
         key: entry of the container to take, dotted for nested ones (``"trainer.vae_local"``).
 
     Returns:
@@ -68,7 +69,7 @@ def load_original(checkpoint: str | Path | Mapping[str, Any], *, key: str | None
         name, content, size = "the state dict", checkpoint, None
     elif isinstance(checkpoint, str | Path):
         name = str(checkpoint)
-        content, size = read_checkpoint_file(local_path(checkpoint))
+        content, size = read_checkpoint(local_path(checkpoint))
     else:
         raise CheckpointError(f"a checkpoint is a path or a state dict, got a {type(checkpoint).__name__}")
     if key is not None:
@@ -144,19 +145,26 @@ def check_family(state_dict: Mapping[str, Any], family: str | Collection[str]) -
 
 
 def check_fit(
-    module: nn.Module,
+    module: nn.Module | Mapping[str, Tensor],
     state_dict: Mapping[str, Tensor],
     *,
     family: str | Collection[str] | None = None,
     ignore: Collection[str] = (),
+    title: str = "the model",
 ) -> dict[str, Tensor]:
     """Compare a state dict with what a module holds; arguments and errors as in ``load_strict``.
+
+    Args:
+        module: or what its state dict would be in the file's own names; ``title`` then says in errors what it is.
 
     Returns:
         What is not ignored.
     """
     given = {k: v for k, v in state_dict.items() if not any(fnmatchcase(k, p) for p in ignore)}
-    expected, title = module.state_dict(), type(module).__name__
+    if isinstance(module, Mapping):
+        expected = module
+    else:
+        expected, title = module.state_dict(), type(module).__name__
     missing, extra = expected.keys() - given.keys(), given.keys() - expected.keys()
     if missing or extra:
         if family is not None:

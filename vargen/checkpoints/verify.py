@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor
 
 from vargen.checkpoints.bounds import WEIGHT_DTYPES
-from vargen.checkpoints.families import get_family, guess_family
+from vargen.checkpoints.families import get_family
+from vargen.checkpoints.folders import family_of
 from vargen.checkpoints.manifests.base import Builder, Manifest, VerifyReport
 from vargen.checkpoints.reader import CheckpointError, load_original
 from vargen.files import atomic_dir
@@ -46,6 +47,9 @@ _builders: dict[str, Builder] = {
     "var-vqvae": _later("tokenizers", "multiscale_manifest"),
     "kl-autoencoder": _later("tokenizers", "kl_manifest"),
     "nbp-tokenizer": _later("tokenizers", "video_fsq_manifest"),
+    "janus-original": _later("wrapped", "janus_manifest"),
+    "emu3-original": _later("wrapped", "emu3_manifest"),
+    "emu3-vision-tokenizer": _later("wrapped", "emu3_vq_manifest"),
 }
 
 
@@ -64,7 +68,7 @@ def verify_checkpoint(path: str | Path | Mapping[str, Any], *, key: str | None =
     """Compare a checkpoint with the published manifest of its family and size.
 
     Args:
-        path: checkpoint file, or a state dict.
+        path: checkpoint file, a folder with one or with shards, or a state dict.
         key: entry of a training container, as in ``load_original``.
 
     Returns:
@@ -74,7 +78,7 @@ def verify_checkpoint(path: str | Path | Mapping[str, Any], *, key: str | None =
         CheckpointError: the file cannot be read.
     """
     state_dict = load_original(path, key=key)
-    family = guess_family(state_dict)
+    family = family_of(path, state_dict)
     dtypes: dict[str, int] = {}
     for tensor in state_dict.values():
         name = str(tensor.dtype).removeprefix("torch.")
@@ -133,8 +137,10 @@ def convert_checkpoint(
 ) -> Path:
     """Convert a published checkpoint into a folder for ``from_pretrained``.
 
+    Janus and Emu3 become folders of transformers, processor included: load them with its classes.
+
     Args:
-        path: official checkpoint file.
+        path: official checkpoint file, or a folder with one or with shards.
         out_dir: folder to write.
         key: entry of a training container, as in ``load_original``.
         overwrite: allow replacing files of an existing folder.
@@ -147,11 +153,17 @@ def convert_checkpoint(
         ValueError: unreadable or unknown checkpoint, no loader for its family, existing folder.
     """
     import vargen
+    from vargen.adapters.original import LAYOUTS
 
     state_dict = load_original(path, key=key)
-    family = guess_family(state_dict)
+    family = family_of(path, state_dict)
     if family is None:
         raise CheckpointError(f"cannot convert {path}: no known family has its keys")
+    if family.name in LAYOUTS:
+        if key is not None:
+            raise CheckpointError(f"a {family.title} is not read from a container; leave out the entry {key!r}")
+        _convert_wrapped(path, out_dir, overwrite, config)
+        return Path(out_dir)
     if family.loader not in vargen.__all__:
         raise CheckpointError(f"cannot convert {path}: it looks like a {family.title} ({family.loader})")
     loader = getattr(vargen, family.loader)  # a class, or the function that fills another library's class
@@ -159,3 +171,14 @@ def convert_checkpoint(
     with atomic_dir(out_dir, overwrite=overwrite) as folder:
         model.save_pretrained(folder)
     return local_path(out_dir)
+
+
+def _convert_wrapped(path: str | Path, out_dir: str | Path, overwrite: bool, config: dict[str, Any]) -> None:
+    """A model of transformers with its processor, where there is a vocabulary."""
+    from vargen.adapters.original import load_original_model
+
+    model, processor, _ = load_original_model(path, config)
+    with atomic_dir(out_dir, overwrite=overwrite) as folder:
+        for part in (model, processor):
+            if part is not None:
+                part.save_pretrained(folder)

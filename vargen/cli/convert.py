@@ -12,7 +12,9 @@ from vargen.cli import _common
 
 @_common.one_line_errors
 def convert(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file in the official layout.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="Checkpoint file, or folder, in the official layout.")
+    ],
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write.")],
     tokenizer: Annotated[
         Path | None, typer.Option(help="Tokenizer checkpoint: writes a whole pipeline instead of one model.")
@@ -31,6 +33,7 @@ def convert(
     Examples:
       vargen convert vq_ds16_c2i.pt vq16
       vargen convert c2i_B_256.pt llamagen-b --tokenizer vq_ds16_c2i.pt --grid-size 16
+      vargen convert Emu3-Gen emu3-hf --tokenizer Emu3-VisionTokenizer
       vargen generate -m llamagen-b --class-label 207 -g 4 --top-k 2000
     """
     config = _common.read_settings(settings or [])
@@ -39,6 +42,8 @@ def convert(
     if grid_size is not None:
         config["grid_size"] = _common.read_size(grid_size, "--grid-size")
     _common.check_output(folder, overwrite=overwrite, folder=True)
+    if tokenizer is not None and _is_emu3(checkpoint):
+        config["vision_tokenizer"], tokenizer = str(tokenizer), None
     if tokenizer is None:
         from vargen.checkpoints.verify import convert_checkpoint
 
@@ -46,6 +51,15 @@ def convert(
     else:
         _convert_pipeline(checkpoint, tokenizer, folder, key, overwrite, config)
     _common.say(f"written to {folder}")
+
+
+def _is_emu3(checkpoint: Path) -> bool:
+    """Whether the tokenizer belongs into the model itself."""
+    from vargen.checkpoints.folders import family_of
+    from vargen.checkpoints.reader import load_original
+
+    family = family_of(checkpoint, load_original(checkpoint))
+    return family is not None and family.name == "emu3-original"
 
 
 def _convert_pipeline(

@@ -79,6 +79,6 @@ def _families() -> Any:
     title = "published checkpoints (vargen convert CKPT DIR)"
     table = Table("family", "loads as", title=title, title_justify="left")
     for family in known_families():
-        if family.loader in vargen.__all__:
+        if family.loader.split(".")[0] in vargen.__all__:
             table.add_row(*map(_common.cell, (family.title, family.loader)))
     return table

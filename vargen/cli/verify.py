@@ -14,7 +14,9 @@ _SHOWN = 3  # names listed of each kind of difference; the rest is counted
 
 @_common.one_line_errors
 def verify(
-    checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="Checkpoint file in the official layout.")],
+    checkpoint: Annotated[
+        Path, typer.Argument(metavar="CKPT", help="Checkpoint file, or folder, in the official layout.")
+    ],
     key: Annotated[str | None, typer.Option(help="Entry of a training container, such as ema.")] = None,
 ) -> None:
     """Check a checkpoint: family, size, every key and shape, parameter count, NaN. Never runs code from the file.
@@ -24,6 +26,7 @@ def verify(
     \b
     Examples:
       vargen verify c2i_B_256.pt
+      vargen verify Janus-Pro-1B
       vargen verify vq_ds16_c2i.pt --key ema
     """
     from rich.console import Console

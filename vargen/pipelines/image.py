@@ -270,6 +270,33 @@ class ImagePipeline(DiffusionPipeline):
 
         return cls(**pipeline_components(model, processor, sampler, options))
 
+    @classmethod
+    def from_original(cls, path: str | PathLike[str], *, sampler: Sampler | None = None, **options: Any) -> Self:
+        """Make a pipeline of Janus, Janus-Pro or Emu3 as their authors publish them; nothing of theirs is run.
+
+        The components are those of ``from_transformers``: the model is transformers' own class around the tensors of the
+        files, the processor is made of the vocabulary beside them. Without one, prompts are token ids.
+
+        Args:
+            path: a local folder (weights in shards with an index or in one file, ``config.json``, vocabulary), or one file.
+            sampler: as in ``from_transformers``.
+            options: ``dtype`` (default that of the file), ``device_map`` and other options of loading in transformers; of
+                Janus ``roles`` (``("User", "Assistant")`` for Janus-1.3B) and ``token_ids``; of Emu3
+                ``vision_tokenizer``, the folder of ``BAAI/Emu3-VisionTokenizer``; ``config``, for what neither shapes nor
+                ``config.json`` tell; of the adapter, such as ``grid_size=(h, w)`` in codes.
+
+        Raises:
+            CheckpointError: a ``ValueError``: missing or extra keys, other shapes, another family, pickled code.
+            ValueError: no such file, unknown options, settings that nothing tells.
+
+        Example:
+            >>> pipe = ImagePipeline.from_original("Janus-Pro-1B", dtype=torch.bfloat16)  # doctest: +SKIP
+            >>> pipe("a red fox in the snow", seed=0).images[0]  # doctest: +SKIP
+        """
+        from vargen.adapters.original import original_components  # transformers is needed here only
+
+        return cls(**original_components(Path(path), sampler, options))
+
     @property
     def model_cpu_offload_seq(self) -> str:  # type: ignore[override]
         """The order in which ``enable_model_cpu_offload`` has one model after the other on the device.

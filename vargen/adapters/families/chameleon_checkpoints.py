@@ -15,11 +15,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from vargen.adapters.families.building import build
 from vargen.checkpoints.bounds import count_layers, read_shape
-from vargen.checkpoints.reader import CheckpointError, load_original, load_strict
+from vargen.checkpoints.reader import CheckpointError, load_original
 from vargen.validation.folders import REFUSED_SETTINGS, read_settings
 
 Source = str | Path | Mapping[str, Tensor]
@@ -65,7 +65,7 @@ def load_meta_chameleon(
     Raises:
         CheckpointError: keys or shapes that do not fit.
     """
-    from transformers import ChameleonConfig
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
     loaded = load_original(checkpoint)
     if "layers.0.attention.wq.weight" not in loaded or "layers.0.attention.q_normalization.weight" not in loaded:
@@ -86,7 +86,7 @@ def load_meta_chameleon(
     names = _vocabulary(vocabulary)
     built = ChameleonConfig(**(sizes | {"vocabulary_map": names} | dict(config or {})))
     state = meta_to_transformers(loaded, head_dim)
-    return _build(built, state | _image_tokenizer(vqgan), options)
+    return build(ChameleonForConditionalGeneration, built, state | _image_tokenizer(vqgan), options)
 
 
 def meta_to_transformers(loaded: Mapping[str, Tensor], head_dim: int) -> dict[str, Tensor]:
@@ -125,7 +125,7 @@ def load_lumina(folder: str | Path, vqgan: Source | None = None, **options: Any)
         ValueError: no ``config.json`` there.
         CheckpointError: keys or shapes that do not fit, or no image tokenizer.
     """
-    from transformers import ChameleonConfig
+    from transformers import ChameleonConfig, ChameleonForConditionalGeneration
 
     path = Path(folder) / "config.json"
     if not path.is_file():
@@ -148,7 +148,7 @@ def load_lumina(folder: str | Path, vqgan: Source | None = None, **options: Any)
         state |= _image_tokenizer(vqgan)
     elif not any(key.startswith("model.vqmodel.") for key in state):
         raise CheckpointError(f"{folder} holds no image tokenizer (model.vqmodel.*); give vqgan='vqgan.ckpt'")
-    return _build(config, state, options)
+    return build(ChameleonForConditionalGeneration, config, state, options)
 
 
 def _image_tokenizer(vqgan: Source) -> dict[str, Tensor]:
@@ -166,13 +166,3 @@ def _vocabulary(source: str | Path | Mapping[str, int]) -> dict[str, int]:
     if new not in names and old in names:
         names[new] = names.pop(old)
     return names
-
-
-def _build(config: Any, state: dict[str, Tensor], options: dict[str, Any]) -> Any:
-    """The model with these weights and no others: ``from_pretrained`` alone would fill gaps with random numbers."""
-    from transformers import ChameleonForConditionalGeneration
-
-    with torch.device("meta"):
-        skeleton = ChameleonForConditionalGeneration(config)
-    load_strict(skeleton, state)
-    return ChameleonForConditionalGeneration.from_pretrained(None, config=config, state_dict=state, **options).eval()

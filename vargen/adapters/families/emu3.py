@@ -111,9 +111,11 @@ class Emu3Backbone(TransformersBackbone):
         options = {"return_for_image_generation": True, "ratio": f"{w}:{h}", "image_area": area}
         return self.processor(text=texts, padding=True, padding_side="left", return_tensors="pt", **options)
 
-    def pixels(self) -> nn.Module:
-        """The model's VQ decoder."""
+    def pixels(self) -> nn.Module | None:
+        """The model's VQ decoder; None where the authors' files were loaded without it."""
         vq = self.model.model.vqmodel
+        if vq is None:
+            return None
         return PixelDecoder(vq, self.codebook_size, 2 ** (len(vq.config.channel_multiplier) - 1))
 
 

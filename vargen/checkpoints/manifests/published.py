@@ -75,4 +75,7 @@ PARAMETERS: dict[str, dict[Any, int]] = {
     "var-vqvae": {"vae_ch160v4096z32": 108_948_355},
     "kl-autoencoder": {"kl16": 66_456_019},
     "nbp-tokenizer": {"MAGVIT-v2": 370_372_105},
+    "janus-original": {"1.3B": 2_089_232_011, "7B": 7_420_368_523},  # the former Janus-Pro-1B too
+    "emu3-original": {"8B": 8_492_011_520},  # without the vision tokenizer
+    "emu3-vision-tokenizer": {"Emu3-VisionTokenizer": 270_740_287},
 }
