@@ -5,9 +5,10 @@ Used for error messages and by ``verify_checkpoint``; nothing is loaded here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Family:
     loader: str  # what reads such a file
     all_of: tuple[str, ...]
     none_of: tuple[str, ...] = ()
+    rows: tuple[str, int] | None = None  # a table and its length, where names alone do not tell; needs the tensors
 
 
 _GPT = ("tok_embeddings.weight", "layers.*.attention.wqkv.weight")
@@ -48,6 +50,7 @@ _families: list[Family] = [
     Family("var", "VAR transformer", "VARTransformer", ("pos_1LC", "lvl_embed.weight")),
     Family("mar", "MAR transformer", "MARTransformer", ("diffloss.net.*", "z_proj.weight")),
     Family("xar", "xAR transformer", "XARTransformer", ("encoder_blocks.*", "decoder_blocks.*", "pred.weight")),
+    Family("ibq-ar", "IBQ transformer", _NO, ("transformer.tok_emb.weight", "transformer.class_emb.*")),
     Family("nbp", "NBP video transformer", "NBPTransformer", ("transformer.tok_emb.weight",)),
     Family(
         "nbp-tokenizer",
@@ -62,6 +65,8 @@ _families: list[Family] = [
     Family(
         "llamagen-vq", "LlamaGen VQ tokenizer", "VQTokenizer", ("quantize.embedding.weight", "*decoder.conv_blocks.*")
     ),
+    Family("ibq-tokenizer", "IBQ tokenizer", _NO, ("quantize.embedding.weight", "decoder.up.*", "model_ema.decay")),
+    Family("emu3-tokenizer", "Emu3 tokenizer", "transformers' Emu3VQVAE", ("decoder.up.*", "*.time_res_stack.*")),
     Family("taming-vqgan", "taming VQGAN", "VQTokenizer", ("quantize.embedding.weight", "decoder.up.*")),
     Family("taming-gumbel", "taming Gumbel VQGAN", _NO, ("quantize.embed.weight", "decoder.up.*")),
     Family(
@@ -74,7 +79,21 @@ _families: list[Family] = [
         "diffusers-kl", "diffusers AutoencoderKL", "diffusers.AutoencoderKL", ("decoder.up_blocks.*",), ("quantize.*",)
     ),
     Family("patchgan", "PatchGAN discriminator", _NO, ("main.0.weight", "main.11.weight")),
+    Family(
+        "janus-original",
+        "Janus model in its authors' layout",
+        "take its copy for transformers, then vargen.wrap",
+        ("gen_head.*", "gen_aligner.*", "language_model.*"),
+    ),
     Family("janus", "Janus model", "vargen.wrap", ("*generation_head.*",)),
+    Family("emu3", "Emu3 model", "vargen.wrap", ("*text_model.layers.*.self_attn.q_proj.weight", "*vqmodel.*")),
+    Family(
+        "emu3-original",
+        "Emu3 model in its authors' layout",
+        "take its copy for transformers, then vargen.wrap",
+        ("model.layers.*.self_attn.q_proj.weight", "lm_head.weight"),
+        rows=("model.embed_tokens.weight", 184622),
+    ),
     Family("hf-llama", "Hugging Face language model", "vargen.wrap", ("*layers.*.self_attn.q_proj.weight",)),
 ]
 
@@ -107,8 +126,16 @@ def get_family(name: str) -> Family:
     raise ValueError(f"unknown family {name!r}; known: {', '.join(f.name for f in _families)}")
 
 
+def _has_rows(keys: Any, family: Family) -> bool:
+    if family.rows is None:
+        return True
+    name, length = family.rows
+    shape = getattr(keys.get(name), "shape", ()) if isinstance(keys, Mapping) else ()
+    return len(shape) > 0 and int(shape[0]) == length
+
+
 def guess_family(keys: Iterable[str]) -> Family | None:
-    """Return the family whose key patterns fit, or ``None``.
+    """Return the family whose key patterns fit, or ``None``; of a state dict some are told by the length of a table.
 
     >>> guess_family(["tok_embeddings.weight", "layers.0.attention.wqkv.weight", "medusa_output.weight"]).name
     'nar'
@@ -119,6 +146,10 @@ def guess_family(keys: Iterable[str]) -> Family | None:
         return any(fnmatchcase(name, pattern) for name in names)
 
     for family in _families:
-        if all(occurs(p) for p in family.all_of) and not any(occurs(p) for p in family.none_of):
+        if (
+            all(occurs(p) for p in family.all_of)
+            and not any(occurs(p) for p in family.none_of)
+            and _has_rows(keys, family)
+        ):
             return family
     return None

@@ -23,9 +23,11 @@ from safetensors import safe_open
 
 from vargen.checkpoints.bounds import MAX_BYTES, MAX_TENSORS, CheckpointError
 from vargen.checkpoints.pickles import INERT_NAMES, MAX_PICKLE, PickleScan
+from vargen.validation.folders import check_shards, read_settings
 
 MAX_DIRECTORY = 2**23  # bytes of a zip's directory: 2^16 entries and more
 _SUFFIXES = (".safetensors", ".pt", ".pth", ".ckpt", ".bin")
+INDEX = ".index.json"  # ending of the index of a sharded checkpoint
 _PICKLES = 5  # of a file from before torch 1.6: magic number, version, system, content, keys of the numbers
 _CUT = re.compile(
     "central directory|not a zip file|unexpected EOF|truncat|file size|exhausted|only .* remain|incomplete"
@@ -41,7 +43,7 @@ _ALLOWED: list[Any] = [argparse.Namespace, *((_Inert, name) for name in INERT_NA
 
 
 def read_checkpoint_file(path: Path) -> tuple[Mapping[str, Any], int]:
-    """Read a safetensors or torch file, or the only one of a folder.
+    """Read a safetensors or torch file, or the only one of a folder; of a sharded one the index names the files.
 
     Returns:
         The content, and the bytes of the file.
@@ -51,6 +53,8 @@ def read_checkpoint_file(path: Path) -> tuple[Mapping[str, Any], int]:
     """
     try:
         path = _only_file(path)
+        if path.name.endswith(INDEX):
+            return _read_shards(path)
         with path.open("rb") as file:
             head, size = file.read(tarfile.BLOCKSIZE), os.fstat(file.fileno()).st_size
     except OSError as error:
@@ -66,13 +70,39 @@ def read_checkpoint_file(path: Path) -> tuple[Mapping[str, Any], int]:
 
 def _only_file(path: Path) -> Path:
     if path.is_dir():
-        found = sorted(p for p in path.iterdir() if p.suffix in _SUFFIXES)
+        found = sorted(p for p in path.iterdir() if p.name.endswith(INDEX)) or sorted(
+            p for p in path.iterdir() if p.suffix in _SUFFIXES
+        )
         if len(found) != 1:
             raise CheckpointError(f"{path} is a folder with {len(found)} checkpoint files; name one of them")
         path = found[0]
     if not path.is_file():
         raise CheckpointError(f"no checkpoint file {path}")
     return path
+
+
+def _read_shards(index: Path) -> tuple[dict[str, Any], int]:
+    """The tensors of all files that an index names, and the bytes of these files."""
+    try:
+        listed = read_settings(index)
+        check_shards(index, listed)
+    except ValueError as error:
+        raise CheckpointError(str(error)) from error
+    content: dict[str, Any] = {}
+    total = 0
+    for shard in sorted(set(listed["weight_map"].values())):
+        if not (index.parent / shard).is_file():
+            raise CheckpointError(f"{index} names {shard}, which is not beside it; copy every file of the model")
+        part, size = read_checkpoint_file(index.parent / shard)
+        total += size
+        if total > MAX_BYTES or len(content) + len(part) > MAX_TENSORS:
+            raise CheckpointError(f"{index} holds more than {MAX_BYTES:,} bytes or {MAX_TENSORS:,} tensors")
+        if twice := content.keys() & part.keys():
+            raise CheckpointError(f"{index}: {min(twice)} is in several files")
+        content |= part
+    if missing := listed["weight_map"].keys() - content.keys():
+        raise CheckpointError(f"{index} names {min(missing)}, which none of its files holds; copy them again")
+    return content, total
 
 
 def _describe(head: bytes) -> str:
