@@ -11,6 +11,7 @@ Letters: B images, N code positions, V codes.
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Integral, Real
@@ -38,6 +39,7 @@ from vargen.validation.checks import (
     shown,
 )
 from vargen.validation.folders import Stored
+from vargen.validation.other_words import INSTEAD
 
 GUIDANCE_SCHEDULES = ("constant", "linear")
 MAX_DRAFTS = (
@@ -153,7 +155,9 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
     top_p: float = 1.0
 
     def __new__(cls, *_args: Any, **settings: Any) -> Self:  # noqa: D102
-        check_names(settings, cls.setting_names(), cls.__name__)  # before the constructor, which names no neighbour
+        check_names(
+            settings, cls.setting_names(), cls.__name__, INSTEAD
+        )  # before the constructor, which names no neighbour
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -194,7 +198,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
             >>> NextTokenSampler(top_k=64).replace(temperature=0.9).top_k
             64
         """
-        check_names(overrides, (*self.setting_names(), *old_names(type(self))), type(self).__name__)
+        check_names(overrides, (*self.setting_names(), *old_names(type(self))), type(self).__name__, INSTEAD)
         own = {name: getattr(self, name) for name in self.setting_names()}
         again: Self = type(self)(**(own | renamed(type(self), overrides, whole=False)[1]))
         return again
@@ -220,7 +224,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         ours = same_sampler(named, cls.__name__)
         if ours:  # settings of another sampler may be unknown here, our own may not
             check_names(settings, known, cls.__name__)
-        check_names(overrides, known, cls.__name__)
+        check_names(overrides, known, cls.__name__, INSTEAD)
         given = {name: value for name, value in settings.items() if name in known and (ours or _shared(name, value))}
         unused = {name: value for name, value in settings.items() if name not in given}
         sampler = cls(**(renamed(cls, given, whole=False)[1] | renamed(cls, overrides, whole=False)[1]))
@@ -234,6 +238,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         seeds: Sequence[int] | Tensor | int,
         tokenizer: Tokenizer | None = None,
         drafter: Any = None,
+        negative: ConditionInput | None = None,
         callback: Callback | None = None,
         **inputs: Any,
     ) -> SamplerOutput:
@@ -245,15 +250,16 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
             seeds: B 64-bit integers, one an image; an image depends on its own seed only.
             tokenizer: only for samplers that read the codebook.
             drafter: a small backbone, only for samplers that draft with one.
+            negative: what guidance leads away from instead of the model's empty condition, in the form of ``condition``;
+                needs guidance. A drafter keeps the empty one, which exact rules bear.
             callback: called as ``callback(step, state)`` after every forward pass, prefill included.
             inputs: fields of ``inputs_type``, such as ``forced_codes``.
 
         Returns:
             ``codes [B, N]`` int64 in the backbone's order, the seeds, and statistics of the run.
         """
-        *_, last = self.stream(
-            backbone, condition, seeds=seeds, tokenizer=tokenizer, drafter=drafter, callback=callback, **inputs
-        )
+        given = {"tokenizer": tokenizer, "drafter": drafter, "negative": negative, "callback": callback}
+        *_, last = self.stream(backbone, condition, seeds=seeds, **given, **inputs)
         return self.finish(last)
 
     def stream(
@@ -283,6 +289,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         seeds: Sequence[int] | Tensor | int,
         tokenizer: Tokenizer | None = None,
         drafter: Any = None,
+        negative: ConditionInput | None = None,
         **inputs: Any,
     ) -> Any:
         """Check the arguments (those of ``sample``), run the prefill and return the first state.
@@ -292,7 +299,8 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
         """
         self.check_backbone(backbone)
         check_inputs(inputs, self.inputs_type, type(self).__name__)
-        prepared = self.prepare_condition(backbone, condition, drafter)
+        reader: Any = backbone if negative is None else WithNegative(backbone, negative)
+        prepared = self.prepare_condition(reader, condition, drafter)
         listed = check_seeds(seeds, prepared.batch)
         keys = seed_tensor(listed, backbone.device)
         run = Run(backbone, prepared, condition, listed, keys, tokenizer, drafter)
@@ -345,13 +353,36 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
             raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(self.top_k)} (0 is off)")
 
 
+class WithNegative:
+    """A backbone whose second branch reads a condition of the caller's instead of the model's empty one.
+
+    Raises:
+        ValueError: a model that has one empty condition and takes no other.
+    """
+
+    def __init__(self, backbone: Any, negative: ConditionInput) -> None:
+        if "negative" not in inspect.signature(getattr(backbone, "prepare", object)).parameters:
+            raise ValueError(f"{type(backbone).__name__} takes no negative condition; leave it out")
+        self.backbone, self.negative = backbone, negative
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.backbone, name)
+
+    def prepare(self, condition: Any, *, guidance_scale: Any = 1.0) -> Any:
+        """As the backbone's own."""
+        return self.backbone.prepare(condition, guidance_scale=guidance_scale, negative=self.negative)
+
+
 def check_inputs(given: Iterable[str], kind: type[Inputs], owner: str) -> None:
     """Raise ``ValueError`` for the first input of a call that is no field of ``kind``, naming the nearest one."""
     known = [field.name for field in dataclasses.fields(kind)]
     for name in given:
         if name not in known:
-            near = f"; did you mean {nearest(name, known)!r}? Inputs: {', '.join(known)}" if known else ""
-            raise ValueError(f"{owner} takes no input {shown(name)}{near}")
+            if name in INSTEAD:
+                raise ValueError(f"{owner} takes no input {name!r}: {INSTEAD[name]}")
+            near = f"; did you mean {found!r}?" if (found := nearest(name, known)) else ";" if known else ""
+            inputs = f" Inputs: {', '.join(known)}" if known else ""
+            raise ValueError(f"{owner} takes no input {shown(name)}{near}{inputs}")
 
 
 def _shared(name: str, value: Any) -> bool:

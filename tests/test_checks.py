@@ -366,7 +366,8 @@ def test_checks_return_the_value_or_say_what_is_wrong(value: Any) -> None:
             assert check()
         except ValueError as error:
             assert "\n" not in str(error)  # noqa: PT017 - either outcome is right
-    one_line(lambda: check_names([value], ["size"], "Thing"), "did you mean 'size'") if value != "size" else None
+    one_line(lambda: check_names([value], ["size"], "Thing"), "Thing has no setting") if value != "size" else None
+    one_line(lambda: check_names(["siz"], ["size"], "Thing"), "did you mean 'size'")
 
 
 def test_ends_of_ranges() -> None:

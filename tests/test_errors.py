@@ -114,8 +114,9 @@ CALLS: tuple[tuple[dict[str, Any], tuple[str, ...]], ...] = (
     ({"generator": ["x"]}, ("generator", "torch.Generator", "str")),
     ({"callback_on_step_end": 3}, ("callback_on_step_end", "callable", "int")),
     ({"callback_on_step_end_tensor_inputs": ["latents"]}, ("tensor_inputs", "codes", "latents")),
-    ({"windw": 3}, ("NextTokenSampler", "windw", "did you mean")),
-    ({"num_inference_steps": 3}, ("no setting", "num_inference_steps")),
+    ({"windw": 3}, ("NextTokenSampler", "windw", "Settings: guidance_scale")),
+    ({"temperatur": 3}, ("NextTokenSampler", "temperatur", "did you mean 'temperature'")),
+    ({"num_inference_steps": 3}, ("no setting", "num_inference_steps", "num_steps")),
 )
 
 

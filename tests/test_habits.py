@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import DiffusionPipeline
+from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -22,7 +23,10 @@ import vargen
 from tests.tiny import tiny_backbone, tiny_hero_pipeline, tiny_pipeline, tiny_scale_pipeline
 from vargen.cli.main import app
 from vargen.pipelines.image import ImagePipeline
+from vargen.pipelines.video_frames import save_video
 from vargen.samplers.base import known_samplers
+from vargen.validation.checks import nearest
+from vargen.validation.other_words import INSTEAD
 
 PAGE = Path(__file__).parents[1] / "docs" / "habits.md"
 ROW = re.compile(r"^\| `(?P<code>[^`]+)`[^|]*\| (?P<what>works|error)(?:: `(?P<part>[^`]+)`)?", flags=re.MULTILINE)
@@ -220,6 +224,35 @@ class TestSamplers:
         assert json.loads(sampler.to_json_string())["window"] == 5
 
 
+class TestNegative:
+    """``negative=`` of ``sample``: what guidance leads away from."""
+
+    def test_the_second_branch_reads_it(self) -> None:
+        backbone, sampler = tiny_backbone(), vargen.NextTokenSampler(guidance_scale=3.0)
+        call = {"seeds": [3, 4]}
+        plain = sampler.sample(backbone, torch.tensor([1, 2]), **call).codes
+        away = sampler.sample(backbone, torch.tensor([1, 2]), negative=torch.tensor([5, 6]), **call).codes
+        assert not torch.equal(plain, away)
+        with_itself = sampler.sample(backbone, torch.tensor([1, 2]), negative=torch.tensor([1, 2]), **call).codes
+        unguided = vargen.NextTokenSampler().sample(backbone, torch.tensor([1, 2]), **call).codes
+        assert torch.equal(with_itself, unguided)  # u + s (c - u) where u = c
+        jacobi = vargen.SpeculativeJacobiSampler(guidance_scale=3.0, window=4)
+        assert torch.equal(
+            jacobi.sample(backbone, torch.tensor([1, 2]), negative=torch.tensor([5, 6]), **call).codes, away
+        )
+
+    def test_where_it_means_nothing_it_is_refused(self) -> None:
+        backbone, one = tiny_backbone(), torch.tensor([1])
+        with pytest.raises(ValueError, match="no effect without guidance"):
+            vargen.NextTokenSampler().sample(backbone, one, seeds=[1], negative=one)
+        with pytest.raises(ValueError, match="as many rows"):
+            vargen.NextTokenSampler(guidance_scale=2).sample(backbone, one, seeds=[1], negative=torch.tensor([1, 2]))
+        pipe = tiny_scale_pipeline()
+        call = {"seeds": [1], "tokenizer": pipe.tokenizer, "drafter": pipe.backbone, "negative": one}
+        with pytest.raises(ValueError, match="negative is for one model"):
+            vargen.NextScaleSampler(guidance_scale=2, refine_scale=1).sample(pipe.backbone, one, **call)
+
+
 class TestPaths:
     def test_a_tilde_is_the_home_folder(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv("HOME", str(tmp_path))
@@ -323,3 +356,45 @@ def test_a_grid_of_one_number_is_a_square(given: Any, part: str) -> None:
     assert tiny_backbone(grid_size=np.int64(4)).grid_size == (4, 4)
     with pytest.raises(ValueError, match=part):
         tiny_backbone(grid_size=given)
+
+
+class TestNames:
+    @pytest.mark.parametrize(
+        ("word", "near"),
+        [("tempreature", "temperature"), ("topk", "top_k"), ("windw", "window"), ("window_size", "window"), ("temp", "temperature"),
+         ("Window", "window"), ("height", None), ("foo", None), ("x", None), ("resolution", None), (3, None)],
+    )  # fmt: skip
+    def test_only_near_names_are_suggested(self, word: Any, near: str | None) -> None:
+        assert nearest(word, vargen.SpeculativeJacobiSampler.setting_names()) == near
+
+    def test_what_other_libraries_call_it_is_no_setting_of_ours_where_it_is_explained(self) -> None:
+        for kind in known_samplers():
+            for word in set(INSTEAD) - set(kind.setting_names()):
+                with pytest.raises(ValueError, match=re.escape(INSTEAD[word])) as caught:
+                    kind().replace(**{word: 1})
+                assert "did you mean" not in str(caught.value)
+                assert len(str(caught.value)) < 250
+
+    def test_a_word_of_a_choice_is_suggested_only_if_near(self) -> None:
+        with pytest.raises(ValueError, match="did you mean 'uniform'") as near:
+            vargen.SpeculativeJacobiSampler(init="unifrom")
+        with pytest.raises(ValueError, match="init must be one of") as far:
+            vargen.SpeculativeJacobiSampler(init="xyz")
+        assert "did you mean" in str(near.value)
+        assert "did you mean" not in str(far.value)
+
+
+@pytest.mark.parametrize(
+    ("count", "fps", "whole"), [(17, 60, 28), (17, 50, 34), (5, 8, 62), (30, 100, 30), (3, 7, 43)]
+)
+def test_a_gif_lasts_as_long_as_its_frames(tmp_path: Path, count: int, fps: int, whole: int) -> None:
+    frames = [Image.new("RGB", (8, 8), (9 * index, 0, 255 - 9 * index)) for index in range(count)]
+    save_video(frames, tmp_path / "clip.gif", fps=fps)
+    with Image.open(tmp_path / "clip.gif") as clip:
+        times = []
+        for index in range(clip.n_frames):
+            clip.seek(index)
+            times.append(clip.info["duration"])
+    assert len(times) == count
+    assert sum(times) == 10 * whole
+    assert max(times) - min(times) <= 10

@@ -21,7 +21,7 @@ from vargen.features import Feature
 from vargen.kernels.warp import warp_logits
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel
-from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
+from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler, WithNegative
 from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.scale.editing import check_forced_codes
 from vargen.samplers.scale.state import NextScaleState, ScaleNoise, ScaleTokenizer
@@ -122,6 +122,8 @@ class NextScaleSampler(Sampler):
     def prepare_condition(self, backbone: Any, condition: Any, drafter: Any) -> Any:
         """The condition of the model of the first scales."""
         if self.refine_scale:
+            if isinstance(backbone, WithNegative):
+                raise ValueError("negative is for one model; leave it out, or set refine_scale=None")
             if drafter is None:
                 raise ValueError(f"refine_scale={self.refine_scale} needs a drafter that draws the scales before it")
             self._check_model("drafter", drafter, backbone)

@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 
 from vargen.checkpoints.bounds import count_layers, read_shape
-from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict
+from vargen.checkpoints.reader import CheckpointError, check_family, load_original, load_strict, split_key
 from vargen.tokenizers.settings import LEVELS, UNITS, WIDTH
 from vargen.validation.checks import Check, anything, check_list, check_names, check_number
 
@@ -58,8 +58,9 @@ def load_kl16(checkpoint: str | Path | Mapping[str, Any], **config: Any) -> Auto
     Raises:
         CheckpointError: unreadable file, another family, missing or extra keys, wrong shapes.
     """
+    key, config = split_key(config)
     config = _check_given(config)
-    state_dict = load_original(checkpoint)
+    state_dict = load_original(checkpoint, key=key)
     check_family(state_dict, (FAMILY, "diffusers-kl"))
     if any(".down_blocks." in key for key in state_dict):
         raise CheckpointError("this file has diffusers' layout already; use diffusers.AutoencoderKL.from_pretrained")
@@ -98,6 +99,12 @@ def infer_kl_config(state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
     """
     num_levels = count_layers(state_dict, "encoder.down.")
     widths = [read_shape(state_dict, f"encoder.down.{i}.block.0.conv2.weight", 4)[0] for i in range(num_levels)]
+    first = read_shape(state_dict, "encoder.conv_in.weight", 4)[0]
+    if first != widths[0]:
+        raise CheckpointError(
+            f"the first convolution has {first} channels and the first level {widths[0]} (a first multiplier of "
+            f"{widths[0] / first:g}); diffusers' AutoencoderKL, which this file becomes, has one width for both"
+        )
     down = [f"encoder.down.{i}.attn.0.q.weight" in state_dict for i in range(num_levels)]
     up = [f"decoder.up.{i}.attn.0.q.weight" in state_dict for i in reversed(range(num_levels))]
     sides = {"encoder.conv_in.weight": 1, "decoder.conv_out.weight": 0, "post_quant_conv.weight": 0}

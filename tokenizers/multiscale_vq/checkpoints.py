@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
-from vargen.checkpoints.reader import CheckpointError, build_strict, check_family, load_original
+from vargen.checkpoints.reader import CheckpointError, build_around, check_family, load_original, split_key
 from vargen.tokenizers.vq.checkpoints import infer_config, llamagen_to_taming, taming_to_llamagen
 
 if TYPE_CHECKING:
@@ -27,15 +27,16 @@ def read_multiscale_checkpoint(
     cls: type[MultiScaleVQTokenizer], checkpoint: str | Path | Mapping[str, Any], config: Mapping[str, Any]
 ) -> MultiScaleVQTokenizer:
     """Build a tokenizer from an official checkpoint; see ``MultiScaleVQTokenizer.from_original``."""
+    key, config = split_key(config)
     config = check_given(cls, config)
-    state_dict = load_original(checkpoint, key="trainer.vae_local" if _is_training(checkpoint) else None)
+    state_dict = load_original(checkpoint, key=key or ("trainer.vae_local" if _is_training(checkpoint) else None))
     check_family(state_dict, FAMILY)
     native = to_native(state_dict)
     settings = {**infer_multiscale_config(native, config), **config}
     hits = (len(settings["scales"]), settings["codebook_size"])
     if HITS in native and tuple(native[HITS].shape) != hits:
         native[HITS] = torch.zeros(1).expand(hits)  # a statistic of another scale list
-    return build_strict(lambda: cls(**settings), native, family=FAMILY).eval()
+    return build_around(lambda: cls(**settings), native, family=FAMILY).eval()
 
 
 def _is_training(checkpoint: Any) -> bool:

@@ -130,16 +130,18 @@ class VideoFSQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
 
         Args:
             checkpoint: file or state dict; training containers are unwrapped.
-            config: settings that differ from the published ones.
+            config: settings that differ from the published ones; and ``key``, the entry of a file of several such as
+                ``\"ema\"``, see ``load_original``.
 
         Raises:
             ValueError: not such a checkpoint, missing or extra keys, wrong shapes.
         """
         from vargen.checkpoints.bounds import check_given
-        from vargen.checkpoints.reader import check_family, load_original, load_strict
+        from vargen.checkpoints.reader import check_family, load_original, load_strict, split_key
 
+        key, config = split_key(config)
         config = check_given(cls, config)
-        state_dict = load_original(checkpoint)
+        state_dict = load_original(checkpoint, key=key)
         check_family(state_dict, "nbp-tokenizer")
         with torch.device("meta"):  # the checkpoint's own tensors take the places
             model = cls(**{"unit_range": True, **config})

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vargen.checkpoints.bounds import check_given, count_layers, read_shape
 from vargen.checkpoints.families import guess_family
-from vargen.checkpoints.reader import CheckpointError, build_strict, check_family, load_original
+from vargen.checkpoints.reader import CheckpointError, build_around, check_family, load_original, split_key
 
 if TYPE_CHECKING:
     from vargen.tokenizers.vq.model import VQTokenizer
@@ -23,6 +23,7 @@ T = TypeVar("T")  # tensors, or only their shapes
 
 FAMILIES = ("llamagen-vq", "taming-vqgan")
 IGNORED = ("quantize.codebook_used",)  # LlamaGen's queue of recent codes, a statistic of training
+IBQ = (4, 256)  # blocks of a level and width of a code; published VQGANs have 2 blocks
 TAMING_IGNORED = ("loss.",)  # LPIPS and the discriminator
 _MID = {"block_1": "0", "attn_1": "1", "block_2": "2"}
 
@@ -31,12 +32,20 @@ def read_vq_checkpoint(
     cls: type[VQTokenizer], checkpoint: str | Path | Mapping[str, Any], config: Mapping[str, Any]
 ) -> VQTokenizer:
     """Build a tokenizer from an official checkpoint; see ``VQTokenizer.from_original``."""
+    key, config = split_key(config)
     config = check_given(cls, config)
-    state_dict = load_original(checkpoint)
+    state_dict = load_original(checkpoint, key=key)
     check_family(state_dict, FAMILIES)
+    taming = "decoder.up.0.block.0.conv1.weight" in state_dict
     state_dict, family_config = to_native(state_dict)
-    settings = {**infer_config(state_dict), **family_config, **config}
-    return build_strict(lambda: cls(**settings), state_dict, family=FAMILIES, ignore=IGNORED).eval()
+    inferred = infer_config(state_dict)
+    if taming and "l2_norm" not in config and (inferred["num_res_blocks"], inferred["codebook_dim"]) == IBQ:
+        raise CheckpointError(
+            "this looks like an IBQ tokenizer, which takes the code with the largest product where this one takes the nearest: "
+            "it would decode rightly and encode wrongly; for a VQGAN with such sizes say l2_norm=False"
+        )
+    settings = {**inferred, **family_config, **config}
+    return build_around(lambda: cls(**settings), state_dict, family=FAMILIES, ignore=IGNORED).eval()
 
 
 def to_native(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:

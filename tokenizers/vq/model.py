@@ -154,7 +154,8 @@ class VQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
 
         Args:
             checkpoint: file (``.pt``, ``.ckpt``, ``.safetensors``) or state dict; training containers are unwrapped.
-            config: settings that override what was inferred.
+            config: settings that override what was inferred; and ``key``, the entry of a file of several such as
+                ``\"ema\"``, see ``load_original``.
 
         Raises:
             ValueError: not such a checkpoint, missing or extra keys, wrong shapes.

@@ -90,9 +90,13 @@ class VectorQuantizer(nn.Module):
             self.embedding.weight.uniform_(-1 / codebook_size, 1 / codebook_size)
             if l2_norm:
                 self.embedding.weight.copy_(F.normalize(self.embedding.weight, dim=-1))
-        # statistics of training, never saved: the last codes (-1 = none yet) and how often each code was taken
+        self.reset_statistics()
+
+    def reset_statistics(self) -> None:
+        """Forget the statistics of training, never saved: the last codes (-1 = none yet), how often each code was taken."""
+        counts = torch.zeros(self.embedding.num_embeddings, dtype=torch.int64)
         self.register_buffer("recent_codes", torch.full((USAGE_WINDOW,), -1), persistent=False)
-        self.register_buffer("code_counts", torch.zeros(codebook_size, dtype=torch.int64), persistent=False)
+        self.register_buffer("code_counts", counts, persistent=False)
 
     @property
     def codebook(self) -> Tensor:

@@ -89,28 +89,14 @@ def generate_with(
         run = base.from_config(base.config, **settings)
         mask = kwargs.get("attention_mask")
         prompts = (input_ids, torch.ones_like(input_ids) if mask is None else mask)
-        target = backbone if negative is None else _WithNegative(backbone, negative)
         seeds = image_seeds(seed, None, len(input_ids))
-        output = run.sample(target, prompts, seeds=seeds, tokenizer=backbone.pixels())
+        other = negative if run.guidance_scale != 1 else None
+        output = run.sample(backbone, prompts, seeds=seeds, tokenizer=backbone.pixels(), negative=other)
         if on_output is not None:
             on_output(output)
         return torch.cat([input_ids, backbone.to_stream(output.codes).to(input_ids.device)], dim=1)
 
     return loop
-
-
-class _WithNegative:
-    """A backbone whose second branch reads the negative prompts of the ``generate`` call."""
-
-    def __init__(self, backbone: Any, negative: Mapping[str, Tensor]) -> None:
-        self.backbone, self.negative = backbone, negative
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.backbone, name)
-
-    def prepare(self, condition: Any, *, guidance_scale: Any) -> Any:
-        negative = self.negative if guidance_scale != 1 else None
-        return self.backbone.prepare(condition, guidance_scale=guidance_scale, negative=negative)
 
 
 def _backbone(model: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> Any:

@@ -65,6 +65,7 @@ _families: list[Family] = [
     Family("var", "VAR transformer", "VARTransformer", ("pos_1LC", "lvl_embed.weight")),
     Family("mar", "MAR transformer", "MARTransformer", ("diffloss.net.*", "z_proj.weight")),
     Family("xar", "xAR transformer", "XARTransformer", ("encoder_blocks.*", "decoder_blocks.*", "pred.weight")),
+    Family("ibq-ar", "IBQ transformer", _NO, ("transformer.tok_emb.weight", "transformer.class_emb.*")),
     Family("nbp", "NBP video transformer", "NBPTransformer", ("transformer.tok_emb.weight",)),
     Family(
         "nbp-tokenizer",
@@ -85,6 +86,7 @@ _families: list[Family] = [
         "the vision_tokenizer of ImagePipeline.from_original",
         ("quantize.embedding.weight", "decoder.up.*.block.*.norm1.conv_y.weight"),
     ),
+    Family("ibq-tokenizer", "IBQ tokenizer", _NO, ("quantize.embedding.weight", "decoder.up.*", "model_ema.decay")),
     Family("taming-vqgan", "taming VQGAN", "VQTokenizer", ("quantize.embedding.weight", "decoder.up.*")),
     Family("taming-gumbel", "taming Gumbel VQGAN", _NO, ("quantize.embed.weight", "decoder.up.*")),
     Family(
@@ -104,6 +106,7 @@ _families: list[Family] = [
         "ImagePipeline.from_original",
         ("gen_embed.weight", "gen_vision_model.*", "language_model.model.layers.*"),
     ),
+    Family("emu3", "Emu3 model", "vargen.wrap", ("*text_model.layers.*.self_attn.q_proj.weight", "*vqmodel.*")),
     Family(
         "emu3-original",
         "Emu3 model in its authors' layout",

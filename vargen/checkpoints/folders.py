@@ -33,7 +33,9 @@ def read_checkpoint(path: Path) -> tuple[Mapping[str, Any], int]:
         CheckpointError: as ``read_checkpoint_file``; an index that does not fit its shards.
     """
     if path.is_dir():
-        path = next((path / name for name in NAMES if (path / name).is_file()), path)
+        indexes = list(path.glob("*.index.json"))
+        found = next((path / name for name in NAMES if (path / name).is_file()), None)
+        path = found or (indexes[0] if len(indexes) == 1 else path)
     return _read_shards(path) if path.name.endswith(".index.json") else read_checkpoint_file(path)
 
 

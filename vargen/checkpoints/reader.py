@@ -27,16 +27,19 @@ from vargen.checkpoints.bounds import (
 )
 from vargen.checkpoints.families import get_family, guess_family
 from vargen.checkpoints.folders import read_checkpoint
+from vargen.validation.printable import shown
 from vargen.validation.reading import local_path
 
 __all__ = [
     "CheckpointError",
+    "build_around",
     "build_strict",
     "check_family",
     "check_fit",
     "load_family",
     "load_original",
     "load_strict",
+    "split_key",
 ]
 
 CONTAINER_KEYS = ("model", "state_dict", "module", "model_state_dict", "trainer", "var_wo_ddp", "sd")
@@ -53,9 +56,10 @@ def load_original(checkpoint: str | Path | Mapping[str, Any], *, key: str | None
     request (``key="ema"``). The prefixes ``module.`` and ``_orig_mod.`` are removed where every key has them.
 
     Args:
-        checkpoint: safetensors or torch file, a folder with one or with shards and their index, or a mapping that was
-            loaded already.
-        key: entry of the container to take, dotted for nested ones (``"trainer.vae_local"``).
+        checkpoint: safetensors or torch file, the index of a sharded one (``*.index.json``), a folder with one of these, or a
+            mapping that was loaded already.
+        key: entry of the container to take, dotted for nested ones (``"trainer.vae_local"``), or what the names of one model
+            begin with in a file of several (``"first_stage_model"``).
 
     Returns:
         Names to tensors, on the CPU when read from a file.
@@ -88,16 +92,25 @@ def _entries(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _descend(content: Mapping[str, Any], key: str, name: str) -> Mapping[str, Any]:
-    for part in key.split("."):
+    parts = key.split(".")
+    for index, part in enumerate(parts):
         entries = _entries(content)
         inner = entries.get(part)
         if not isinstance(inner, Mapping):
+            if below := _with_prefix(content, ".".join(parts[index:]) + ".", name):
+                return below
             present = [k for k, v in entries.items() if isinstance(v, Mapping)]
             raise CheckpointError(
                 f"{name} has no weights under {key[:MAX_NAME]!r}; containers present: {_shown(present) or 'none'}"
             )
         content = inner
     return content
+
+
+def _with_prefix(content: Mapping[str, Any], prefix: str, name: str) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without it: of one model inside a file of several."""
+    tensors = _strip_prefixes(_unwrap(content, name, set(), 0))
+    return {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
 
 
 def _unwrap(content: Mapping[str, Any], name: str, seen: set[int], depth: int) -> dict[str, Tensor]:
@@ -236,7 +249,7 @@ def load_family(
     Args:
         kind: the class, whose constructor has a table of checks.
         checkpoint: path or state dict, plain or a training container.
-        given: settings that come with it.
+        given: settings that come with it, and ``key`` as in ``load_original``.
         infer: renamed state dict and given settings to all settings of the constructor.
         family: accepted name or names of ``vargen.checkpoints.families``.
         ignore: as in ``load_strict``.
@@ -250,14 +263,48 @@ def load_family(
         CheckpointError: as ``load_original`` and ``load_strict``.
         ValueError: settings that are unknown, out of range, or missing.
     """
+    key, given = split_key(given)
     config = check_given(kind, given)
-    state_dict = read(checkpoint)
+    state_dict = read(checkpoint) if key is None else load_original(checkpoint, key=key)
     check_family(state_dict, family)
     state_dict = rename(state_dict)
     with torch.device("meta"):  # the checkpoint's own tensors take the places
         model = kind(**infer(state_dict, config))
     load_strict(model, state_dict, family=family, ignore=ignore)
     return model.eval()
+
+
+def split_key(given: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Part what a ``from_original`` is given into ``key``, see ``load_original``, and settings."""
+    key = given.get("key")
+    if key is not None and not (isinstance(key, str) and key):
+        raise ValueError(f'key must name an entry of the file, such as "ema", got {shown(key)}')
+    return key, {name: value for name, value in given.items() if name != "key"}
+
+
+def build_around(
+    make: Callable[[], Module],
+    state_dict: Mapping[str, Tensor],
+    *,
+    family: str | Collection[str] | None = None,
+    ignore: Collection[str] = (),
+) -> Module:
+    """Build a module in float32 around the tensors of a state dict: no second copy of a float32 file, no random draws.
+
+    Args:
+        make: builds the module; parts with buffers that no file holds have a method ``reset_statistics``.
+        state_dict, family, ignore: as in ``load_strict``.
+
+    Raises:
+        CheckpointError: as ``load_strict``.
+    """
+    with torch.device("meta"):
+        module = make()
+    load_strict(module, state_dict, family=family, ignore=ignore)
+    for part in module.modules():
+        if hasattr(part, "reset_statistics"):
+            part.reset_statistics()
+    return module.float()
 
 
 def build_strict(

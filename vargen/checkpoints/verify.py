@@ -101,6 +101,7 @@ def verify_checkpoint(path: str | Path | Mapping[str, Any], *, key: str | None =
 def _compare(state_dict: Mapping[str, Tensor], manifest: Manifest, found: dict[str, Any]) -> VerifyReport:
     given = {k: tuple(v.shape) for k, v in state_dict.items() if not _matches(k, manifest.optional)}
     both = given.keys() & manifest.shapes.keys()
+    found["not_finite"] = [k for k in found["not_finite"] if not _matches(k, manifest.optional)]  # masks hold -inf
     return VerifyReport(
         **found,
         size=manifest.size,

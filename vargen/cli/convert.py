@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vargen.cli import _common
+
+_ARGUMENTS = {"key", "overwrite"}
 
 
 @_common.one_line_errors
@@ -42,14 +45,19 @@ def convert(
     if grid_size is not None:
         config["grid_size"] = _common.read_size(grid_size, "--grid-size")
     _common.check_output(folder, overwrite=overwrite, folder=True)
-    if tokenizer is not None and _is_emu3(checkpoint):
-        config["vision_tokenizer"], tokenizer = str(tokenizer), None
-    if tokenizer is None:
-        from vargen.checkpoints.verify import convert_checkpoint
+    for name in _ARGUMENTS & config.keys():
+        raise ValueError(f"{name} has an option of its own: --{name}")
+    try:
+        if tokenizer is not None and _is_emu3(checkpoint):
+            config["vision_tokenizer"], tokenizer = str(tokenizer), None
+        if tokenizer is None:
+            from vargen.checkpoints.verify import convert_checkpoint
 
-        convert_checkpoint(checkpoint, folder, key=key, overwrite=overwrite, **config)
-    else:
-        _convert_pipeline(checkpoint, tokenizer, folder, key, overwrite, config)
+            convert_checkpoint(checkpoint, folder, key=key, overwrite=overwrite, **config)
+        else:
+            _convert_pipeline(checkpoint, tokenizer, folder, key, overwrite, config)
+    except ValueError as error:
+        raise ValueError(as_options(str(error))) from error
     _common.say(f"written to {folder}")
 
 
@@ -60,6 +68,18 @@ def _is_emu3(checkpoint: Path) -> bool:
 
     family = family_of(checkpoint, load_original(checkpoint))
     return family is not None and family.name == "emu3-original"
+
+
+def as_options(message: str) -> str:
+    """Name options of this command where a message names arguments of Python: ``pass num_heads=...``."""
+
+    def option(match: re.Match[str]) -> str:
+        name = match[1]
+        own = {"num_heads": "--num-heads N", "grid_size": "--grid-size ROWSxCOLUMNS", "key": "--key NAME"}
+        return f"{match[0].split()[0]} {own.get(name, f'--set {name}=VALUE')}"
+
+    # a value is dots, or stands in brackets or quotes, or ends with the word
+    return re.sub(r"\b(?:pass|give|say) (\w+)=(?:\([^)]*\)|\"[^\"]*\"|\.{3}|[\w.]+)", option, message)
 
 
 def _convert_pipeline(

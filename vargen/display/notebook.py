@@ -132,11 +132,22 @@ def gif(frames: Any, fps: float = 8, scale: int | None = None) -> bytes:
     side = max(pictures[0].size)
     factor = scale or (max(1, 192 // side) if side <= SMALL else 1)
     large = [one.resize((one.width * factor, one.height * factor), 0) for one in _one_palette(pictures)]
-    duration = [round(100 / fps) * 10] * len(large)  # the format counts hundredths of a second
+    duration = frame_times(len(large), fps)
     duration[-1] = max(duration[-1], 1000 if len(large) > 1 else 0)
     buffer = io.BytesIO()
     large[0].save(buffer, "GIF", save_all=True, append_images=large[1:], duration=duration, loop=0)
     return buffer.getvalue()
+
+
+def frame_times(count: int, fps: float) -> list[int]:
+    """How long each of ``count`` frames is shown, in milliseconds: whole hundredths of a second, as a GIF counts, that sum up.
+
+    Example:
+        >>> sum(frame_times(17, 60))
+        280
+    """
+    ends = [round(100 * (index + 1) / fps) for index in range(count)]
+    return [10 * (end - start) for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def _one_palette(pictures: list[Image.Image]) -> list[Image.Image]:

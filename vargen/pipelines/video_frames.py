@@ -15,11 +15,11 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from diffusers.utils import BaseOutput, export_to_gif, export_to_video
+from diffusers.utils import BaseOutput, export_to_video
 from PIL import Image
 from torch import Tensor
 
-from vargen.display.notebook import as_images, clips_html, stats_line
+from vargen.display.notebook import as_images, clips_html, frame_times, stats_line
 from vargen.files import atomic_write
 from vargen.images import from_pil
 from vargen.outputs import DecodeStats
@@ -108,7 +108,8 @@ def save_video(
     clip = enlarge(as_images(frames), scale)
     with atomic_write(target, overwrite=overwrite) as beside:
         if target.suffix.lower() == ".gif":
-            export_to_gif(clip, str(beside), fps=fps)
+            times = frame_times(len(clip), fps)
+            clip[0].save(beside, "GIF", save_all=True, append_images=clip[1:], optimize=False, duration=times, loop=0)
         else:  # without the block size ffmpeg stretches frames to multiples of 16; H.264 needs even sides
             export_to_video([_even(image) for image in clip], str(beside), fps=fps, macro_block_size=1)
     return target

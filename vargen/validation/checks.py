@@ -26,6 +26,8 @@ MAX_ROWS = 2**24  # rows of a table: codes, classes, attributes, words
 MAX_POSITIONS = 2**18  # of a sequence, condition included
 MAX_LISTED = 18  # names of settings in a message
 LONGEST_LIST = 250  # characters of a list of choices
+NEAR = 0.7  # likeness, of 1, from which a name is suggested
+MIN_BEGUN = 3  # letters with which a name, or one behind it, must begin to be suggested
 MAX_NEAR = 6  # choices shown of a longer one
 MAX_NUMBERS = 2**35  # weights and tables of a model, five times the largest published one
 
@@ -42,9 +44,21 @@ class Settings(NamedTuple):
     weights: Callable[..., int] | None = None  # about how many numbers the object holds, from some of the settings
 
 
-def nearest(word: Any, known: Iterable[Any]) -> str:
-    """The known word that looks most like ``word``."""
-    return _nearest(word, known, 1)[0]
+def nearest(word: Any, known: Iterable[Any]) -> str | None:
+    """The known word that ``word`` may be a slip of; None where none is near."""
+    text = (word if isinstance(word, str) else shown(word))[:80].lower()
+    words = [str(one) for one in known]
+    begun = [one for one in words if one.lower().startswith(text) or text.startswith(one.lower())]
+    if len(text) >= MIN_BEGUN and begun:
+        return difflib.get_close_matches(text, begun, n=1, cutoff=0.0)[0]
+    lowered = {one.lower(): one for one in words}
+    near = difflib.get_close_matches(text, lowered, n=1, cutoff=NEAR)
+    return lowered[near[0]] if near else None
+
+
+def _did_you_mean(word: Any, known: Iterable[Any]) -> str:
+    near = nearest(word, known)
+    return f"; did you mean {near!r}?" if near is not None else ""
 
 
 def _nearest(word: Any, known: Iterable[Any], count: int) -> list[str]:
@@ -52,12 +66,25 @@ def _nearest(word: Any, known: Iterable[Any], count: int) -> list[str]:
     return difflib.get_close_matches(text, [str(k) for k in known], n=count, cutoff=0.0)
 
 
-def check_names(given: Iterable[Any], known: Sequence[str], owner: str) -> None:
-    """Raise ``ValueError`` for the first name that is not a setting, naming the nearest one."""
+def check_names(
+    given: Iterable[Any], known: Sequence[str], owner: str, instead: Mapping[str, str] | None = None
+) -> None:
+    """Raise ``ValueError`` for the first name that is not a setting, naming one that is near, or what to use instead.
+
+    Args:
+        given: names.
+        known: those that there are.
+        owner: whose they are.
+        instead: other libraries' names to what is used here.
+    """
     for name in given:
-        if name not in known:
-            names = f" Settings: {', '.join(known)}" if len(known) <= MAX_LISTED else ""
-            raise ValueError(f"{owner} has no setting {shown(name)}; did you mean {nearest(name, known)!r}?{names}")
+        if name in known:
+            continue
+        if isinstance(name, str) and instead and name in instead:
+            raise ValueError(f"{owner} has no setting {name!r}: {instead[name]}")
+        near = _did_you_mean(name, known)
+        names = f"{'' if near else ';'} Settings: {', '.join(known)}" if len(known) <= MAX_LISTED else ""
+        raise ValueError(f"{owner} has no setting {shown(name)}{near}{names}")
 
 
 def check_number(
@@ -108,7 +135,7 @@ def check_choice(name: str, value: Any, allowed: Sequence[Any]) -> Any:
     if len(words) > LONGEST_LIST:
         near = _nearest(value, allowed, MAX_NEAR)
         words = f"{', '.join(near)} and {len(allowed) - len(near)} more"
-    raise ValueError(f"{name} must be one of {words}, got {shown(value)}; did you mean {nearest(value, allowed)!r}?")
+    raise ValueError(f"{name} must be one of {words}, got {shown(value)}{_did_you_mean(value, allowed)}")
 
 
 def check_flag(name: str, value: Any) -> bool:
@@ -152,16 +179,15 @@ def check_scales(name: str, value: Any, *, longest: int = 64) -> tuple[int | tup
 
 
 def read_grid(
-    name: str, value: Any, lengths: Sequence[int] = (2,), *, high: int = MAX_POSITIONS, words: str = ""
+    name: str, value: Any, *, lengths: Sequence[int] = (2,), high: int = MAX_POSITIONS, words: str = ""
 ) -> tuple[int, ...]:
-    """Return the sides of a grid of codes; one number is a square. ``words`` say what the sides are."""
+    """Return the sides of a grid of codes; one number is a square."""
+    value = value.tolist() if hasattr(value, "tolist") else value
     if isinstance(value, Integral) and not isinstance(value, bool):
         value = (value, value)
-    value = value.tolist() if hasattr(value, "tolist") else value
-    sides = "(height, width) in codes" + (" or (frames, height, width)" if 3 in lengths else "")
-    words = f"{words or sides}, or one number for a square"
+    axes = "(height, width) or (frames, height, width) in codes" if 3 in lengths else "(height, width) in codes"
     item = partial(check_integer, low=1, high=high)
-    return check_list(name, value, item=item, lengths=lengths, words=words)
+    return check_list(name, value, item=item, lengths=lengths, words=f"{words or axes}, or one number for a square")
 
 
 def pair_of(scale: int | tuple[int, int]) -> tuple[int, int]:
