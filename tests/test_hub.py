@@ -85,10 +85,12 @@ def test_safetensors_are_read_whatever_their_name(tmp_path: Path) -> None:
 
 def test_folder_with_one_checkpoint_is_accepted(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    save_file(WEIGHTS, tmp_path / "model.safetensors")
+    save_file(WEIGHTS, tmp_path / "weights.safetensors")
     assert_weights(load_original(tmp_path))
-    save_file(WEIGHTS, tmp_path / "other.safetensors")
+    save_file({"other": WEIGHTS["a"]}, tmp_path / "other.safetensors")
     assert "2 checkpoint files" in refusal(load_original, tmp_path)
+    save_file(WEIGHTS, tmp_path / "model.safetensors")  # the name that says which
+    assert_weights(load_original(tmp_path))
 
 
 @pytest.mark.parametrize("how", ["zip", "legacy", "pickle 2", "pickle 4"])

@@ -301,6 +301,7 @@ def build_around(
     with torch.device("meta"):
         module = make()
     load_strict(module, state_dict, family=family, ignore=ignore)
+    part: Any
     for part in module.modules():
         if hasattr(part, "reset_statistics"):
             part.reset_statistics()
