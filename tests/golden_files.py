@@ -56,7 +56,8 @@ def draw(recipe: list[dict[str, Any]]) -> dict[str, Tensor]:
 
     Args:
         recipe: a dict a tensor: "key", "kind" ("rand" or "randn"), "seed", "shape", "scale", "offset", "start" (the place in
-            the stream of "rand"; "randn" draws stand in their order) and "ends" (first and last value).
+            the stream of "rand"; "randn" draws stand in their order) and "ends" (first and last value); "divisor" of the
+            scaled numbers and "half" for those that were rounded to float16. One without a key was drawn and not used.
 
     Raises:
         ValueError: torch draws other numbers than those that were recorded.
@@ -72,10 +73,14 @@ def draw(recipe: list[dict[str, Any]]) -> dict[str, Tensor]:
                 raw = stream[e["start"] : e["start"] + math.prod(e["shape"])].view(e["shape"])
             else:
                 raw = torch.randn(e["shape"], generator=generator)
-            value = raw * torch.tensor(e["scale"])
-            tensors[e["key"]] = value = value + torch.tensor(e["offset"]) if e["offset"] else value
+            if e["key"] is None:
+                continue
+            value = raw * torch.tensor(e["scale"]) / e.get("divisor", 1.0)
+            value = value + torch.tensor(e["offset"]) if e["offset"] else value
+            value = value.half().float() if e.get("half") else value
+            tensors[e["key"]] = value
             ends = torch.stack([value.flatten()[0], value.flatten()[-1]])
-            if not torch.allclose(ends, torch.tensor(e["ends"]), rtol=1e-5, atol=1e-6):
+            if not torch.allclose(ends, torch.tensor(e["ends"]), rtol=1e-3 if e.get("half") else 1e-5, atol=1e-6):
                 raise ValueError(f"torch {torch.__version__} draws other numbers for {e['key']} than were recorded")
     return tensors
 

@@ -182,6 +182,32 @@ MULTISCALE_VQ = Settings(
 )
 
 
+# Infinity's
+
+
+def _bsq_weights(
+    in_channels: int, base_channels: int, channel_multipliers: Sequence[int], num_res_blocks: int, codebook_dim: int
+) -> int:
+    return _convolution_weights(
+        _widths(base_channels, channel_multipliers), num_res_blocks, in_channels + codebook_dim
+    )
+
+
+MULTISCALE_BSQ = Settings(
+    {
+        **_CONVOLUTIONS,
+        "codebook_dim": WIDTH,
+        "patch": partial(check_integer, low=1, high=8),
+        "scales": check_scales,
+    },
+    (
+        _normed,
+        at_most(MAX_POSITIONS, "positions", _multiscale_positions),
+    ),
+    _bsq_weights,
+)
+
+
 # NBP's
 
 

@@ -22,6 +22,7 @@ _names = {
     "VideoPipeline": "pipelines.video",
     "VQTokenizer": "tokenizers.vq.model",
     "MultiScaleVQTokenizer": "tokenizers.multiscale_vq.model",
+    "MultiScaleBSQTokenizer": "tokenizers.multiscale_bsq.model",
     "VideoFSQTokenizer": "tokenizers.video_fsq.model",
     "load_kl16": "tokenizers.kl.autoencoder",
     "LlamaGenTransformer": "backbones.llamagen.model",

@@ -90,6 +90,13 @@ _families: list[Family] = [
     Family("taming-vqgan", "taming VQGAN", "VQTokenizer", ("quantize.embedding.weight", "decoder.up.*")),
     Family("taming-gumbel", "taming Gumbel VQGAN", _NO, ("quantize.embed.weight", "decoder.up.*")),
     Family(
+        "infinity-vae",
+        "Infinity binary tokenizer",
+        "MultiScaleBSQTokenizer",
+        ("decoder.up.*", "decoder.mid.block_1.*"),
+        ("post_quant_conv.*", "quantize.embed*", "*.attn*", "loss.*"),
+    ),
+    Family(
         "diffusers-vq", "diffusers VQModel", "diffusers.VQModel", ("quantize.embedding.weight", "decoder.up_blocks.*")
     ),
     Family(

@@ -42,7 +42,7 @@ __all__ = [
     "split_key",
 ]
 
-CONTAINER_KEYS = ("model", "state_dict", "module", "model_state_dict", "trainer", "var_wo_ddp", "sd")
+CONTAINER_KEYS = ("model", "state_dict", "module", "model_state_dict", "trainer", "var_wo_ddp", "sd", "vae")
 PREFIXES = ("module.", "_orig_mod.")  # left by DDP and torch.compile
 _SHOWN = 3  # names printed of a long list
 
