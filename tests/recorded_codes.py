@@ -86,7 +86,7 @@ def _cases() -> list[Case]:
     add(model, "drafted-jacobi", "DraftedJacobiSampler", forwards=5, window=32, **base)
     for carry in ("gumbel", "independent"):
         add(model, f"draft-model-{carry}", "DraftModelSampler", forwards=8, num_drafts=4, carry=carry, **base)
-    add(model, "grouped", "GroupedSpeculativeSampler", forwards=10, window=16, **base)
+    add(model, "grouped", "GroupedSpeculativeSampler", forwards=10, window=16, distance_threshold=0.5, **base)
     loose = {"carry": "maximal", "distance_threshold": None, "group_size": 20}
     add(model, "grouped-maximal", "GroupedSpeculativeSampler", forwards=8, window=16, **loose, **base)
 

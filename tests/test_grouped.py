@@ -34,7 +34,7 @@ def test_a_group_of_one_is_the_exact_rule():
     exact = SpeculativeJacobiSampler(**settings).sample(backbone, zeros(5), seeds=range(5))
     assert torch.equal(grouped.codes, exact.codes)
     assert torch.equal(grouped.stats.commit_trace, exact.stats.commit_trace)
-    assert grouped.stats.guarantee == "relaxed"
+    assert grouped.stats.guarantee == "heuristic"
 
 
 def test_distant_codes_leave_the_group():
