@@ -70,7 +70,7 @@ def names(folders: dict[str, str]) -> dict[str, Any]:
     """What a row may use."""
     public = {name: getattr(vargen, name) for name in vargen.__all__}
     made = {"pipe": tiny_pipeline(), "scale": tiny_scale_pipeline(), "cutoff": cutoff}
-    outside = {"np": np, "torch": torch, "F": F, "vargen": vargen, "diffusers": diffusers}
+    outside = {"np": np, "Image": Image, "torch": torch, "F": F, "vargen": vargen, "diffusers": diffusers}
     return public | outside | {"DiffusionPipeline": DiffusionPipeline} | folders | made
 
 
