@@ -14,7 +14,7 @@ from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _ENTERED = "_entered"  # in a module while one of its methods runs with its hooks
 Method = TypeVar("Method", bound=Callable[..., Any])
