@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import wraps
+from itertools import chain
 from typing import Any, TypeVar, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 _ENTERED = "_entered"  # in a module while one of its methods runs with its hooks
 Method = TypeVar("Method", bound=Callable[..., Any])
@@ -64,8 +65,7 @@ def execution_device(module: nn.Module) -> torch.device:
         group = _diffusers_hook(part, "group_offloading")
         if group is not None:
             return torch.device(group.config.onload_device)
-    weight: Tensor | None = next(module.parameters(), None)
-    weight = next(module.buffers(), None) if weight is None else weight
+    weight = next(chain(module.parameters(), module.buffers()), None)
     return torch.device("cpu") if weight is None else weight.device
 
 

@@ -6,13 +6,22 @@ Letters: B images, N code positions, W window.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from torch import Tensor
+from torch.utils._pytree import register_dataclass
 
 Guarantee = Literal["exact", "relaxed", "heuristic"]
+Kind = TypeVar("Kind", bound=type)
 
 
+def pytree(kind: Kind) -> Kind:
+    """Let torch see the tensors of an output dataclass: ``torch.export``, ``torch.func`` and ``tree_map`` take it apart."""
+    register_dataclass(kind, serialized_type_name=f"{kind.__module__}.{kind.__qualname__}")
+    return kind
+
+
+@pytree
 @dataclass
 class DecodeStats:
     """How a batch was decoded.
@@ -40,6 +49,7 @@ class DecodeStats:
         return float(num_codes / self.forwards_per_image.double().mean())
 
 
+@pytree
 @dataclass
 class SamplerOutput:
     """Result of ``sampler.sample``.

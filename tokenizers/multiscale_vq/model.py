@@ -19,6 +19,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from vargen.hooks import HookedModel, runs_as_forward
+from vargen.outputs import pytree
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.multiscale_vq.checks import check_scale_codes
@@ -33,6 +34,7 @@ SCALES_512 = (1, 2, 3, 4, 6, 9, 13, 18, 24, 32)
 ScaleList = Sequence[int | Sequence[int]]
 
 
+@pytree
 @dataclass
 class MultiScaleVQEncoderOutput:
     """Result of ``MultiScaleVQTokenizer.encode``."""
@@ -42,6 +44,7 @@ class MultiScaleVQEncoderOutput:
     loss: Tensor | None = None  # [] in training mode
 
 
+@pytree
 @dataclass
 class MultiScaleVQTokenizerOutput(MultiScaleVQEncoderOutput):
     """Result of ``MultiScaleVQTokenizer.forward``: an encoder output with the reconstruction."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.distributed
 import torch.nn.functional as F
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 
 from vargen.hooks import execution_device
 from vargen.kernels.nearest import nearest_code
+from vargen.outputs import pytree
 from vargen.validation.checks import check_scales, pair_of
 
 Scales = tuple[tuple[int, int], ...]
@@ -58,10 +58,11 @@ def phi_index(num_scales: int, num_phi: int) -> list[int]:
     [0, 0, 1, 1, 1, 2, 2, 3, 3, 3]
     """
     edge = 1 / 3 / num_phi if num_phi == 4 else 1 / 2 / num_phi
-    ticks = np.linspace(edge, 1 - edge, num_phi)
-    return [
-        int(np.argmin(np.abs(ticks - (k / (num_scales - 1) if num_scales > 1 else 0.0)))) for k in range(num_scales)
-    ]
+    step = (1 - edge - edge) / max(num_phi - 1, 1)
+    ticks = [edge + i * step for i in range(num_phi)]  # the numbers of numpy.linspace, which compilers cannot follow
+    ticks[-1] = 1 - edge if num_phi > 1 else edge
+    places = [k / (num_scales - 1) if num_scales > 1 else 0.0 for k in range(num_scales)]
+    return [min(range(num_phi), key=lambda i: abs(ticks[i] - place)) for place in places]
 
 
 class _SharedPhi(nn.Module):
@@ -78,6 +79,7 @@ class _SharedPhi(nn.Module):
         return self.qresi if hasattr(self, "qresi") else self.qresi_ls[index]
 
 
+@pytree
 @dataclass
 class ScaleQuantizerOutput:
     """Result of ``ScaleQuantizer.forward``."""
@@ -130,7 +132,8 @@ class ScaleQuantizer(nn.Module):
                 self.quant_resi = _SharedPhi(codebook_dim, phi_ratio, num_phi)
         # how often each code is taken at each scale, a moving average over training steps; stored in checkpoints
         self.register_buffer("ema_vocab_hit_SV", torch.zeros(len(scales), codebook_size))
-        self._num_records = 0
+        # a tensor: a number would be a constant of a compiled step, which would be compiled anew in every step
+        self._num_records = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def phi(self, h: Tensor, k: int, num_scales: int) -> Tensor:
         """Apply the kernel of scale k of K."""
@@ -202,12 +205,14 @@ class ScaleQuantizer(nn.Module):
 
     @torch.no_grad()
     def _record(self, codes: list[Tensor]) -> None:
+        count = self._num_records
+        keep = torch.where(count == 0, 0.0, torch.where(count < 100, 0.9, 0.99)).to(self.ema_vocab_hit_SV)
         for k, picked in enumerate(codes[: len(self.ema_vocab_hit_SV)]):
-            hits = torch.bincount(picked.flatten(), minlength=self.embedding.num_embeddings).float()
+            hits = torch.zeros_like(self.ema_vocab_hit_SV[k])
+            hits.scatter_add_(0, picked.flatten(), torch.ones_like(picked.flatten(), dtype=hits.dtype))
             if torch.distributed.is_available() and torch.distributed.is_initialized():
                 torch.distributed.all_reduce(hits)
-            keep = 0.0 if self._num_records == 0 else 0.9 if self._num_records < 100 else 0.99
-            self.ema_vocab_hit_SV[k].mul_(keep).add_(hits, alpha=1 - keep)
+            self.ema_vocab_hit_SV[k].mul_(keep).add_(hits * (1 - keep))
         self._num_records += 1
 
     def residuals(self, features: Tensor, exact: bool = False) -> list[Tensor]:

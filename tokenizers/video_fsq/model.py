@@ -21,6 +21,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.hooks import HookedModel, runs_as_forward
+from vargen.outputs import pytree
 from vargen.tokenizers.checks import check_range, half_precision_explained
 from vargen.tokenizers.settings import VIDEO_FSQ
 from vargen.tokenizers.video_fsq.layers import (
@@ -38,6 +39,7 @@ from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
 
+@pytree
 @dataclass
 class VideoEncoderOutput:
     """Result of ``VideoFSQTokenizer.encode``."""
@@ -46,6 +48,7 @@ class VideoEncoderOutput:
     latents: Tensor  # [B, C, t, h, w] code vectors in [-1, 1]; they carry the straight-through gradient
 
 
+@pytree
 @dataclass
 class VideoTokenizerOutput(VideoEncoderOutput):
     """Result of ``VideoFSQTokenizer.forward``: an encoder output with the reconstruction."""

@@ -20,6 +20,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.hooks import HookedModel, runs_as_forward
+from vargen.outputs import pytree
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
 from vargen.tokenizers.settings import VQ
@@ -33,6 +34,7 @@ SIZES: dict[str, dict[str, Any]] = {  # published by LlamaGen; every other setti
 }
 
 
+@pytree
 @dataclass
 class VQEncoderOutput:
     """Result of ``VQTokenizer.encode``; loss parts are scalars in training mode and ``None`` otherwise."""
@@ -51,6 +53,7 @@ class VQEncoderOutput:
         return self.vq_loss + self.commit_loss + self.entropy_loss
 
 
+@pytree
 @dataclass
 class VQTokenizerOutput(VQEncoderOutput):
     """Result of ``VQTokenizer.forward``: an encoder output with the reconstruction."""

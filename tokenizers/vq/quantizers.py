@@ -16,11 +16,13 @@ from torch import Tensor, nn
 
 from vargen.hooks import execution_device
 from vargen.kernels.nearest import nearest_code
+from vargen.outputs import pytree
 from vargen.tokenizers.vq.kmeans import kmeans
 
 USAGE_WINDOW = 65536  # codes over which usage is measured, the length of LlamaGen's queue
 
 
+@pytree
 @dataclass
 class QuantizerOutput:
     """Result of ``VectorQuantizer.forward``; the loss parts are ``None`` in evaluation mode."""
@@ -152,7 +154,7 @@ class VectorQuantizer(nn.Module):
     def _record(self, codes: Tensor) -> None:
         recent = codes[-USAGE_WINDOW:]
         self.recent_codes.copy_(torch.cat([self.recent_codes[recent.numel() :], recent]))
-        self.code_counts += torch.bincount(codes, minlength=self.code_counts.numel())
+        self.code_counts.scatter_add_(0, codes, torch.ones_like(codes))
 
     @torch.no_grad()
     def kmeans_(self, vectors: Tensor, generator: torch.Generator | None = None, num_iterations: int = 12) -> float:

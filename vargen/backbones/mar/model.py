@@ -175,6 +175,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         *,
         drop: Tensor | None = None,
         generator: torch.Generator | None = None,
+        num_masked: int | None = None,
     ) -> Tensor:
         """States of all positions given the tokens that are not masked.
 
@@ -186,6 +187,8 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             mask: [B, N], true or 1 where masked.
             drop: [B] bool, True = train without condition.
             generator: for the drop decisions and the noise on the input.
+            num_masked: the number of masked positions of every image, where it is known: the encoder then reads the others
+                alone without looking at the mask, which would stop a GPU and break a compiled graph.
 
         Returns:
             z [B, N, Z].
@@ -197,7 +200,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             where = tokens.device if generator is None else generator.device
             noise = torch.randn(tokens.shape, generator=generator, device=where).to(tokens)
             tokens = tokens + self.config.input_noise * noise
-        return self._states(tokens, self._buffer(checked), mask.bool())
+        return self._states(tokens, self._buffer(checked), mask.bool(), num_masked)
 
     def loss(self, tokens: Tensor, condition: Any, *, generator: torch.Generator | None = None) -> Tensor:
         """The training loss of a batch: one share of masked tokens for all, an order for each image.
@@ -214,7 +217,7 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         count = max(1, math.ceil(self.num_codes * ratio))
         order = torch.rand(tokens.shape[:2], generator=generator, device=tokens.device).argsort(dim=1)
         mask = order < count
-        z = self(tokens, condition, mask, generator=generator)
+        z = self(tokens, condition, mask, generator=generator, num_masked=count)
         repeats = config.diffusion_batch_mul
         return self.diffloss.loss(
             tokens.flatten(0, 1), z.flatten(0, 1), mask.flatten(), repeats=repeats, generator=generator
@@ -257,9 +260,9 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         rows = torch.where((checked > last)[:, None], self.fake_latent, self.class_emb(checked.clamp(max=last)))
         return rows[:, None].expand(-1, self.buffer_size, -1)
 
-    def _states(self, tokens: Tensor, buffer: Tensor, mask: Tensor) -> Tensor:
+    def _states(self, tokens: Tensor, buffer: Tensor, mask: Tensor, num_masked: int | None = None) -> Tensor:
         """z ``[R, N, Z]``."""
-        h, seen, index = self._encode(tokens, buffer, mask)
+        h, seen, index = self._encode(tokens, buffer, mask, num_masked)
         h = self.decoder_embed(h)
         x = self.mask_token.expand(len(h), self.buffer_size + self.num_codes, -1)
         if index is None:
@@ -269,19 +272,22 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         x = self._run(self.decoder_blocks, x + self.decoder_pos_embed_learned, None)
         return self.decoder_norm(x)[:, self.buffer_size :] + self.diffusion_pos_embed_learned
 
-    def _encode(self, tokens: Tensor, buffer: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _encode(
+        self, tokens: Tensor, buffer: Tensor, mask: Tensor, num_masked: int | None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Encoded buffer and known tokens, ``[R, M + N]`` which positions these are, and their places ``[R, w]``.
 
-        Where images know different numbers of tokens nothing is gathered: unknown ones stay, and nobody looks at them.
+        Where images know different numbers of tokens, or a graph is traced that cannot depend on it, nothing is gathered:
+        unknown ones stay, and nobody looks at them.
         """
         x = torch.cat([buffer, self.z_proj(tokens.to(compute_dtype(self.z_proj)))], dim=1)
         x = self.z_proj_ln(x + self.encoder_pos_embed_learned)
         seen = torch.cat([mask.new_ones(len(mask), self.buffer_size), ~mask], dim=1)
-        counts = seen.sum(1)
-        if bool((counts != counts[0]).any()):
+        num_seen = _common_count(seen) if num_masked is None else seen.shape[1] - num_masked
+        if num_seen is None:
             x = self._run(self.encoder_blocks, x, seen[:, None, None])
             return self.encoder_norm(x), seen, None
-        index = seen.nonzero()[:, 1].view(len(seen), -1)
+        index = seen.to(torch.uint8).argsort(dim=1, descending=True, stable=True)[:, :num_seen]  # in their order
         x = self._run(self.encoder_blocks, x.gather(1, index[..., None].expand(-1, -1, x.shape[-1])), None)
         return self.encoder_norm(x), seen, index
 
@@ -291,6 +297,14 @@ class MARTransformer(ContinuousBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         for block in blocks:
             x = checkpoint(block, x, None, attend, use_reentrant=False) if recompute else block(x, None, attend)
         return x
+
+
+def _common_count(seen: Tensor) -> int | None:
+    """How many positions of ``[R, L]`` each row sees; None where rows differ, or where a traced graph must not ask."""
+    if torch.compiler.is_compiling():
+        return None
+    low, high = (int(count) for count in seen.sum(1).aminmax())
+    return low if low == high else None
 
 
 def _on_host(generator: torch.Generator | None) -> bool:
