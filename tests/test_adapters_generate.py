@@ -88,3 +88,65 @@ def test_what_cannot_be_kept_is_refused() -> None:
     c = case("chameleon")
     with pytest.raises(ValueError, match=r"works with emu3, emu3.5, glm_image"):
         c.backbone.model.generate(**c.prompts, custom_generate=generate_with(), max_new_tokens=2000)
+
+
+def test_several_images_of_a_prompt_of_glm_image_have_its_preview_grid() -> None:
+    """``generate`` repeats the grids in place: two large ones come first."""
+    c, (io, _) = case("glm_image"), read("glm_image")
+    call = {key: value[:1] for key, value in c.prompts.items() if key != "image_grid_thw"} | {
+        "image_grid_thw": io["image_grid_thw"][:2],
+        "images_per_sample": io["images_per_sample"][:1],
+        "do_sample": True,
+        "top_k": 1,
+        "max_new_tokens": 60,
+    }
+    one = c.backbone.model.generate(**call, custom_generate=generate_with(WINDOW))
+    two = c.backbone.model.generate(**call, custom_generate=generate_with(WINDOW), num_return_sequences=2)
+    assert torch.equal(two, one.expand(2, -1))
+    mixed = call | {"image_grid_thw": torch.tensor([[1, 4, 4], [1, 2, 2], [1, 6, 6], [1, 2, 2]])}
+    with pytest.raises(ValueError, match="one size of image"):
+        c.backbone.model.generate(**mixed, custom_generate=generate_with(WINDOW))
+
+
+def test_items_of_the_call_work_or_are_refused() -> None:
+    from transformers import StoppingCriteria
+
+    class Never(StoppingCriteria):
+        def __call__(self, input_ids, scores, **kwargs):
+            return torch.zeros(len(input_ids), dtype=torch.bool)
+
+    loop = generate_with(WINDOW, seed=0, grid_size=(4, 4))
+    plain = emu3_call(loop, do_sample=False)
+    found = emu3_call(loop, do_sample=False, return_dict_in_generate=True)
+    assert torch.equal(found.sequences, plain)
+    for given, part in [
+        ({"num_beams": 2}, "num_beams=2"),
+        ({"return_dict_in_generate": True, "output_scores": True}, "output_scores=True"),
+        ({"return_dict_in_generate": True, "output_hidden_states": True}, "output_hidden_states=True"),
+        ({"stopping_criteria": [Never()]}, "Never cannot stop an image"),
+        ({"max_time": 5.0}, "MaxTimeCriteria cannot stop an image"),
+    ]:
+        with pytest.raises(ValueError, match=part) as caught:
+            emu3_call(loop, do_sample=False, **given)
+        assert "\n" not in str(caught.value)
+
+
+def test_the_cache_goes_by_the_name_of_this_transformers() -> None:
+    from vargen.adapters.base import cache_argument
+
+    def old(inputs_embeds, past_key_values=None): ...
+
+    def new(inputs_embeds, cache=None): ...
+
+    assert cache_argument(old) == "past_key_values"
+    assert cache_argument(new) == "cache"
+
+
+@pytest.mark.filterwarnings("error:.*past_key_values.*")
+def test_a_body_is_called_without_a_notice_about_its_cache() -> None:
+    c = case("emu3")
+    assert (
+        NextTokenSampler(temperature=0)
+        .sample(c.backbone, c.prompts, seeds=[0] * len(c.prompts["input_ids"]))
+        .codes.numel()
+    )

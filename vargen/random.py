@@ -10,7 +10,7 @@ Letters: B images, W positions, V codes.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from enum import IntEnum
 from operator import index
 from typing import Any
@@ -232,6 +232,52 @@ class GumbelCache:
     def select(self, rows: Tensor) -> None:
         """Keep the images ``rows`` (int64 indices), in that order."""
         self.seeds, self._held, self._rows = self.seeds[rows], self._held[rows], self._rows[rows]
+
+
+# images [A], positions [A, W], of masked decoding also the number of the pass -> Gumbel numbers [A, W, V]
+GivenNoise = Callable[..., Tensor]
+
+
+class NoiseRows:
+    """What a call gives instead of the Gumbel rows of its seeds, under the methods of ``GumbelCache``.
+
+    Args:
+        noise: ``noise(images [A], positions [A, W]) -> [A, W, V]``; the same numbers whenever a position is asked for.
+        num_images: B.
+        capacity: most positions asked for at once.
+        num_codes: V.
+        device: of the tensors.
+    """
+
+    def __init__(
+        self, noise: GivenNoise, num_images: int, capacity: int, num_codes: int, device: torch.device
+    ) -> None:
+        self.noise, self.capacity, self.num_codes = noise, capacity, num_codes
+        self.images = torch.arange(num_images, device=device)
+
+    def rows(self, positions: Tensor) -> Tensor:
+        """Noise ``[A, W, V]`` float32 of ``positions [A, W]``."""
+        return given_rows(self.noise, self.images, positions, self.num_codes)
+
+    def select(self, rows: Tensor) -> None:
+        """Keep the images ``rows`` (int64 indices), in that order."""
+        self.images = self.images[rows]
+
+
+def given_rows(noise: GivenNoise, images: Tensor, positions: Tensor, num_codes: int, *place: int) -> Tensor:
+    """Ask a call's own noise, and check what it returns.
+
+    Raises:
+        ValueError: something else than floating-point numbers ``[A, W, V]``.
+    """
+    rows = noise(images, positions, *place)
+    wanted = (*positions.shape, num_codes)
+    if not isinstance(rows, Tensor) or tuple(rows.shape) != wanted or not rows.is_floating_point():
+        got = f"{rows.dtype} {list(rows.shape)}" if isinstance(rows, Tensor) else type(rows).__name__
+        raise ValueError(
+            f"noise must return Gumbel numbers {list(wanted)} for positions {list(positions.shape)}, got {got}"
+        )
+    return rows.to(positions.device, torch.float32)
 
 
 def seed_tensor(seeds: list[int], device: torch.device | str | None = None) -> Tensor:

@@ -8,8 +8,8 @@ Letters: B images, N codes, V codes of the codebook, G guidance branches, g targ
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from torch import Tensor
 from vargen.kernels.draw import new_errors, raise_errors
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.protocols import Step
+from vargen.random import GivenNoise, given_rows
 from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler
 from vargen.samplers.heads.base import TokenHead
 from vargen.samplers.heads.categorical import CategoricalHead
@@ -33,10 +34,14 @@ class ScheduleInputs(Inputs):
         forced_codes: ``[N]`` or ``[B, N]`` codes fixed beforehand, -1 where free: in-painting, or the given frames of a
             video. The distribution of every free code is the backbone's, given the codes drawn or fixed before it.
         schedule: replaces the sampler's own; it is validated, and refused where the backbone cannot run it.
+        noise: ``noise(images [A], positions [A, g]) -> [A, g, V]``, Gumbel numbers instead of those of the seeds, so that
+            recorded runs of other code replay; a draw is ``argmax(logits + noise)``. ``MaskedSampler``, which draws a position
+            in several passes, also hands over the number of the pass; its ``choice_temperature`` keeps the seeds' noise.
     """
 
     forced_codes: Tensor | None = None
     schedule: DecodeSchedule | None = None
+    noise: GivenNoise | None = None
 
 
 @dataclass(kw_only=True)
@@ -47,6 +52,7 @@ class ScheduleState(DecodeState):
     head: TokenHead
     forced: Tensor | None  # [B, N] int64, -1 where free
     errors: Tensor  # [B] record of bad rows, read at the end
+    noise: GivenNoise | None = None
 
     @property
     def next_step(self) -> Step:
@@ -123,6 +129,7 @@ class ScheduleSampler(Sampler):
             head=self.make_head(errors),
             forced=None if forced is None else forced.to(device),
             errors=errors,
+            noise=inputs.noise,
         )
         if state.forced is not None and schedule.prefix:
             first = torch.arange(schedule.prefix, device=device)
@@ -150,7 +157,10 @@ class ScheduleSampler(Sampler):
         fixed = None if state.forced is None else state.forced[state.rows][:, step.targets]
         if fixed is not None:  # the distribution of a fixed code is never read
             rows = torch.where((fixed >= 0)[None, :, :, None], 0.0, rows)
-        tokens = state.head.draw(rows, state.keys, step.targets.expand(rows.shape[1], -1), scale)
+        positions, head = step.targets.expand(rows.shape[1], -1), state.head
+        if state.noise is not None:
+            head = replace(cast(Any, head), noise=given_rows(state.noise, state.rows, positions, rows.shape[-1]))
+        tokens = head.draw(rows, state.keys, positions, scale)
         state.record(state.rows, step.targets, tokens if fixed is None else torch.where(fixed >= 0, fixed, tokens))
 
     def finish(self, state: ScheduleState) -> SamplerOutput:

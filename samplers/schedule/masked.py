@@ -24,7 +24,7 @@ from vargen.kernels.draw import draw
 from vargen.kernels.warp import combine
 from vargen.outputs import Guarantee
 from vargen.protocols import Step
-from vargen.random import Stream, gumbel
+from vargen.random import Stream, given_rows, gumbel
 from vargen.samplers.schedule.decoder import ScheduleSampler, ScheduleState
 from vargen.samplers.schedule.schedule import DecodeSchedule
 from vargen.validation.checks import check_choice, check_integer, check_number
@@ -98,10 +98,14 @@ class MaskedSampler(ScheduleSampler):
         scale = self.guidance_at(step, state.schedule.num_codes, made)
         logits = logits[:1] if scale == 1.0 else logits
         now = torch.full_like(state.rows, state.num_forwards)
+        positions, noise = step.targets.expand(len(masked), -1), None
+        if state.noise is not None:
+            noise = given_rows(state.noise, state.rows, positions, logits.shape[-1], state.num_forwards)
         guesses = draw(
             logits,
             seeds=state.keys,
-            positions=step.targets.expand(len(masked), -1),
+            positions=positions,
+            noise=noise,
             guidance_scale=scale,
             temperature=self.temperature,
             top_k=self.top_k,

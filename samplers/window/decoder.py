@@ -24,7 +24,7 @@ from vargen.features import Feature
 from vargen.kernels.draw import draw, new_errors, raise_errors
 from vargen.kernels.verify.types import Draft
 from vargen.outputs import SamplerOutput
-from vargen.random import GumbelCache
+from vargen.random import GivenNoise, GumbelCache, NoiseRows
 from vargen.samplers.acceptance.base import Noise, Rows, Rule
 from vargen.samplers.acceptance.shared_noise import SharedNoise
 from vargen.samplers.base import Inputs, Run, Sampler
@@ -38,6 +38,7 @@ __all__ = ["WindowInputs", "WindowSampler", "WindowState"]
 
 POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
 NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
+GIVEN_BLOCK = 16  # positions for which a call's own noise is asked at once by next-token sampling
 NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
 ROUNDED = (
     "widths follow the clock, and in half precision logits depend on them a little: two runs with one seed may differ; give "
@@ -54,10 +55,13 @@ class WindowInputs(Inputs):
             distribution of every free code is the backbone's, given all codes before it.
         cuda_graph: replay iterations as a CUDA graph: None = wherever that is possible, False = never, True = refuse to
             run without. Complete images then stay in the batch until all are complete.
+        noise: ``noise(images [A], positions [A, W]) -> [A, W, V]``, Gumbel numbers instead of those of the seeds, so that
+            recorded runs of other code replay; a draw is ``argmax(logits + noise)``. For the rule "shared-noise".
     """
 
     forced_codes: Tensor | None = None
     cuda_graph: bool | None = None
+    noise: GivenNoise | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +116,13 @@ class WindowSampler(Sampler):
         table, structural = SlotLayout.of(backbone)
         widths = self.make_widths(run, table)
         reason = "widths change from iteration to iteration; give a number instead" if widths else None
+        reason = reason if inputs.noise is None else "noise is given"
         reason = "switched off" if inputs.cuda_graph is False else reason or obstacle(self, backbone)
+        if inputs.noise is not None and rule != SharedNoise():
+            raise ValueError(
+                f"noise replays the draws of NextTokenSampler and of the rule 'shared-noise' over windows; {type(self).__name__} "
+                "as it is set draws in another way, leave noise out"
+            )
         if inputs.cuda_graph and reason is not None:
             raise ValueError(f"cuda_graph=True is not possible: {reason}; leave it out or take cuda_graph=None")
         forced = forced_slots(inputs.forced_codes, structural, table, len(run.seeds), int(backbone.codebook_size))
@@ -124,6 +134,9 @@ class WindowSampler(Sampler):
         state.forced = None if forced is None else forced.to(out.logits.device)
         state.hidden = out.hidden
         state.noise = None if reason is None else state.noise  # a replay makes its own
+        if inputs.noise is not None:
+            held, size = min(max(self.reach, GIVEN_BLOCK), table.num_slots), out.logits.shape[-1]
+            state.noise = NoiseRows(inputs.noise, len(run.seeds), held, size, run.keys.device)
         state.rule = rule.first
         if widths is not None and widths.by_clock and backbone.dtype in (torch.bfloat16, torch.float16):
             state.notes.append(ROUNDED)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.verify.types import Draft
-from vargen.random import GumbelCache
+from vargen.random import GumbelCache, NoiseRows
 from vargen.samplers.state import DecodeState
 from vargen.samplers.window.cuda_graph import Replay
 from vargen.samplers.window.layout import SlotLayout
@@ -29,7 +29,7 @@ class WindowState(DecodeState):
 
     layout: SlotLayout
     drafter: Any = None  # a Drafter; None for next-token sampling
-    noise: GumbelCache | None  # on the CPU: rows of position-keyed noise, made once for all iterations
+    noise: GumbelCache | NoiseRows | None  # on the CPU: rows of position-keyed noise, made once for all iterations
     forced: Tensor | None  # [A, S] int64 code fixed beforehand, -1 where free
     length: Tensor  # [A] int64 permanent slots
     width: int  # w of the next iteration

@@ -9,8 +9,10 @@ D width, V codes.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -170,8 +172,8 @@ class TransformersBackbone(FamilyAdapter):
                 inputs_embeds=embeddings,
                 attention_mask=attention_mask(plan, implementation, embeddings.dtype),
                 position_ids=positions,
-                past_key_values=cache,
                 use_cache=True,
+                **{cache_argument(type(self.body).forward): cache},
             ).last_hidden_state
 
     @contextmanager
@@ -210,6 +212,12 @@ class TransformersBackbone(FamilyAdapter):
             return nn.functional.linear(h.to(head.weight.device), head.weight[rows], _rows(head.bias, rows))
         logits = head(h)
         return logits[..., first : first + count] if dense else logits.index_select(-1, ids.to(logits.device))
+
+
+@lru_cache
+def cache_argument(function: Any) -> str:
+    """What this version of transformers calls the cache that a body, or a maker of masks, is given."""
+    return "cache" if "cache" in inspect.signature(function).parameters else "past_key_values"
 
 
 def compile_body(backbone: FamilyAdapter, options: bool | Mapping[str, Any]) -> Callable[..., Any] | None:

@@ -8,7 +8,7 @@ use ``vargen.wrap`` there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from vargen.validation.extras import extra
 
 with extra("transformers", "generate_with"):
     from transformers import LogitsProcessorList
+    from transformers.generation import EosTokenCriteria, GenerateDecoderOnlyOutput, MaxLengthCriteria
     from transformers.generation.logits_process import (
         PrefixConstrainedLogitsProcessor,
         SuppressTokensLogitsProcessor,
@@ -33,6 +34,17 @@ with extra("transformers", "generate_with"):
     )
 
 SUPPORTED = ("emu3", "emu3.5", "glm_image")
+_NOT_DONE: dict[str, Any] = {
+    "num_beams": 1,
+    "num_beam_groups": 1,
+    "penalty_alpha": 0,
+    "dola_layers": None,
+    "prompt_lookup_num_tokens": None,
+    "output_scores": False,
+    "output_logits": False,
+    "output_attentions": False,
+    "output_hidden_states": False,
+}
 # guidance and warpers are settings of the sampler, structure is the adapter's
 REPLACED = (
     UnbatchedClassifierFreeGuidanceLogitsProcessor,
@@ -53,7 +65,9 @@ def generate_with(
     """Make the ``custom_generate`` argument of a model's ``generate``.
 
     Guidance, temperature, top-k and top-p are those of the ``generate`` call (its ``do_sample=False`` is greedy, and its
-    defaults hold, top_k = 50 among them); everything else is the sampler's.
+    defaults hold, top_k = 50 among them); everything else is the sampler's. ``return_dict_in_generate`` works; beams, scores
+    and states of every step, stopping criteria and filled caches are refused. A ``streamer`` sees the prompt only:
+    transformers does not hand it on.
 
     Args:
         sampler: any window sampler; default speculative Jacobi decoding, which keeps the distribution.
@@ -79,6 +93,7 @@ def generate_with(
         generation_config: Any,
         **kwargs: Any,
     ) -> Tensor:
+        check_call(generation_config, stopping_criteria, kwargs)
         backbone = _backbone(model, kwargs, options)
         negative = _negative(logits_processor, backbone)
         stream = backbone.layout().length
@@ -94,17 +109,48 @@ def generate_with(
         output = run.sample(backbone, prompts, seeds=seeds, tokenizer=backbone.pixels(), negative=other)
         if on_output is not None:
             on_output(output)
-        return torch.cat([input_ids, backbone.to_stream(output.codes).to(input_ids.device)], dim=1)
+        found = torch.cat([input_ids, backbone.to_stream(output.codes).to(input_ids.device)], dim=1)
+        return GenerateDecoderOnlyOutput(sequences=found) if generation_config.return_dict_in_generate else found
 
     return loop
+
+
+def check_call(config: Any, criteria: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
+    """Refuse what a ``generate`` call asks for and these samplers do not do.
+
+    Raises:
+        ValueError: beams, scores and states of every step, stopping criteria of one's own, a cache that is filled already.
+    """
+    for name, neutral in _NOT_DONE.items():
+        value = getattr(config, name, None)
+        if value not in (None, neutral):
+            raise ValueError(f"{name}={value!r} is nothing that vargen's samplers do; leave it or custom_generate out")
+    for criterion in criteria or ():
+        if not isinstance(criterion, MaxLengthCriteria | EosTokenCriteria):
+            raise ValueError(
+                f"{type(criterion).__name__} cannot stop an image, which always has all its codes; remove it from the generate "
+                "call"
+            )
+    for name in ("cache", "past_key_values"):
+        given = kwargs.get(name)
+        if given is not None and int(given.get_seq_length()) > 0:
+            raise ValueError(
+                f"{name} holds a prompt already; vargen's samplers read the prompt themselves, leave it out"
+            )
 
 
 def _backbone(model: Any, kwargs: Mapping[str, Any], options: Mapping[str, Any]) -> Any:
     options = dict(options)
     grids = kwargs.get("image_grid_thw")
-    if grids is not None and "grid_size" not in options:  # large grid, preview grid, of the first image
-        (h, w), preview = grids[0, 1:].tolist(), grids[1, 1:].tolist()
-        options |= {"grid_size": (h, w), "preview_size": tuple(preview)}
+    if grids is not None and "grid_size" not in options:
+        # a large and a preview grid for each prompt; for several images of a prompt ``generate`` has repeated each in place
+        large, preview = tuple(grids[0, 1:].tolist()), tuple(grids[-1, 1:].tolist())
+        if others := {tuple(grid) for grid in grids[:, 1:].tolist()} - {large, preview}:
+            raise ValueError(
+                f"the prompts of one call must ask for one size of image, got the grids {large}, {preview} and "
+                f"{', '.join(map(str, sorted(others)))}; call generate once for each size"
+            )
+        options |= {"grid_size": large, "preview_size": preview}
     backbone = wrap(model, **options)
     if not set(backbone.model_types) & set(SUPPORTED):
         raise ValueError(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from vargen.adapters.base import TransformersBackbone
+from vargen.adapters.base import TransformersBackbone, cache_argument
 from vargen.adapters.prompts import PromptIds
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 
@@ -135,7 +135,7 @@ def check_version() -> None:
     config = transformers.LlamaConfig(attn_implementation="sdpa")
     mask = torch.tensor([[[[True, False], [False, True]]]])  # no causal order, so a rebuilt one would differ
     embeddings = torch.zeros(1, 2, 1)
-    options = {"attention_mask": mask, "past_key_values": None, "position_ids": None}
+    options = {"attention_mask": mask, cache_argument(create_causal_mask): None, "position_ids": None}
     passed = create_causal_mask(config=config, inputs_embeds=embeddings, **options)
     if passed is None or not torch.equal(passed, mask):
         raise ValueError(
