@@ -47,6 +47,7 @@ def run_without(names: set[str], code: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_generating_needs_neither_matplotlib_nor_torchmetrics_nor_torchvision() -> None:
     code = """
         import importlib.util
@@ -64,6 +65,7 @@ def test_generating_needs_neither_matplotlib_nor_torchmetrics_nor_torchvision() 
     assert run_without({"matplotlib", "torchmetrics", "torchvision"}, code).split("\n")[:2] == ["(32, 32)", "[207]"]
 
 
+@pytest.mark.slow
 def test_a_missing_extra_is_one_line_that_names_it() -> None:
     code = """
         from importlib import import_module
