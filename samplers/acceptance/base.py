@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vargen.kernels.verify.types import Carry, Draft, GroupSpec, VerifyNoise, VerifyOutcome
 from vargen.kernels.verify.verify import verify_window
-from vargen.random import GumbelCache
+from vargen.random import GumbelCache, NoiseRows
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Noise:
 
     keys: Tensor  # [A] int64 seeds
     iteration: Tensor  # [A] int64 forward passes so far
-    cache: GumbelCache | None = None  # on the CPU: rows of ``Stream.GUMBEL``
+    cache: GumbelCache | NoiseRows | None = None  # rows of ``Stream.GUMBEL``, made beforehand or given
     errors: Tensor | None = None  # on a CUDA device: record of bad rows
 
 
