@@ -11,6 +11,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from vargen.backbones.infinity.model import InfinityTransformer
+from vargen.backbones.infinity.sizes import to_official as infinity_official
 from vargen.backbones.llamagen.any_order import AnyOrderTransformer
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.mar.model import MARTransformer
@@ -22,6 +24,8 @@ from vargen.backbones.var.model import VARTransformer
 from vargen.backbones.xar.model import XARTransformer
 from vargen.draft_models.eagle import EagleDrafter
 from vargen.tokenizers.kl.autoencoder import load_kl16, to_latent_diffusion
+from vargen.tokenizers.multiscale_bsq.checkpoints import to_official as bsq_official
+from vargen.tokenizers.multiscale_bsq.model import MultiScaleBSQTokenizer
 from vargen.tokenizers.multiscale_vq.checkpoints import to_official
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
@@ -70,6 +74,15 @@ _CAPTION = {"condition_type": "caption", "caption_dim": 5, "num_condition_tokens
 _SLOTS = {"condition_type": "attributes", "num_attributes": 4, "num_condition_tokens": 2}
 _SCALES = {"scales": (1, 2), "codebook_size": 6, "codebook_dim": 4}
 _VAR = {"dim": 8, "num_layers": 2, "num_heads": 2, "num_classes": 3}
+_INFINITY = {
+    "dim": 8,
+    "num_layers": 2,
+    "num_heads": 2,
+    "num_bits": 3,
+    "scales": (1, 2),
+    "text_dim": 6,
+    "text_length": 4,
+}
 _MAR = {"grid_size": (2, 2), "latent_channels": 2, "mlp_ratio": 2.0, "num_classes": 3, "buffer_size": 2}
 _MAR_SIZES = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("dim", 8), ("depth", 2))}
 _MAR_HEADS = {"encoder_num_heads": 2, "decoder_num_heads": 2}
@@ -107,6 +120,12 @@ FAMILIES: dict[str, Example] = {
         lambda: _with(dict(VARTransformer(**_VAR, **_SCALES).state_dict()), lvl_1L=torch.tensor([[0, 1, 1, 1, 1]])),
         {},
         "blocks.",
+    ),
+    "Infinity": Example(
+        InfinityTransformer.from_original,
+        lambda: infinity_official(InfinityTransformer(**_INFINITY).state_dict(), num_chunks=2),
+        {"scales": (1, 2)},
+        "block_chunks.",
     ),
     "MAR": Example(
         MARTransformer.from_original,
@@ -165,6 +184,12 @@ FAMILIES: dict[str, Example] = {
         lambda: to_official(MultiScaleVQTokenizer(**CONV, **_SCALES, num_phi=2).state_dict()),
         {"norm_num_groups": 2, "scales": (1, 2)},
         "quantize.quant_resi.qresi_ls.",
+    ),
+    "binary multi-scale": Example(
+        MultiScaleBSQTokenizer.from_original,
+        lambda: bsq_official(MultiScaleBSQTokenizer(**CONV, codebook_dim=4, scales=(1, 2)).state_dict()),
+        {"norm_num_groups": 2, "scales": (1, 2)},
+        "decoder.up.",
     ),
     "video FSQ": Example(VideoFSQTokenizer.from_original, _state(VideoFSQTokenizer, **VIDEO), VIDEO),
     "KL": Example(

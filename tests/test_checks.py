@@ -49,6 +49,10 @@ TINY: dict[str, dict[str, Any]] = {
     "PARTransformer": {**LLAMAGEN, "grid_size": (4, 2)},
     "NBPTransformer": {**CODES, **CONDITIONS, "block": (1, 2), "condition_type": "class", "max_positions": None},
     "VARTransformer": {**CODES, **CONDITIONS, "codebook_dim": 4, "scales": (1, 2)},
+    "InfinityTransformer": {
+        "dim": 8, "num_layers": 1, "num_heads": 2, "num_bits": 3, "scales": (1, 2), "text_dim": 6, "text_length": 4,
+        "max_scales": 3, "text_pool_heads": 2,
+    },
     "MARTransformer": {**TOKENS, **MAR, "decoder_num_heads": 2, "buffer_size": 2, "num_sampling_steps": "4"},
     "CausalMARTransformer": {**TOKENS, "dim": 8, "num_layers": 1, "num_heads": 2, "num_sampling_steps": "4"},
     "XARTransformer": {
@@ -58,6 +62,7 @@ TINY: dict[str, dict[str, Any]] = {
     "EagleDrafter": {**CODES, "ffn_dim": 8, "num_condition_tokens": 2},
     "VQTokenizer": {**VQ, "z_channels": 4},
     "MultiScaleVQTokenizer": {**VQ, "scales": (1, 2)},
+    "MultiScaleBSQTokenizer": {**CONVOLUTIONS, "codebook_dim": 4, "scales": (1, 2)},
     "VideoFSQTokenizer": {
         **CONVOLUTIONS, "temporal_downsample": (True,), "num_mid_blocks": 0, "levels": (3, 2), "patch_size": (1, 1, 1),
     },
@@ -192,11 +197,15 @@ def run(model: Any) -> torch.Tensor:
         sides = model.downsample
         if name == "VideoFSQTokenizer":
             return model(torch.zeros(2, c.in_channels, 1 + model.temporal_factor, *sides)).videos
-        last = model.scales[-1] if name == "MultiScaleVQTokenizer" else (1, 1)
-        return model(torch.zeros(2, c.in_channels, last[0] * sides, last[1] * sides)).images
+        last = getattr(model, "scales", [(1, 1)])[-1]
+        out = model(torch.zeros(2, c.in_channels, last[0] * sides, last[1] * sides))
+        return out if isinstance(out, torch.Tensor) else out.images
     if name == "EagleDrafter":
         embeddings = model.embed(torch.zeros(1, 2).long()) if c.own_embeddings else torch.zeros(1, 2, c.dim)
         return model(torch.zeros(1, 2, c.dim), embeddings)
+    if name == "InfinityTransformer":
+        caption = (torch.zeros(1, 1, c.text_dim), torch.ones(1, 1, dtype=torch.bool))
+        return model(torch.zeros(1, model.num_codes - model.sizes[0], c.num_bits), caption)
     condition = condition_of(model)
     if name == "VARTransformer":
         return model(torch.zeros(1, model.num_codes - model.sizes[0], c.codebook_dim), condition)
@@ -245,12 +254,14 @@ ABSURD: dict[
     "PARTransformer": ({"dim": 2**16, "multiple_of": 2**19}, "weights"),
     "NBPTransformer": ({"condition_type": "text", "dim": 2**14, "text_vocabulary": 2**24}, "weights"),
     "VARTransformer": ({"scales": [2**9, 2**10]}, "positions"),
+    "InfinityTransformer": ({"dim": 2**16, "num_layers": 1000}, "weights"),
     "MARTransformer": ({"latent_channels": 2**16, "patch_size": 16}, "numbers of a token"),
     "CausalMARTransformer": ({"head_width": 2**16, "head_depth": 100}, "weights"),
     "XARTransformer": ({"num_classes": 2**24, "dim": 2**13}, "weights"),
     "EagleDrafter": ({"dim": 2**14, "ffn_dim": 2**19, "num_layers": 100}, "weights"),
     "VQTokenizer": ({"base_channels": 2**10, "channel_multipliers": [1, 1024]}, "weights"),
     "MultiScaleVQTokenizer": ({"scales": [2**11]}, "positions"),
+    "MultiScaleBSQTokenizer": ({"scales": [2**11]}, "positions"),
     "VideoFSQTokenizer": ({**SINGLE, "levels": [2] * 24, "patch_size": [64, 64, 64]}, "weights"),
 }
 

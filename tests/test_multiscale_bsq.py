@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from tests.golden_files import load_file
+from vargen.checkpoints.manifests.published import PARAMETERS
 from vargen.checkpoints.reader import CheckpointError
+from vargen.checkpoints.verify import verify_checkpoint
 from vargen.tokenizers.multiscale_bsq.checkpoints import to_native, to_official
 from vargen.tokenizers.multiscale_bsq.model import MultiScaleBSQTokenizer
 
@@ -166,3 +168,14 @@ def test_errors_are_one_line():
         tokenizer.with_scales([2, 1])
     with pytest.raises(ValueError, match="at most 262144 positions"):
         tiny(scales=[1024])
+
+
+def test_published_sizes_have_exact_keys_and_parameters():
+    for size, count in PARAMETERS["infinity-vae"].items():
+        patched = {"channel_multipliers": (1, 2, 4, 4), "patch": 2} if size == "d14" else {}
+        with torch.device("meta"):
+            tokenizer = MultiScaleBSQTokenizer(codebook_dim=int(size[1:]), **patched)
+        assert (tokenizer.downsample, sum(p.numel() for p in tokenizer.parameters())) == (16, count)
+        file = {**to_official(tokenizer.state_dict()), "quantizer.lfq.mask": torch.empty(1, device="meta")}
+        report = verify_checkpoint(file)
+        assert (report.ok, report.size, report.num_entries) == (True, size, 225 if size == "d14" else 269), report

@@ -27,6 +27,7 @@ _names = {
     "load_kl16": "tokenizers.kl.autoencoder",
     "LlamaGenTransformer": "backbones.llamagen.model",
     "VARTransformer": "backbones.var.model",
+    "InfinityTransformer": "backbones.infinity.model",
     "NARTransformer": "backbones.nar.model",
     "PARTransformer": "backbones.par.model",
     "NBPTransformer": "backbones.nbp.model",

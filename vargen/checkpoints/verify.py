@@ -39,6 +39,8 @@ _builders: dict[str, Builder] = {
     "par": _later("transformers", "par_manifest"),
     "randar": _later("transformers", "randar_manifest"),
     "var": _later("transformers", "var_manifest"),
+    "infinity": _later("transformers", "infinity_manifest"),
+    "infinity-vae": _later("tokenizers", "bsq_manifest"),
     "mar": _later("transformers", "mar_manifest"),
     "xar": _later("transformers", "xar_manifest"),
     "nbp": _later("transformers", "nbp_manifest"),

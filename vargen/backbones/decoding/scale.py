@@ -10,7 +10,7 @@ T condition positions, V codes of the codebook, C code channels, D width.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -32,6 +32,18 @@ class ScaleCondition:
     head_rows: Tensor  # [2, R, 1, D]
     batch: int
     branches: int
+    sizes: tuple[int, ...]  # n_k of this decode, which models of many picture sizes choose anew
+
+    def first_branch(self) -> ScaleCondition:
+        """The conditional rows alone."""
+        return replace(
+            self,
+            start=self.start[: self.batch],
+            tokens=None if self.tokens is None else self.tokens[: self.batch],
+            rows=[table[:, : self.batch] for table in self.rows],
+            head_rows=self.head_rows[:, : self.batch],
+            branches=1,
+        )
 
     @property
     def lengths(self) -> Tensor:
@@ -52,29 +64,29 @@ class ScaleSession:
 class ScaleBackbone(HookedModel):
     """Mixin: decoding scale by scale.
 
-    The module provides ``blocks``, ``sizes`` (n_k), ``lvl_1L`` [1, L] scale of every code, ``condition_embedding`` with
-    ``check`` and ``null``, and the parts of its forward declared below.
+    The module provides ``blocks``, ``sizes`` (n_k), ``condition_embedding`` with ``check`` and ``null``, and the parts of its
+    forward declared below.
     """
 
     features = frozenset({Feature.SCALES})
     blocks: nn.ModuleList
     sizes: list[int]
-    lvl_1L: Tensor
     condition_embedding: Any
     training: bool
+    device: torch.device
 
     @property
     def num_codes(self) -> int:
         """Codes of all scales together, L."""
         return sum(self.sizes)
 
-    def _condition(self, parts: Sequence[Tensor]) -> ScaleCondition:
+    def _condition(self, parts: Sequence[Any]) -> ScaleCondition:
         raise NotImplementedError
 
     def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
         raise NotImplementedError
 
-    def _run(self, x: Tensor, condition: ScaleCondition, attends: Sequence[Attend]) -> Tensor:
+    def _run(self, x: Tensor, condition: ScaleCondition, attends: Sequence[Attend], first: int = 0) -> Tensor:
         raise NotImplementedError
 
     def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
@@ -93,7 +105,7 @@ class ScaleBackbone(HookedModel):
         """Check and embed a batch of conditions.
 
         Args:
-            condition: class ids [B] or attribute ids [B, T].
+            condition: class ids [B], attribute ids [B, T] or captions (features [B, T, C], mask [B, T]), as the model takes.
             guidance_scale: 1 = one branch; anything else adds the unconditional branch.
             negative: a condition for the second branch instead of the null condition; needs guidance.
         """
@@ -101,7 +113,7 @@ class ScaleBackbone(HookedModel):
         parts = [embedding.check(condition)]
         if bool((torch.as_tensor(guidance_scale) != 1).any()):
             parts.append(embedding.null(parts[0]) if negative is None else embedding.check(negative))
-            if parts[1].shape != parts[0].shape:
+            if _num_rows(parts[1]) != _num_rows(parts[0]):
                 raise ValueError("the negative condition must have as many rows as the condition")
         return self._condition(parts)
 
@@ -124,7 +136,9 @@ class ScaleBackbone(HookedModel):
             raise ValueError("the model is in training mode and its dropout would disturb decoding; call model.eval()")
         count = int(condition.lengths[0])
         rows = condition.start.shape[0]
-        cache = KVCache(rows, count + self.num_codes, len(self.blocks), device=condition.start.device, dtype=dtype)
+        cache = KVCache(
+            rows, count + sum(condition.sizes), len(self.blocks), device=condition.start.device, dtype=dtype
+        )
         session = ScaleSession(cache, condition)
         return session, self._feed(session, features)
 
@@ -142,43 +156,42 @@ class ScaleBackbone(HookedModel):
             return
         rows = torch.arange(c.batch, device=c.start.device)
         session.cache.select(rows)
-        session.condition = ScaleCondition(
-            c.start[: c.batch],
-            None if c.tokens is None else c.tokens[: c.batch],
-            [table[:, : c.batch] for table in c.rows],
-            c.head_rows[:, : c.batch],
-            c.batch,
-            1,
-        )
+        session.condition = c.first_branch()
 
     def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:
         condition = session.condition
         first = session.scale
-        num_scales = self._num_scales(features, first)
+        num_scales = self._num_scales(condition, features, first)
         if features is not None:
             features = features.repeat(condition.branches, 1, 1)
         x = self._embed(condition, features, first)
         plan = session.cache.plan_block(session.used, self._stamps(condition, first, num_scales))
-        h = self._run(x, condition, [session.cache.layer(i, plan) for i in range(len(self.blocks))])
+        h = self._run(x, condition, [session.cache.layer(i, plan) for i in range(len(self.blocks))], first)
         session.scale, session.used = first + num_scales, session.used + x.shape[1]
         return StepOut(self._score(h, condition, features, first).unflatten(0, (condition.branches, -1)))
 
-    def _num_scales(self, features: Tensor | None, first: int) -> int:
+    def _num_scales(self, condition: ScaleCondition, features: Tensor | None, first: int) -> int:
         """How many scales are fed: the first one has no features."""
+        sizes = condition.sizes
         length = 0 if features is None else features.shape[1]
         count, total = (1, 0) if first == 0 else (0, 0)
-        while total < length and first + count < len(self.sizes):
-            total += self.sizes[first + count]
+        while total < length and first + count < len(sizes):
+            total += sizes[first + count]
             count += 1
         if total != length or count == 0:
             raise ValueError(
-                f"features must hold whole scales of {self.sizes[max(first, 1) :]} positions, got {length} positions"
+                f"features must hold whole scales of {list(sizes[max(first, 1) :])} positions, got {length} positions"
             )
         return count
 
     def _stamps(self, condition: ScaleCondition, first: int, num_scales: int) -> Tensor:
         """[w] block number of every item fed: -1 for condition positions, which only see one another."""
-        chosen = self.lvl_1L[0, sum(self.sizes[:first]) : sum(self.sizes[: first + num_scales])]
+        chosen = torch.cat([torch.full((condition.sizes[k],), k) for k in range(first, first + num_scales)])
+        chosen = chosen.to(condition.start.device)
         if first == 0 and condition.tokens is not None:
             chosen = torch.cat([chosen.new_full((condition.tokens.shape[1],), -1), chosen])
         return chosen
+
+
+def _num_rows(condition: Any) -> int:
+    return len(condition[0] if isinstance(condition, tuple) else condition)

@@ -273,3 +273,58 @@ VAR = Settings(
     ),
     _var_weights,
 )
+
+
+# Infinity
+
+
+def _grid_positions(scales: Sequence[int | tuple[int, int]]) -> int:
+    return _var_positions(scales, 0)
+
+
+def _infinity_heads(c: Any) -> None:
+    check_rotary(c)
+    pool = c.text_pool_heads or max(1, c.text_dim // 128)
+    if c.dim % pool:
+        raise ValueError(f"text_pool_heads must divide dim, got dim={c.dim} and {pool} heads")
+    if len(c.scales) > c.max_scales:
+        raise ValueError(f"scales must be at most {c.max_scales} (max_scales), got {len(c.scales)}")
+
+
+def _infinity_weights(
+    dim: int,
+    num_layers: int,
+    num_bits: int,
+    text_dim: int,
+    text_length: int,
+    ffn_dim: int | None,
+    max_scales: int,
+) -> int:
+    hidden = ffn_dim or 4 * dim + 256
+    text = text_dim * (text_length + 3 * dim + 1) + 3 * dim * dim
+    return num_layers * dim * (8 * dim + 2 * hidden + 32) + text + dim * (8 * dim + 3 * num_bits + max_scales + 32)
+
+
+INFINITY = Settings(
+    {
+        "dim": WIDTH,
+        "num_layers": BLOCKS,
+        "num_heads": WIDTH,
+        "num_bits": WIDTH,
+        "scales": check_scales,
+        "position_grid": optional(GRID),
+        "text_dim": WIDTH,
+        "text_length": POSITIONS,
+        "text_pool_heads": optional(WIDTH),
+        "ffn_dim": optional(HIDDEN),
+        "max_scales": POSITIONS,
+        "norm_eps": EPS,
+        "drop_path_rate": DROPOUT,
+        "class_dropout_prob": SHARE,
+    },
+    (
+        _infinity_heads,
+        at_most(MAX_POSITIONS, "positions", _grid_positions),
+    ),
+    _infinity_weights,
+)

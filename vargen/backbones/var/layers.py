@@ -13,6 +13,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from vargen.backbones.layers.cache.kv_cache import Attend
+from vargen.backbones.layers.rope import rotate
 from vargen.backbones.layers.transformer import DropPath
 from vargen.hooks import runs_as_forward
 
@@ -35,8 +36,8 @@ class VARAttention(nn.Module):
         self.register_buffer("zero_k_bias", torch.zeros(dim), persistent=False)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """Attend from and to ``x [R, w, D]``."""
+    def forward(self, x: Tensor, attend: Attend, rope: Tensor | None = None) -> Tensor:
+        """Attend from and to ``x [R, w, D]``; ``rope`` as in ``layers.rope.rotate``, None = no rotation."""
         bias = torch.cat([self.q_bias, self.zero_k_bias.to(self.q_bias), self.v_bias])
         qkv = self.mat_qkv(x) + bias
         query, key, value = rearrange(qkv, "r w (n h d) -> n r h w d", n=3, h=self.num_heads)
@@ -47,6 +48,8 @@ class VARAttention(nn.Module):
             key = F.normalize(key.float(), dim=-1).to(x.dtype)
         else:
             query = query * PLAIN_SCALE
+        if rope is not None:
+            query, key = (rotate(part.transpose(1, 2), rope).transpose(1, 2) for part in (query, key))
         return self.proj(rearrange(attend(query, key, value), "r h w d -> r w (h d)"))
 
 

@@ -223,7 +223,7 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
         checked = drop_condition(embedding, checked, self.config, drop, generator, training=self.training)
         prepared = self._condition([checked])
         x = self._embed(prepared, features, 0)
-        stamps = self._stamps(prepared, 0, self._num_scales(features, 0))
+        stamps = self._stamps(prepared, 0, self._num_scales(prepared, features, 0))
         attend = partial(attention, mask=stamps <= stamps[:, None])
         return self._score(self._run(x, prepared, [attend] * len(self.blocks)), prepared, features)
 
@@ -239,7 +239,8 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
             shared = rearrange(self.shared_ada_lin(vector), "r (n d) -> r 1 n d", n=6)
         rows = [block.modulate(vector, shared) for block in self.blocks]  # type: ignore[operator]
         start = vector[:, None] + self.pos_start
-        return ScaleCondition(start, tokens, rows, self.head_nm.modulate(vector), len(ids) // len(parts), len(parts))
+        batch, sizes = len(ids) // len(parts), tuple(self.sizes)
+        return ScaleCondition(start, tokens, rows, self.head_nm.modulate(vector), batch, len(parts), sizes)
 
     def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
         """Inputs ``[R, w, D]`` of the scales from ``first`` on, condition positions in front of the very first."""
@@ -252,7 +253,7 @@ class VARTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: i
         x = x + (self.lvl_embed(self.lvl_1L[:, index]) + self.pos_1LC[:, index])
         return x if first > 0 or condition.tokens is None else torch.cat([condition.tokens, x], dim=1)
 
-    def _run(self, x: Tensor, condition: ScaleCondition, attends: Sequence[Attend]) -> Tensor:
+    def _run(self, x: Tensor, condition: ScaleCondition, attends: Sequence[Attend], first: int = 0) -> Tensor:
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         for block, rows, attend in zip(self.blocks, condition.rows, attends, strict=True):
             x = checkpoint(block, x, rows, attend, use_reentrant=False) if recompute else block(x, rows, attend)

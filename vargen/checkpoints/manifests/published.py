@@ -66,6 +66,16 @@ PARAMETERS: dict[str, dict[Any, int]] = {
         "d30": 2_010_020_356,
         "d36": 2_353_893_904,
     },
+    "infinity": {  # those called layer* were never released
+        "2b": 2_204_564_032,
+        "8b": 8_375_791_824,
+        "layer12": 125_148_800,
+        "layer16": 361_578_464,
+        "layer24": 940_871_072,
+        "layer32": 2_256_595_040,
+        "layer40": 4_716_292_832,
+        "layer48": 8_767_037_216,
+    },
     "mar": {"base": 207_924_768, "large": 478_326_304, "huge": 942_403_104},
     "xar": {"B": 172_638_224, "L": 608_397_968, "H": 1_186_024_096},
     # without the tokenizer in the files; the paper rounds, and leaves out embeddings and head: 0.7, 1.2 and 3 billion
@@ -73,6 +83,13 @@ PARAMETERS: dict[str, dict[Any, int]] = {
     "nbp-frames": {"XL": 884_431_872, "XXL": 1_481_232_384, "3B": 4_034_107_392},  # Kinetics-600, frame prediction
     "llamagen-vq": {"VQ-16": 71_883_403, "VQ-8": 70_109_835},
     "var-vqvae": {"vae_ch160v4096z32": 108_948_355},
+    "infinity-vae": {
+        "d14": 81_624_209,
+        "d16": 109_970_579,
+        "d24": 110_044_315,
+        "d32": 110_118_051,
+        "d64": 110_412_995,
+    },
     "kl-autoencoder": {"kl16": 66_456_019},
     "nbp-tokenizer": {"MAGVIT-v2": 370_372_105},
     "janus-original": {"1.3B": 2_089_232_011, "7B": 7_420_368_523},  # the former Janus-Pro-1B too

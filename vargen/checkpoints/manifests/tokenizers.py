@@ -81,3 +81,19 @@ def video_fsq_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
 
     (size, count), *_ = PARAMETERS["nbp-tokenizer"].items()
     return Manifest(shapes_on_meta(VideoFSQTokenizer), size, count)
+
+
+def bsq_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    """Infinity's binary tokenizers, in either spelling."""
+    from vargen.tokenizers.multiscale_bsq.checkpoints import RECOMPUTED, infer_bsq_config, to_native, to_official
+    from vargen.tokenizers.multiscale_bsq.model import MultiScaleBSQTokenizer
+    from vargen.tokenizers.vq.checkpoints import llamagen_to_taming
+
+    config = infer_bsq_config(to_native(state_dict))
+    make = partial(MultiScaleBSQTokenizer, **{**config, "scales": (1,), **ONE_GROUP})
+    shapes = shapes_on_meta(make, to_official if "encoder.conv_in.conv.weight" in state_dict else llamagen_to_taming)
+    size = f"d{config['codebook_dim']}"
+    levels = [1, 2, 4, 4] if size == "d14" else [1, 2, 4, 4, 4]
+    known = config["base_channels"] == 128 and config["channel_multipliers"] == levels  # 128: the published width
+    count = PARAMETERS["infinity-vae"].get(size) if known else None
+    return Manifest(shapes, size if count else None, count, optional=RECOMPUTED)

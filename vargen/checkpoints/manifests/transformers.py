@@ -179,3 +179,19 @@ def nbp_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     shapes = {PREFIX + name: shape for name, shape in shapes_on_meta(partial(NBPTransformer, **config)).items()}
     optional = (*(name + "*" for name in OTHERS), "*mask*")
     return Manifest(shapes, size, counts[size] if size else None, (PREFIX + "uncond_embedding",), optional)
+
+
+def infinity_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    """Infinity, its blocks in chunks or not."""
+    from vargen.backbones.infinity.model import RECOMPUTED, InfinityTransformer
+    from vargen.backbones.infinity.sizes import SIZES, infer_infinity_config, to_native, to_official
+
+    config = infer_infinity_config(to_native(state_dict), {})
+    num_chunks = max(1, count_layers(state_dict, "block_chunks.", least=0))
+    make = partial(InfinityTransformer, **{**config, "scales": (1,)})  # scales change no shape
+    shapes = shapes_on_meta(make, partial(to_official, num_chunks=num_chunks))
+    found = tuple(config[name] for name in ("num_layers", "dim", "num_heads", "num_bits"))
+    size = next((name for name, sizes in SIZES.items() if sizes == found), None)
+    if size is None or (config["text_dim"], config["text_length"]) != (2048, 512):
+        return Manifest(shapes, optional=RECOMPUTED)
+    return Manifest(shapes, f"infinity_{size}", PARAMETERS["infinity"][size], optional=RECOMPUTED)

@@ -1,0 +1,288 @@
+"""Infinity: text to images, scale after scale, every position a row of bits (Han et al., 2024, arXiv:2412.04431).
+
+The blocks are VAR's with a rotation by position and cross-attention to the caption. A position carries d bits, each with two
+logits; there is no codebook. Captions of a batch may have different lengths. Scales are chosen anew for every picture size.
+
+Letters: B images, G guidance branches, R = G * B rows, branch-major, K scales, n_k positions of scale k, L all positions, d bits
+of a position, T text positions, C text width, D width, c head width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, Self
+
+import torch
+from diffusers import ConfigMixin, ModelMixin
+from diffusers.configuration_utils import register_to_config
+from einops import rearrange
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition
+from vargen.backbones.infinity.layers import InfinityBlock, TextCondition, TextPair
+from vargen.backbones.infinity.sizes import (
+    GRIDS,
+    Grid,
+    ffn_width,
+    infer_infinity_config,
+    infinity_size_config,
+    reference_of,
+    rope_rows,
+    to_native,
+)
+from vargen.backbones.layers.cache.kv_cache import Attend, attention
+from vargen.backbones.settings.discrete import INFINITY
+from vargen.backbones.var.layers import HeadNorm, modulation
+from vargen.checkpoints.reader import load_family
+from vargen.validation.checks import check_scales, checked, pair_of
+from vargen.validation.folders import Stored
+
+RECOMPUTED = ("*.zero_k_bias",)
+SCALES_1M = tuple(side for side, _ in GRIDS["1:1"])
+
+
+@dataclass(frozen=True)
+class InfinityCondition(ScaleCondition):
+    """Adds the caption, as every block attends to it, and where the positions of all scales lie."""
+
+    text: list[TextPair]  # of every block, keys and values [R, H, T, c]
+    text_mask: Tensor  # [R, 1, 1, T] bool, True = a word
+    rope: Tensor  # [L, 2, c]
+
+    def first_branch(self) -> InfinityCondition:
+        """The conditional rows alone."""
+        shared = super().first_branch()
+        assert isinstance(shared, InfinityCondition)
+        text = [(key[: self.batch], value[: self.batch]) for key, value in self.text]
+        return replace(shared, text=text, text_mask=self.text_mask[: self.batch])
+
+
+class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
+    """Block-causal transformer: the pooled caption, then scale after scale, each predicted in one forward pass.
+
+    Conditions are captions as ``T5CaptionConditioner`` encodes them: (features ``[B, T, C]``, mask ``[B, T]``). The defaults are
+    Infinity-2B.
+
+    Args:
+        dim: D.
+        num_layers: blocks.
+        num_heads: heads.
+        num_bits: d, those of the tokenizer (56 = 14 channels of 2 x 2 cells for Infinity-8B).
+        scales: sides, or (height, width) pairs, of the grids of positions, coarse to fine; see ``with_scales``.
+        position_grid: (height, width) in which rows and columns of all scales are counted; ``None`` is the last grid of the
+            official table that the scales begin, and the last of the scales where there is none.
+        text_dim: C.
+        text_length: longest caption in words of the text model.
+        text_pool_heads: heads that pool the caption; ``None`` = one for each 128 of C.
+        ffn_dim: hidden width of the feed-forward; ``None`` = 4 D to the nearest multiple of 256.
+        max_scales: rows of the table of scales.
+        norm_eps: of the layer norms.
+        drop_path_rate: stochastic depth of the last block, linear from 0.
+        class_dropout_prob: probability of training a sample without its caption.
+    """
+
+    config_name = "config.json"
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ("InfinityBlock",)
+    gradient_checkpointing = False
+    codebook_size = 2  # what each bit may be
+
+    @checked(INFINITY)
+    @register_to_config
+    def __init__(
+        self,
+        dim: int = 2048,
+        num_layers: int = 32,
+        num_heads: int = 16,
+        num_bits: int = 32,
+        scales: Sequence[int | Sequence[int]] = SCALES_1M,
+        position_grid: Sequence[int] | None = None,
+        text_dim: int = 2048,
+        text_length: int = 512,
+        text_pool_heads: int | None = None,
+        ffn_dim: int | None = None,
+        max_scales: int = 15,
+        norm_eps: float = 1e-6,
+        drop_path_rate: float = 0.0,
+        class_dropout_prob: float = 0.1,
+    ) -> None:
+        super().__init__()
+        self._set_scales(scales, position_grid)
+        self.text = TextCondition(text_dim, text_length, dim, text_pool_heads or max(1, text_dim // 128))
+        self.pos_start = nn.Parameter(torch.empty(1, 1, dim))
+        self.word_embed = nn.Linear(num_bits, dim)
+        self.lvl_embed = nn.Embedding(max_scales, dim)
+        self.shared_ada_lin = modulation(dim, 6)
+        rates = torch.linspace(0, drop_path_rate, num_layers, device="cpu").tolist()
+        hidden = ffn_dim or ffn_width(dim)
+        self.blocks = nn.ModuleList(InfinityBlock(dim, num_heads, hidden, norm_eps, rate) for rate in rates)
+        self.head_nm = HeadNorm(dim, norm_eps)
+        self.head = nn.Linear(dim, 2 * num_bits)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self, gate_scale: float = 1e-3) -> None:
+        """Draw weights as VAR does: truncated normal, small head, nearly closed gates."""
+        c = self.config
+        std = (1 / c.dim / 3) ** 0.5
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.trunc_normal_(module.weight, std=std)
+                if isinstance(module, nn.Linear) and module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.trunc_normal_(self.pos_start, std=std)
+        self.head.weight.mul_(0.02)
+        self.shared_ada_lin[1].weight[2 * c.dim :].mul_(0.5)  # type: ignore[index,union-attr]
+        self.shared_ada_lin[1].weight[: 2 * c.dim].mul_(gate_scale)  # type: ignore[index,union-attr]
+        for block in self.blocks:
+            for layer in (block.sa.proj, block.ca.proj, block.ffn.fc2):  # type: ignore[union-attr]
+                layer.weight.div_((2 * c.num_layers) ** 0.5)  # type: ignore[union-attr,operator]
+            block.ada_gss[:, :, 2:].mul_(0.5)  # type: ignore[index,operator]
+            block.ada_gss[:, :, :2].mul_(gate_scale)  # type: ignore[index,operator]
+
+    @classmethod
+    def from_size(cls, size: str, **config: Any) -> InfinityTransformer:
+        """Build a size with random weights: ``"2b"``, ``"8b"``, or one without published weights, ``"layer12"`` to ``"layer48"``."""
+        return cls(**{**infinity_size_config(size), **config})
+
+    @classmethod
+    def from_original(cls, checkpoint: Any, **config: Any) -> InfinityTransformer:
+        """Load an official checkpoint strictly.
+
+        Args:
+            checkpoint: file, folder of shards with their index, or state dict; blocks in chunks or not.
+            config: what shapes cannot tell, such as ``scales``; anything else overrides what the shapes tell.
+
+        Raises:
+            ValueError: missing shards, missing or extra keys, wrong shapes, another family.
+        """
+        model = load_family(
+            cls, checkpoint, config, infer_infinity_config, family="infinity", ignore=RECOMPUTED, rename=to_native
+        )
+        for block in model.blocks:  # built without memory: what files need not hold
+            block.sa.zero_k_bias = torch.zeros_like(block.sa.q_bias, requires_grad=False)
+        return model
+
+    def with_scales(self, scales: Sequence[int | Sequence[int]], position_grid: Sequence[int] | None = None) -> Self:
+        """The same model for another picture size: a light view that shares all weights.
+
+        Args:
+            scales: sides, or (height, width) pairs, such as those of ``vargen.backbones.infinity.sizes.scales_for``.
+            position_grid: as in the constructor.
+
+        Raises:
+            ValueError: more scales than the model has levels for.
+        """
+        listed = check_scales("scales", scales, longest=self.config.max_scales)
+        view = copy.copy(self)
+        view._set_scales(listed, position_grid)
+        return view
+
+    def _set_scales(self, scales: Any, position_grid: Any) -> None:
+        self.scales: tuple[Grid, ...] = tuple(map(pair_of, scales))
+        self.sizes = [h * w for h, w in self.scales]  # n_k
+        self.position_grid: Grid = reference_of(self.scales) if position_grid is None else tuple(position_grid)
+
+    @property
+    def condition_embedding(self) -> TextCondition:  # type: ignore[override]
+        """What reads captions."""
+        return self.text
+
+    @property
+    def num_bits(self) -> int:
+        """Bits of a position, d."""
+        return int(self.config.num_bits)
+
+    @property
+    def grid_size(self) -> Grid:
+        """(height, width) of the last scale."""
+        return self.scales[-1]
+
+    def null_condition(self, num_images: int) -> TextPair:  # type: ignore[override]
+        """The learned null caption, as long as captions may be."""
+        table = self.text.cfg_uncond.detach()
+        mask = torch.ones(num_images, len(table), dtype=torch.bool, device=table.device)
+        return table.expand(num_images, -1, -1), mask
+
+    def forward(
+        self,
+        features: Tensor,
+        condition: Any,
+        *,
+        drop: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Predict the bits of every scale from the caption and the coarser scales.
+
+        In training mode captions are dropped: with ``drop`` as given, else drawn from ``generator`` (or the global one).
+        Evaluation mode drops nothing unless ``drop`` is given, and the caller's features are never written to.
+
+        Args:
+            features: [B, L - n_0, d] float32, ``tokenizer.scale_inputs(codes)``; fewer whole scales predict fewer.
+            condition: (features [B, T, C], mask [B, T]).
+            drop: [B] bool, True = without caption.
+            generator: for the drop decisions only.
+
+        Returns:
+            [B, L, 2 d] float32 logits, two a bit: of 0 and of 1.
+        """
+        caption = self.text.check(condition, values=False)
+        if drop is None and self.training and self.config.class_dropout_prob > 0:
+            where = caption[1].device if generator is None else generator.device
+            drop = torch.rand(len(caption[1]), generator=generator, device=where) < self.config.class_dropout_prob
+        if drop is not None:
+            caption = self.text.drop(caption, drop.to(caption[1].device))
+        prepared = self._condition([caption])
+        stamps = self._stamps(prepared, 0, self._num_scales(prepared, features, 0))
+        attend = partial(attention, mask=stamps <= stamps[:, None])
+        x = self._embed(prepared, features, 0)
+        return self._score(self._run(x, prepared, [attend] * len(self.blocks)), prepared, features)
+
+    def _condition(self, parts: Sequence[TextPair]) -> InfinityCondition:
+        features, mask = self.text.join(list(parts))
+        pooled, context = self.text(features, mask)
+        shared = rearrange(self.shared_ada_lin(pooled), "r (n d) -> r 1 n d", n=6)
+        rope = rope_rows(self.scales, self.position_grid, self.config.dim // self.config.num_heads)
+        return InfinityCondition(
+            start=pooled[:, None] + self.pos_start,
+            tokens=None,
+            rows=[block.modulate(shared) for block in self.blocks],  # type: ignore[operator]
+            head_rows=self.head_nm.modulate(pooled),
+            batch=len(mask) // len(parts),
+            branches=len(parts),
+            sizes=tuple(self.sizes),
+            text=[block.ca.keys_and_values(context) for block in self.blocks],  # type: ignore[union-attr,operator]
+            text_mask=mask[:, None, None],
+            rope=rope.to(context.device),
+        )
+
+    def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
+        """Inputs ``[R, w, D]`` of the scales from ``first`` on."""
+        parts = [] if features is None else [self.word_embed(features.to(self.word_embed.weight.dtype))]
+        if first == 0:
+            parts.insert(0, condition.start.expand(-1, condition.sizes[0], -1))
+        x = torch.cat(parts, dim=1)
+        return x + self.lvl_embed(self._stamps(condition, first, self._num_scales(condition, features, first)))
+
+    def _run(
+        self,
+        x: Tensor,
+        condition: InfinityCondition,  # type: ignore[override]
+        attends: Sequence[Attend],
+        first: int = 0,
+    ) -> Tensor:
+        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
+        offset = sum(condition.sizes[:first])
+        rope, mask = condition.rope[offset : offset + x.shape[1]], condition.text_mask
+        for block, rows, attend, text in zip(self.blocks, condition.rows, attends, condition.text, strict=True):
+            arguments = (x, rows, attend, text, mask, rope)
+            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+        return x
+
+    def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
+        h = self.head_nm(x, condition.head_rows)
+        return self.head(h.to(self.head.weight.dtype)).float()
