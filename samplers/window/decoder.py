@@ -118,11 +118,8 @@ class WindowSampler(Sampler):
         reason = "widths change from iteration to iteration; give a number instead" if widths else None
         reason = reason if inputs.noise is None else "noise is given"
         reason = "switched off" if inputs.cuda_graph is False else reason or obstacle(self, backbone)
-        if inputs.noise is not None and rule != SharedNoise():
-            raise ValueError(
-                f"noise replays the draws of NextTokenSampler and of the rule 'shared-noise' over windows; {type(self).__name__} "
-                "as it is set draws in another way, leave noise out"
-            )
+        if inputs.noise is not None:
+            self._check_replayed(rule)
         if inputs.cuda_graph and reason is not None:
             raise ValueError(f"cuda_graph=True is not possible: {reason}; leave it out or take cuda_graph=None")
         forced = forced_slots(inputs.forced_codes, structural, table, len(run.seeds), int(backbone.codebook_size))
@@ -151,6 +148,13 @@ class WindowSampler(Sampler):
         if widths is not None:
             widths.pause()
         return state
+
+    def _check_replayed(self, rule: Rule) -> None:
+        if rule != SharedNoise():
+            raise ValueError(
+                f"noise replays the draws of NextTokenSampler and of the rule 'shared-noise' over windows; {type(self).__name__} "
+                "as it is set draws in another way, leave noise out"
+            )
 
     def _rows_at_once(self, layout: SlotLayout) -> int:
         """Rows that a session must have room for: a window reaches no further than the image, a tree has its own size."""
