@@ -20,6 +20,9 @@ class Feature(StrEnum):
     ANY_SLOT = "any_slot"  # codes are fed in any order: ``step_at``
     HIDDEN = "hidden"  # ``open`` and ``step`` return hidden states
     STATIC = "static"  # sessions with fixed shapes, for CUDA graphs
+    ROW_INVARIANT = (
+        "row_invariant"  # ``open`` takes ``row_invariant=True``: results do not depend on what shares a forward
+    )
     NEIGHBORS = "neighbors"  # schedules of anti-diagonals, one head an axis of the grid (NAR)
     GROUPS = "groups"  # schedules of groups of positions (PAR, any order)
     BLOCKS = "blocks"  # schedules of blocks (NBP)

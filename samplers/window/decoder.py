@@ -33,6 +33,7 @@ from vargen.samplers.window.cuda_graph import Replay, obstacle
 from vargen.samplers.window.layout import SlotLayout, forced_slots
 from vargen.samplers.window.state import WindowState
 from vargen.samplers.window.widths import Widths, commit_one
+from vargen.validation.checks import check_flag
 
 __all__ = ["WindowInputs", "WindowSampler", "WindowState"]
 
@@ -40,6 +41,7 @@ POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CP
 NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
 GIVEN_BLOCK = 16  # positions for which a call's own noise is asked at once by next-token sampling
 NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
+HALVES = (torch.bfloat16, torch.float16)
 ROUNDED = (
     "widths follow the clock, and in half precision logits depend on them a little: two runs with one seed may differ; give "
     "stats.widths as the window to repeat this one"
@@ -66,11 +68,23 @@ class WindowInputs(Inputs):
 
 @dataclass(frozen=True, kw_only=True)
 class WindowSampler(Sampler):
-    """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule."""
+    """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule.
+
+    Args:
+        row_invariant: logits do not depend on how many rows or images share a forward pass, so the codes of the shared-noise
+            rule are next-token's (run with the same setting) in every dtype. Slower: see ``docs/samplers.md``.
+    """
 
     required_features: ClassVar[frozenset[str]] = frozenset({Feature.WINDOW, Feature.RAGGED})
     inputs_type: ClassVar[type[Inputs]] = WindowInputs
     replayable: ClassVar[bool] = False  # an iteration has fixed shapes and reads nothing back
+
+    row_invariant: bool = False
+
+    def check(self) -> None:
+        """Check the shared settings and the flag."""
+        super().check()
+        check_flag("row_invariant", self.row_invariant)
 
     @property
     def num_rows(self) -> int:
@@ -115,9 +129,12 @@ class WindowSampler(Sampler):
         rule = self.make_rule(run, inputs)
         table, structural = SlotLayout.of(backbone)
         widths = self.make_widths(run, table)
+        if self.row_invariant and Feature.ROW_INVARIANT not in backbone.features:
+            raise ValueError(f"{type(backbone).__name__} offers no row_invariant passes; leave row_invariant=False")
+        fixed = "row_invariant=True takes passes apart" if self.row_invariant else None
         reason = "widths change from iteration to iteration; give a number instead" if widths else None
         reason = reason if inputs.noise is None else "noise is given"
-        reason = "switched off" if inputs.cuda_graph is False else reason or obstacle(self, backbone)
+        reason = "switched off" if inputs.cuda_graph is False else reason or fixed or obstacle(self, backbone)
         if inputs.noise is not None:
             self._check_replayed(rule)
         if inputs.cuda_graph and reason is not None:
@@ -125,6 +142,7 @@ class WindowSampler(Sampler):
         forced = forced_slots(inputs.forced_codes, structural, table, len(run.seeds), int(backbone.codebook_size))
         options = {"hidden": True} if self.reads_hidden(run.drafter) else {}
         options |= {"static": True} if reason is None else {}
+        options |= {"row_invariant": True} if self.row_invariant else {}
         most = self._rows_at_once(table) if widths is None else widths.most
         session, out = backbone.open(run.condition, max_window=most, **options)
         state = self._first_state(run, session, table.to(out.logits.device), out.logits.shape[-1], widths)
@@ -135,7 +153,7 @@ class WindowSampler(Sampler):
             held, size = min(max(self.reach, GIVEN_BLOCK), table.num_slots), out.logits.shape[-1]
             state.noise = NoiseRows(inputs.noise, len(run.seeds), held, size, run.keys.device)
         state.rule = rule.first
-        if widths is not None and widths.by_clock and backbone.dtype in (torch.bfloat16, torch.float16):
+        if widths is not None and widths.by_clock and not self.row_invariant and backbone.dtype in HALVES:
             state.notes.append(ROUNDED)
         if self.num_rows > 1:
             state.drafter = self.make_drafter(state, run.drafter, run.given)

@@ -9,11 +9,13 @@ Letters: B images, G guidance branches, R = G * B rows, T condition positions, N
 from __future__ import annotations
 
 from contextlib import nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vargen.backbones.decoding.condition import ConditionedBackbone, PreparedCondition
+from vargen.backbones.decoding.row_invariant import RowInvariant
 from vargen.backbones.layers.cache.kv_cache import NOCACHE, UNWRITTEN, KVCache, Plan
 from vargen.features import Feature
 from vargen.hooks import compute_dtype, runs_as_forward
@@ -34,6 +36,7 @@ class WindowSession:
 
     def __init__(self, cache: KVCache, branches: int, offset: int, padded: bool, static: bool) -> None:
         self.cache, self.branches, self.offset, self.padded, self.static = cache, branches, offset, padded, static
+        self.exact: Any = None  # a RowInvariant, where passes run in fixed shapes
         self.width = 0  # W of the last window; 0 after a commit
         self.uniform: int | None = offset  # slots committed in every row, where the host knows and they agree
 
@@ -100,7 +103,15 @@ class WindowBackbone(ConditionedBackbone):
     """
 
     features = frozenset(
-        {Feature.WINDOW, Feature.RAGGED, Feature.TREE_MASK, Feature.ANY_SLOT, Feature.HIDDEN, Feature.STATIC}
+        {
+            Feature.WINDOW,
+            Feature.RAGGED,
+            Feature.TREE_MASK,
+            Feature.ANY_SLOT,
+            Feature.HIDDEN,
+            Feature.STATIC,
+            Feature.ROW_INVARIANT,
+        }
     )
     grid_size: tuple[int, int]
 
@@ -125,6 +136,7 @@ class WindowBackbone(ConditionedBackbone):
         hidden: bool = False,
         static: bool | None = None,
         reuse: WindowSession | None = None,
+        row_invariant: bool = False,
     ) -> tuple[WindowSession, StepOut]:
         """Run the condition and return a session with the logits of slot 0.
 
@@ -136,12 +148,16 @@ class WindowBackbone(ConditionedBackbone):
             hidden: return hidden states, here of all T condition positions: [G, B, T, D].
             static: fixed shapes at every step, see ``WindowSession``; None = where the blocks are compiled
                 (``compile_repeated_blocks``), which would compile anew for every length.
+            row_invariant: run all passes in fixed shapes, see ``RowInvariant``; excludes ``static``.
             reuse: a finished session of the same batch, window and dtype: its buffers serve again at their addresses.
         """
         if self.training:
             raise ValueError("the model is in training mode and its dropout would disturb decoding; call model.eval()")
         if max_window < 1:
             raise ValueError(f"max_window must be at least 1, got {max_window}")
+        exact: Any = (
+            RowInvariant(condition.embeddings.shape[1] + self.num_codes, self.output.weight) if row_invariant else None
+        )
         x = condition.embeddings
         rows, length = x.shape[:2]
         capacity = length + self.num_codes + max_window
@@ -159,11 +175,13 @@ class WindowBackbone(ConditionedBackbone):
             plan = cache.plan_span(0, length)
         compiled = any(getattr(layer, "_compiled_call_impl", None) is not None for layer in self.layers)
         # a prefill runs once, with a shape of its own: compiling it would cost more than it saves
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext(), exact or nullcontext():
             h = self.forward_items(x, cache=cache, plan=plan, positions=index)
         cache.lengths.fill_(length)
         session = WindowSession(cache, condition.branches, length, padded, compiled if static is None else static)
-        return session, self._score(h if hidden else h[:, -1:], condition.branches, hidden, last=True)
+        session.exact = exact
+        with exact or nullcontext():
+            return session, self._score(h if hidden else h[:, -1:], condition.branches, hidden, last=True)
 
     @runs_as_forward
     @torch.no_grad()
@@ -185,9 +203,10 @@ class WindowBackbone(ConditionedBackbone):
         if positions.ndim == 2:
             positions = positions.repeat(session.branches, 1)
         x = self.embed(codes).repeat(session.branches, 1, 1)
-        h = self.forward_items(x, cache=session.cache, plan=session.plan(width, mask), positions=positions)
-        session.width = width
-        return self._score(h, session.branches, hidden)
+        with session.exact or nullcontext():
+            h = self.forward_items(x, cache=session.cache, plan=session.plan(width, mask), positions=positions)
+            session.width = width
+            return self._score(h, session.branches, hidden)
 
     @runs_as_forward
     @torch.no_grad()
@@ -199,8 +218,9 @@ class WindowBackbone(ConditionedBackbone):
         """
         positions = session.offset + slots.clamp(0, self.num_codes - 1).repeat(session.branches, 1)
         x = self.embed(codes).repeat(session.branches, 1, 1)
-        h = self.forward_items(x, cache=session.cache, plan=session.plan_at(slots), positions=positions)
-        return self._score(h, session.branches, hidden)
+        with session.exact or nullcontext():
+            h = self.forward_items(x, cache=session.cache, plan=session.plan_at(slots), positions=positions)
+            return self._score(h, session.branches, hidden)
 
     @torch.no_grad()
     def commit(self, session: WindowSession, n: int | Tensor, path: Tensor | None = None) -> None:
