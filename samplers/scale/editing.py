@@ -12,34 +12,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vargen.samplers.scale.state import token_shape
+
 KEPT_WHOLE = 3  # scales of up to so many codes are kept whole when an image is edited, as in the official notebook
 
 
 def check_forced_codes(forced: Sequence[Tensor], tokenizer: Any, num_images: int) -> list[Tensor]:
-    """Return K tensors ``[B, n_k]`` int64 of fixed codes, -1 where free.
+    """Return K tensors ``[B, n_k]`` int64 of fixed codes, -1 where free; of bits ``[B, n_k, d]``.
 
     Args:
-        forced: K tensors of integers ``[n_k]`` or ``[B, n_k]``.
+        forced: K tensors of integers ``[n_k]`` or ``[B, n_k]``, for bits with an axis of d behind.
         tokenizer: has ``scales`` and ``codebook_size``.
         num_images: B.
 
     Raises:
         ValueError: wrong number of scales or codes, not integers, codes out of range.
     """
-    sizes = [h * w for h, w in tokenizer.scales]
+    sizes, one = [h * w for h, w in tokenizer.scales], token_shape(tokenizer)
     if len(forced) != len(sizes):
         raise ValueError(f"forced_codes must hold one tensor a scale, {len(sizes)}, got {len(forced)}")
     checked = []
     for k, (given, size) in enumerate(zip(forced, sizes, strict=True)):
         codes = torch.as_tensor(given)
-        if codes.is_floating_point() or codes.shape not in ((size,), (num_images, size)):
-            shapes = f"integers [{size}] or [{num_images}, {size}]"
+        if codes.is_floating_point() or codes.shape not in ((size, *one), (num_images, size, *one)):
+            shapes = f"integers {[size, *one]} or {[num_images, size, *one]}"
             raise ValueError(f"forced_codes of scale {k} must be {shapes}, got {codes.dtype} {list(codes.shape)}")
         if bool(((codes < -1) | (codes >= tokenizer.codebook_size)).any()):
             raise ValueError(
                 f"forced_codes must lie in 0..{tokenizer.codebook_size - 1}, or -1 where free, at scale {k}"
             )
-        checked.append(codes.long().expand(num_images, -1))
+        checked.append(codes.long().expand(num_images, size, *one))
     return checked
 
 
@@ -49,7 +51,7 @@ def keep_codes(codes: Sequence[Tensor], keep: Tensor, scales: Sequence[tuple[int
     With the null condition the hole is filled in; with a class or a prompt it is edited towards that.
 
     Args:
-        codes: K tensors ``[B, n_k]`` of the image to edit, from ``tokenizer.encode``.
+        codes: K tensors ``[B, n_k]`` (bits: ``[B, n_k, d]``) of the image to edit, from ``tokenizer.encode``.
         keep: ``[h, w]`` or ``[B, h, w]`` bool at the size of the last scale, True = keep.
         scales: (h_k, w_k), ``tokenizer.scales``.
 
@@ -75,5 +77,5 @@ def keep_codes(codes: Sequence[Tensor], keep: Tensor, scales: Sequence[tuple[int
         kept = F.interpolate(mask, size=(height, width), mode="bilinear", align_corners=False)[:, 0].flatten(1) > 0.5
         if height * width <= KEPT_WHOLE:
             kept = torch.ones_like(kept)
-        forced.append(torch.where(kept, picked, -1))
+        forced.append(torch.where(kept.view(*kept.shape, *[1] * (picked.ndim - 2)), picked, -1))
     return forced

@@ -22,11 +22,13 @@ from vargen.kernels.warp import warp_logits
 from vargen.outputs import Guarantee, SamplerOutput
 from vargen.random import Stream, gumbel
 from vargen.samplers.base import GUIDANCE_SCHEDULES, Inputs, Run, Sampler, WithNegative
+from vargen.samplers.heads.bits import BitsHead
 from vargen.samplers.heads.categorical import CategoricalHead
 from vargen.samplers.scale.editing import check_forced_codes
-from vargen.samplers.scale.state import NextScaleState, ScaleNoise, ScaleTokenizer
+from vargen.samplers.scale.state import NextScaleState, ScaleNoise, ScaleTokenizer, token_shape
 from vargen.validation.checks import check_choice, check_integer, check_number
 
+HEADS = (CategoricalHead, BitsHead)  # by the axes of a token: codes have none, bits one
 MAX_SCALES = 64  # published models have 10 to 14
 SMOOTH_TEMPERATURE = (0.27, 0.95, 0.005)  # start, share that is lost by the last scale, floor: the official constants
 
@@ -37,9 +39,9 @@ class NextScaleInputs(Inputs):
 
     Args:
         forced_codes: K tensors ``[n_k]`` or ``[B, n_k]`` of codes fixed beforehand, -1 where free, see
-            ``vargen.samplers.scale.editing.keep_codes``.
-        noise: replaces the counter-based noise: ``noise(k, stream, (B, n_k, V))`` returns Gumbel numbers, first for
-            ``Stream.GUMBEL``, then with ``smooth`` for ``Stream.FRESH``.
+            ``vargen.samplers.scale.editing.keep_codes``; bits have an axis of d behind.
+        noise: replaces the counter-based noise: ``noise(k, stream, shape)`` returns Gumbel numbers, one a logit (``shape`` is
+            ``[B, n_k, V]``, for bits ``[B, n_k, 2 d]``), first for ``Stream.GUMBEL``, then with ``smooth`` for ``Stream.FRESH``.
     """
 
     forced_codes: Sequence[Tensor] | None = None
@@ -51,7 +53,8 @@ class NextScaleSampler(Sampler):
     """Draw scale after scale, every code of a scale from its own distribution given the coarser scales.
 
     Noise is keyed by the place of a code among all L codes, so an image depends on its seed only. The official models
-    are sampled with ``guidance_scale=2.5, top_k=900, top_p=0.96`` (their "cfg 1.5"; the demo uses 5 and 0.95).
+    are sampled with ``guidance_scale=2.5, top_k=900, top_p=0.96`` (their "cfg 1.5"; the demo uses 5 and 0.95). Infinity draws
+    bits, each from two values: ``guidance_scale=4, guidance_schedule="constant", temperature=0.5, top_p=0.97``.
 
     Args:
         guidance_scale, temperature, top_k, top_p: as in ``Sampler``; the guidance is that of the last scale.
@@ -134,7 +137,8 @@ class NextScaleSampler(Sampler):
         """Run the condition and draw the first scale; the tokenizer has the backbone's scales."""
         if not hasattr(run.tokenizer, "accumulate"):
             raise ValueError(
-                "NextScaleSampler adds up scales with the tokenizer; pass tokenizer=MultiScaleVQTokenizer"
+                "NextScaleSampler adds up scales with the tokenizer; pass tokenizer=MultiScaleVQTokenizer or, for bits, "
+                "MultiScaleBSQTokenizer"
             )
         tokenizer, num_images = cast(ScaleTokenizer, run.tokenizer), len(run.seeds)
         self._check_model("tokenizer", tokenizer, run.backbone)
@@ -143,6 +147,8 @@ class NextScaleSampler(Sampler):
         drafter = run.drafter if self.refine_scale else None
         session, out = (drafter or run.backbone).open(run.condition)
         empty = torch.full((num_images, sum(h * w for h, w in tokenizer.scales)), -1, device=run.keys.device)
+        one = token_shape(tokenizer)
+        tokens = empty.view(*empty.shape, *[1] * len(one)).repeat(1, 1, *one).to(torch.int8 if one else torch.int64)
         state = NextScaleState(
             backbone=run.backbone,
             tokenizer=tokenizer,
@@ -151,8 +157,8 @@ class NextScaleSampler(Sampler):
             seeds=run.seeds,
             keys=run.keys,
             rows=torch.arange(num_images, device=run.keys.device),
-            tokens=empty,
-            trace=empty.clone(),
+            tokens=tokens,
+            trace=empty,
             total=tokenizer.blank(num_images).to(out.logits.device),
             forced=forced,
             noise=inputs.noise,
@@ -186,14 +192,15 @@ class NextScaleSampler(Sampler):
     def draw_scale(self, state: NextScaleState, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Draw the next scale from its logits ``[G, B, n_k, V]``: codes ``[B, n_k]`` and their vectors ``[B, n_k, C]``.
 
-        The one place that knows what a backbone says about a position; override it for anything but one choice of V.
+        For bits the logits are ``[G, B, n_k, 2 d]`` and the codes ``[B, n_k, d]``: the head knows. The one place that knows what a
+        backbone says about a position; override it for anything else.
         """
         k = len(state.scales)
         start = sum(state.sizes[:k])
         positions = torch.arange(start, start + state.sizes[k], device=logits.device).expand(len(state.seeds), -1)
         shape = (len(state.seeds), state.sizes[k], logits.shape[-1])
         scale = self.guidance_at(k, len(state.sizes))
-        head = CategoricalHead(
+        head = HEADS[len(token_shape(state.tokenizer))](
             temperature=self.temperature_at(k, len(state.sizes)),
             top_k=self.top_k,
             top_p=self.top_p,
@@ -202,9 +209,10 @@ class NextScaleSampler(Sampler):
         codes = head.draw(logits, state.keys, positions, scale)
         fixed = None if state.forced is None else state.forced[k].to(codes.device)
         if fixed is not None:
-            codes = torch.where(fixed >= 0, fixed, codes)
+            codes = torch.where(fixed >= 0, fixed.to(codes.dtype), codes)
         vectors = state.tokenizer.lookup(codes)
         if self.smooth:
+            assert isinstance(head, CategoricalHead)  # checked: there is a codebook
             soft = self._soft_vectors(state, warp_logits(logits, **head.warp(scale)), positions, k)
             vectors = soft if fixed is None else torch.where((fixed >= 0)[..., None], vectors, soft)
         return codes, vectors
@@ -258,6 +266,12 @@ class NextScaleSampler(Sampler):
             raise ValueError(
                 f"{name} and backbone must have the same scales, got {list(model.scales)} and {list(backbone.scales)}"
             )
+        bits = [getattr(part, "num_bits", None) for part in (model, backbone)]
+        if bits[0] != bits[1]:
+            got = " and ".join("codes" if count is None else f"{count} bits" for count in bits)
+            raise ValueError(f"{name} and backbone must have the same tokens, got {got} a position")
+        if self.smooth and bits[0] is not None:
+            raise ValueError("smooth mixes vectors of a codebook, and this model draws bits; leave it False")
         if model.codebook_size != backbone.codebook_size:
             sizes = f"{model.codebook_size} and {backbone.codebook_size}"
             raise ValueError(f"{name} and backbone must have the same codebook size, got {sizes}")

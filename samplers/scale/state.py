@@ -18,11 +18,14 @@ ScaleNoise = Callable[[int, Stream, tuple[int, int, int]], Tensor]
 
 
 class ScaleTokenizer(Protocol):
-    """How codes become a picture: all that differs between residual, pyramid and bitwise tokenizers."""
+    """How tokens become a picture: all that differs between residual, pyramid and bitwise tokenizers.
+
+    Tokens of a scale are codes ``[B, n]``, or bits ``[B, n, d]`` where the tokenizer has ``num_bits`` d; V is then 2.
+    """
 
     scales: tuple[tuple[int, int], ...]  # (h_k, w_k), coarse to fine
     codebook_size: int  # V
-    codebook: Tensor  # [V, C] what ``smooth`` mixes
+    codebook: Tensor  # [V, C] what ``smooth`` mixes; those of bits have none
 
     def blank(self, num_images: int) -> Tensor:
         """The empty picture ``[B, C, h, w]`` float32."""
@@ -52,10 +55,10 @@ class NextScaleState(DecodeState):
     tokenizer: ScaleTokenizer
     condition: Any  # as given, for the second model
     total: Tensor  # [B, C, h, w] float32 sum of the scales drawn so far
-    forced: list[Tensor] | None  # K times [B, n_k], -1 where free
+    forced: list[Tensor] | None  # K times [B, n_k] (or [B, n_k, d]), -1 where free
     noise: ScaleNoise | None
     drafter: Any = None  # the model of the first scales, in collaborative decoding
-    scales: list[Tensor] = field(default_factory=list)  # drawn so far, [B, n_k] int64 each
+    scales: list[Tensor] = field(default_factory=list)  # drawn so far, [B, n_k] int64 (or [B, n_k, d] int8) each
     inputs: list[Tensor] = field(
         default_factory=list
     )  # [B, n_k, C] what scales 1, 2, ... read: kept for a second model
@@ -68,3 +71,9 @@ class NextScaleState(DecodeState):
     def preview(self) -> Tensor:
         """Decode the picture so far: ``[B, 3, H, W]`` around [-1, 1], at full size whatever the scale."""
         return self.tokenizer.decode_latents(self.total)
+
+
+def token_shape(tokenizer: Any) -> tuple[int, ...]:
+    """Axes of one token of a tokenizer, or of a backbone: none for a code, d for bits."""
+    num_bits = getattr(tokenizer, "num_bits", None)
+    return () if num_bits is None else (num_bits,)

@@ -44,6 +44,7 @@ from vargen.protocols import ConditionInput, Model, Tokenizer
 from vargen.random import image_seeds
 from vargen.registry import resolve_model
 from vargen.samplers.base import Sampler
+from vargen.samplers.scale.state import token_shape
 from vargen.validation.checks import check_names
 from vargen.validation.folders import one_line, read_settings
 from vargen.validation.reading import local_path
@@ -520,7 +521,11 @@ class ImagePipeline(DiffusionPipeline):
         if is_continuous(self.backbone):
             return self._part(undrawn_tokens(self.backbone, len(seeds)), seeds, stats)
         return self._part(
-            torch.full((len(seeds), self.backbone.num_codes), -1, device=self.backbone.device), seeds, stats
+            torch.full(
+                (len(seeds), self.backbone.num_codes, *token_shape(self.backbone)), -1, device=self.backbone.device
+            ),
+            seeds,
+            stats,
         )
 
     def _part(self, tokens: Tensor, seeds: list[int], stats: DecodeStats) -> SamplerOutput:
@@ -545,6 +550,12 @@ class ImagePipeline(DiffusionPipeline):
 
     def _check_components(self) -> None:
         over_codes = ("tokenizer", "backbone", "drafter")
+        bits = [getattr(getattr(self, name), "num_bits", None) for name in over_codes[:2]]
+        if self.tokenizer is not None and bits[0] != bits[1]:
+            got = " and ".join("codes" if count is None else f"{count} bits" for count in bits)
+            raise ValueError(
+                f"tokenizer and backbone must have the same tokens, got {got} a position; take both from one model"
+            )
         sizes = {name: getattr(getattr(self, name), "codebook_size", None) for name in over_codes}
         for name in ("tokenizer", "drafter"):
             if None not in (sizes[name], sizes["backbone"]) and sizes[name] != sizes["backbone"]:

@@ -14,11 +14,11 @@ from torch import Tensor
 
 
 def flatten_codes(codes: Tensor | Sequence[Tensor], num_codes: int) -> Tensor:
-    """A list over the first few scales to ``[B, L]``; a tensor stays as it is."""
+    """A list over the first few scales to ``[B, L]`` (bits: ``[B, L, d]``); a tensor stays as it is."""
     if isinstance(codes, Tensor):
         return codes
     drawn = torch.cat(list(codes), dim=1)
-    return F.pad(drawn, (0, num_codes - drawn.shape[1]), value=-1)
+    return F.pad(drawn, (*[0, 0] * (drawn.ndim - 2), 0, num_codes - drawn.shape[1]), value=-1)
 
 
 def split_codes(codes: Tensor, backbone: Any) -> Tensor | list[Tensor]:
@@ -31,7 +31,7 @@ def split_codes(codes: Tensor, backbone: Any) -> Tensor | list[Tensor]:
 def decode_scales(tokenizer: Any, codes: Tensor, undrawn: float) -> Tensor:
     """Decode ``[B, L]`` codes with a multi-scale tokenizer: each image from the scales it has, ``undrawn`` where none."""
     scales = list(codes.split([h * w for h, w in tokenizer.scales], dim=1))
-    whole = torch.stack([(part >= 0).all(1) for part in scales], dim=1)  # B K
+    whole = torch.stack([(part >= 0).flatten(1).all(1) for part in scales], dim=1)  # B K
     counts = whole.long().cumprod(1).sum(1)
     images: Tensor | None = None
     for count in counts.unique().tolist():

@@ -108,7 +108,11 @@ class ScaleBackbone(HookedModel):
             condition: class ids [B], attribute ids [B, T] or captions (features [B, T, C], mask [B, T]), as the model takes.
             guidance_scale: 1 = one branch; anything else adds the unconditional branch.
             negative: a condition for the second branch instead of the null condition; needs guidance.
+
+        What this returned may be given again, to samplers too: it passes unchanged, negative condition and all.
         """
+        if isinstance(condition, ScaleCondition):
+            return condition
         embedding = self.condition_embedding
         parts = [embedding.check(condition)]
         if bool((torch.as_tensor(guidance_scale) != 1).any()):

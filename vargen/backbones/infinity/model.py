@@ -22,7 +22,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition
+from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition, ScaleSession
 from vargen.backbones.infinity.layers import InfinityBlock, TextCondition, TextPair
 from vargen.backbones.infinity.sizes import (
     GRIDS,
@@ -38,7 +38,8 @@ from vargen.backbones.layers.cache.kv_cache import Attend, attention
 from vargen.backbones.settings.discrete import INFINITY
 from vargen.backbones.var.layers import HeadNorm, modulation
 from vargen.checkpoints.reader import load_family
-from vargen.validation.checks import check_scales, checked, pair_of
+from vargen.protocols import StepOut
+from vargen.validation.checks import check_integer, check_scales, checked, pair_of
 from vargen.validation.folders import Stored
 
 RECOMPUTED = ("*.zero_k_bias",)
@@ -52,13 +53,14 @@ class InfinityCondition(ScaleCondition):
     text: list[TextPair]  # of every block, keys and values [R, H, T, c]
     text_mask: Tensor  # [R, 1, 1, T] bool, True = a word
     rope: Tensor  # [L, 2, c]
+    mix: tuple[int, float] | None = None  # block behind which hidden states are guided, and the guidance scale
 
     def first_branch(self) -> InfinityCondition:
         """The conditional rows alone."""
         shared = super().first_branch()
         assert isinstance(shared, InfinityCondition)
         text = [(key[: self.batch], value[: self.batch]) for key, value in self.text]
-        return replace(shared, text=text, text_mask=self.text_mask[: self.batch])
+        return replace(shared, text=text, text_mask=self.text_mask[: self.batch], mix=None)
 
 
 class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
@@ -208,6 +210,35 @@ class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         mask = torch.ones(num_images, len(table), dtype=torch.bool, device=table.device)
         return table.expand(num_images, -1, -1), mask
 
+    @torch.no_grad()
+    def prepare(
+        self,
+        condition: Any,
+        *,
+        guidance_scale: float | Tensor = 1.0,
+        negative: Any = None,
+        guidance_layer: int | None = None,
+    ) -> ScaleCondition:
+        """Check and embed captions; see ``ScaleBackbone.prepare``.
+
+        Args:
+            condition: (features [B, T, C], mask [B, T]).
+            guidance_scale: 1 = one branch; anything else adds the unconditional branch.
+            negative: a caption for the second branch instead of the null one; its rows may have another length.
+            guidance_layer: guide hidden states behind this block (negative from the last), the same at every scale, in place of
+                logits: the blocks behind it run the mix, and logits come from the conditional branch alone.
+
+        Raises:
+            ValueError: captions of a wrong shape or without words, a block that is none of the model's.
+        """
+        prepared = super().prepare(condition, guidance_scale=guidance_scale, negative=negative)
+        if guidance_layer is None or prepared.branches == 1:
+            return prepared
+        depth = len(self.blocks)
+        layer = check_integer("guidance_layer", guidance_layer, low=-depth, high=depth - 1) % depth
+        assert isinstance(prepared, InfinityCondition)
+        return replace(prepared, mix=(layer, float(guidance_scale)))
+
     def forward(
         self,
         features: Tensor,
@@ -278,10 +309,19 @@ class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         recompute = self.gradient_checkpointing and torch.is_grad_enabled()
         offset = sum(condition.sizes[:first])
         rope, mask = condition.rope[offset : offset + x.shape[1]], condition.text_mask
-        for block, rows, attend, text in zip(self.blocks, condition.rows, attends, condition.text, strict=True):
+        layers = zip(self.blocks, condition.rows, attends, condition.text, strict=True)
+        for i, (block, rows, attend, text) in enumerate(layers):
             arguments = (x, rows, attend, text, mask, rope)
             x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
+            if condition.mix is not None and i == condition.mix[0]:
+                given, other = x.chunk(2)
+                x = (other + condition.mix[1] * (given - other)).repeat(2, 1, 1)
         return x
+
+    def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:
+        out = super()._feed(session, features)
+        mixed = getattr(session.condition, "mix", None) is not None
+        return StepOut(out.logits[:1]) if mixed else out
 
     def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
         h = self.head_nm(x, condition.head_rows)
