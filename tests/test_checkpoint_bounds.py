@@ -277,7 +277,7 @@ class TestSettings:
         message = refusal(example.load, "absent.pt", **{**example.settings, "num_heads": heads})
         assert "num_heads must be an integer in 1..65536, got" in message  # and not that the file is absent
 
-    @pytest.mark.parametrize("grid", [(0, 0), (-1, 5), (10**9, 10**9), 4, "4x4", (True, 2), (2.0, 2), (2,)])
+    @pytest.mark.parametrize("grid", [(0, 0), (-1, 5), (10**9, 10**9), 0, "4x4", (True, 2), (2.0, 2), (2,)])
     @pytest.mark.parametrize("name", [name for name, example in FAMILIES.items() if "grid_size" in example.settings])
     def test_grid(self, name: str, grid: Any) -> None:
         example = FAMILIES[name]

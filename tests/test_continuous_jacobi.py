@@ -113,7 +113,7 @@ def test_habit_a_pipeline_swaps_it_in():
     [
         ({"tolerance": -1e-4}, "tolerance must be at least 0, got -0.0001"),
         ({"tolerance": math.nan}, "tolerance must be a finite number at least 0, got nan"),
-        ({"window": "wide"}, "window must be a number, 'auto', or a list"),
+        ({"window": "wide"}, "window must be an integer at least 1, 'auto', or a list"),
         ({"window": 0}, "window must be an integer at least 1, got 0"),
         ({"top_k": 5}, "top_k must be 0"),
     ],

@@ -46,6 +46,9 @@ class Head:
         self.output = nn.Linear(32, 64, bias=False)
         self.output.weight = nn.Parameter(weight)
 
+    def head_logits(self, hidden):
+        return self.output(hidden)
+
 
 @pytest.fixture
 def official(stored):

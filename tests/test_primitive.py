@@ -30,7 +30,7 @@ class Stack(ItemTransformer, nn.Module):
             nn.init.normal_(parameter, std=0.4)
         self.table = torch.cat([grid_table((H, W), D // 2), constant_rows(1, D // 2, "zero")])
 
-    def rope_table(self):
+    def rope_table(self, device=None):
         return self.table
 
 

@@ -31,14 +31,14 @@ def read_widths(name: str, value: Any, *, low: int) -> Any:
     if isinstance(value, str):
         if value != "auto":
             raise ValueError(
-                f"{name} must be a number, 'auto', or a list of numbers (stats.widths), got {shown(value)}"
+                f"{name} must be an integer at least {low}, 'auto', or a list of them (stats.widths), got {shown(value)}"
             )
         return value
     if is_controller(value):
         return value
     if isinstance(value, Sequence):
-        if not 1 <= len(value) <= LONGEST:
-            raise ValueError(f"{name} as a list must hold 1..{LONGEST} numbers, one an iteration, got {len(value)}")
+        if isinstance(value, range) or not 1 <= len(value) <= LONGEST:  # a range may be longer than Python can count
+            raise ValueError(f"{name} as a list must hold 1..{LONGEST} numbers, one an iteration, got {shown(value)}")
         return tuple(check_integer(f"{name}[{i}]", width, low=low) for i, width in enumerate(value))
     return check_integer(name, value, low=low)
 
