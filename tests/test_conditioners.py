@@ -169,6 +169,22 @@ def tiny_t5():
     return {"text_encoder": transformers.T5EncoderModel(config).eval(), "tokenizer": fast}
 
 
+def test_captions_as_infinity_reads_them(tiny_t5):
+    """Case is kept, and T is the length of the longest caption of the call."""
+    whole = T5CaptionConditioner(**tiny_t5, max_length=6, clean=False, batch_size=1)
+    trimmed = T5CaptionConditioner(**tiny_t5, max_length=6, clean=False, lower_case=False, trim=True, batch_size=1)
+    assert trimmed.clean(" A Red Fox ") == "A Red Fox"
+    assert whole.clean(" A Red Fox ") == "a red fox"
+    prompts = ["a fox", "fox"]
+    features, mask = whole.encode(prompts)
+    short, words = trimmed.encode(prompts)
+    longest = int(mask.sum(1).max())
+    assert longest < 6
+    assert short.shape[1] == longest
+    assert torch.equal(short, features[:, 6 - longest :])
+    assert torch.equal(words, mask[:, 6 - longest :])
+
+
 def test_captions_are_encoded_alone_and_left_padded(tiny_t5):
     encoder = tiny_t5["text_encoder"]
     conditioner = T5CaptionConditioner(**tiny_t5, max_length=6, clean=False, batch_size=2)

@@ -43,6 +43,8 @@ T5 = Settings(
         "model_name": check_text,
         "max_length": partial(check_integer, low=1, high=MAX_POSITIONS),
         "clean": check_flag,
+        "lower_case": check_flag,
+        "trim": check_flag,
         "batch_size": partial(check_integer, low=1, high=MAX_POSITIONS),
     },
     (_together,),
@@ -58,6 +60,9 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         model_name: Hub id or folder of encoder and tokenizer.
         max_length: T; longer captions are cut.
         clean: clean captions twice, see ``clean_caption``; False only lowers their case and strips them.
+        lower_case: without cleaning, lower their case (cleaning always does).
+        trim: leave positions out that are padding in every caption of a call, so that T is the length of the longest. Infinity
+            reads captions with ``max_length=512, clean=False, lower_case=False, trim=True``.
         batch_size: captions encoded at a time.
 
     Raises:
@@ -78,6 +83,8 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         model_name: str = "google/flan-t5-xl",
         max_length: int = 120,  # the length of LlamaGen's null caption
         clean: bool = True,
+        lower_case: bool = True,
+        trim: bool = False,
         batch_size: int = 32,
     ) -> None:
         super().__init__()
@@ -112,7 +119,9 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         self._load()  # before the hooks around ``_encode_batch``, which ask for weights
         parts = [self._encode_batch(captions[i : i + size]) for i in range(0, len(captions), size)]
         features, masks = zip(*parts, strict=True)
-        return torch.cat(features), torch.cat(masks)
+        whole, mask = torch.cat(features), torch.cat(masks)
+        longest = int(mask.sum(1).max()) if self.config.trim else mask.shape[1]
+        return whole[:, mask.shape[1] - longest :], mask[:, mask.shape[1] - longest :]
 
     def check(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> None:
         """Clean the captions, without encoding them."""
@@ -131,7 +140,9 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
         check_prompt(prompt, "a caption", MAX_CHARACTERS)
         if not prompt.strip():
             raise ValueError("a caption is empty; describe the image in words")
-        return clean_caption(prompt) if self.config.clean else prompt.lower().strip()
+        if self.config.clean:
+            return clean_caption(prompt)
+        return (prompt.lower() if self.config.lower_case else prompt).strip()
 
     def _clean_all(self, prompts: Any, class_labels: Any) -> list[str]:
         if class_labels is not None:
