@@ -144,6 +144,6 @@ def test_an_index_shows_pictures_and_pages_by_absolute_links() -> None:
     assert len(targets) > 15
     assert all(target.startswith(("https://", "#")) for target in targets)
     assert f"]({repository}/raw/main/docs/images/deep_elf.png)" in text
-    assert f"[three complete examples]({repository}/blob/main/docs/extend.md)" in text
+    assert f"[complete examples]({repository}/blob/main/docs/extend.md)" in text
     assert PROJECT["dynamic"] == ["readme"]
     assert any(entry.startswith("Programming Language :: Python :: 3.11") for entry in PROJECT["classifiers"])

@@ -47,7 +47,7 @@ def test_official_states(io: dict[str, Tensor], mar: MARTransformer) -> None:
     assert torch.equal(mar.to_latents(tokens), io["mar.latents"])
     condition = mar.prepare(io["mar.labels"], guidance_scale=2.0)
     assert close(condition.embeddings[:2, 0], io["mar.class_embedding"], 0)
-    assert close(mar._encode(tokens, condition.embeddings[:2], mask)[0], io["mar.encoder_out"], 2e-6)
+    assert close(mar._encode(tokens, condition.embeddings[:2], mask, None)[0], io["mar.encoder_out"], 2e-6)
     z = mar.predict(condition, tokens, mask)
     assert close(z[0], io["mar.z"], 2e-6)
     assert close(z[1], io["mar.z_uncond"], 2e-6)
