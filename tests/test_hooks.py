@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import accelerate
 import pytest
@@ -15,6 +16,7 @@ from diffusers.hooks import apply_group_offloading, apply_layerwise_casting
 from diffusers.hooks.group_offloading import ModuleGroup
 
 import vargen
+from tests.test_leaves import CASES
 
 ASSETS = Path(vargen.__file__).parent / "assets" / "models"
 SHIPPED = sorted(path.parent.name for path in ASSETS.glob("*/model_index.json"))
@@ -144,6 +146,18 @@ def test_habit_offloaded_models_draw_the_same_picture(name: str, offload: str, m
     OFFLOADS[offload](pipe, monkeypatch)
     assert pipe.backbone.device == torch.device("cpu")
     assert torch.equal(draw(pipe, forwards), expected)
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+@pytest.mark.parametrize("name", CASES)
+def test_an_offloaded_model_of_every_family_draws_the_same(name: str, offload: str, monkeypatch) -> None:
+    family = CASES[name]
+    model = family.build()
+    with torch.no_grad():
+        expected = family.run(model)
+        alone = SimpleNamespace(components={"backbone": model}, model_cpu_offload_seq="backbone")
+        OFFLOADS[offload](alone, monkeypatch)
+        assert torch.equal(family.run(model), expected)
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -124,6 +124,21 @@ def scales(condition: Any) -> Callable[[Any], Any]:
     return lambda model: torch.cat(run(model, tokenizer=tokenizer), dim=1)
 
 
+def first_scales(model: Any) -> Any:
+    session, _ = model.open(model.prepare(CAPTIONS, guidance_scale=2.0))
+    return model.step(session, torch.ones(2, 4, 3)).logits
+
+
+INFINITY = {
+    "dim": 16,
+    "num_layers": 3,
+    "num_heads": 2,
+    "num_bits": 3,
+    "scales": [1, 2, 3],
+    "max_scales": 4,
+    "ffn_dim": 24,
+}
+INFINITY |= {"text_dim": 6, "text_length": 6, "text_pool_heads": 2}
 NEXT = drawn("NextTokenSampler", LABELS, guidance_scale=1.5)
 GROUPS = drawn("ParallelGroupSampler", LABELS, guidance_scale=1.5)
 ORDERS = drawn("ParallelGroupSampler", LABELS, guidance_scale=1.5, num_steps=6)
@@ -159,6 +174,7 @@ CASES: dict[str, Family] = {
     "var": Family(made("VARTransformer", SCALES, codebook_dim=8), scales(LABELS)),
     "var-shared-norms": Family(made("VARTransformer", SCALES, codebook_dim=8, shared_aln=True), scales(LABELS)),
     "var-words": Family(made("VARTransformer", SCALES, IN_WORDS, codebook_dim=8, codebook_head=True), scales(WORDS)),
+    "infinity": Family(made("InfinityTransformer", INFINITY), first_scales),
     "mar": Family(
         made("MARTransformer", MAR), drawn("ContinuousMaskedSampler", LABELS, num_steps=2, guidance_scale=2.0)
     ),

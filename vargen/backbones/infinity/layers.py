@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vargen.backbones.layers.cache.kv_cache import Attend, attention
 from vargen.backbones.layers.transformer import DropPath, RMSNorm
 from vargen.backbones.var.layers import VARAttention, VARFeedForward
+from vargen.hooks import execution_device, runs_as_forward
 
 TextPair = tuple[Tensor, Tensor]
 
@@ -29,6 +30,7 @@ class _KeysAndValues(nn.Module):
         self.v_bias = nn.Parameter(torch.zeros(dim))
         self.proj = nn.Linear(dim, dim)
 
+    @runs_as_forward
     def keys_and_values(self, text: Tensor) -> TextPair:
         """Text ``[R, T, C]`` to keys and values ``[R, H, T, c]``."""
         key, value = self.mat_kv(text).chunk(2, dim=-1)
@@ -86,7 +88,8 @@ class TextCondition(nn.Module):
         """
         if not isinstance(condition, tuple | list) or len(condition) != 2:
             raise ValueError(f"a caption condition must be (features, mask), got {type(condition).__name__}")
-        features, mask = (torch.as_tensor(part, device=self.cfg_uncond.device) for part in condition)
+        device = execution_device(self)
+        features, mask = (torch.as_tensor(part, device=device) for part in condition)
         if features.ndim != 3 or features.shape[2] != self.text_dim or not 1 <= features.shape[1] <= self.text_length:
             allowed = f"[batch, 1..{self.text_length}, {self.text_dim}]"
             raise ValueError(f"caption features must have shape {allowed}, got {list(features.shape)}")
@@ -98,6 +101,7 @@ class TextCondition(nn.Module):
             raise ValueError(f"caption {empty} has no words: its mask is False everywhere; even '' has an end token")
         return features.to(self.cfg_uncond.dtype), mask
 
+    @runs_as_forward
     def null(self, condition: TextPair) -> TextPair:
         """The null captions of the same lengths."""
         features, mask = condition
@@ -135,6 +139,12 @@ class InfinityBlock(nn.Module):
         self.drop_path = DropPath(drop_path)
         self.ada_gss = nn.Parameter(torch.randn(1, 1, 6, dim) / dim**0.5)
 
+    @runs_as_forward
+    def read_text(self, text: Tensor) -> TextPair:
+        """Text ``[R, T, D]`` to the keys and values ``[R, H, T, c]`` that the items of a decode attend to."""
+        return self.ca.keys_and_values(text)
+
+    @runs_as_forward
     def modulate(self, shared: Tensor) -> Tensor:
         """``[R, 1, 6, D]`` to ``[6, R, 1, D]``: gates, scales and shifts, first of attention, then of the feed-forward."""
         return rearrange(self.ada_gss + shared, "r 1 n d -> n r 1 d")

@@ -38,6 +38,7 @@ from vargen.backbones.layers.cache.kv_cache import Attend, attention
 from vargen.backbones.settings.discrete import INFINITY
 from vargen.backbones.var.layers import HeadNorm, modulation
 from vargen.checkpoints.reader import load_family
+from vargen.hooks import compute_dtype, runs_as_forward
 from vargen.protocols import StepOut
 from vargen.validation.checks import check_integer, check_scales, checked, pair_of
 from vargen.validation.folders import Stored
@@ -204,11 +205,12 @@ class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         """(height, width) of the last scale."""
         return self.scales[-1]
 
+    @runs_as_forward
+    @torch.no_grad()
     def null_condition(self, num_images: int) -> TextPair:  # type: ignore[override]
         """The learned null caption, as long as captions may be."""
-        table = self.text.cfg_uncond.detach()
-        mask = torch.ones(num_images, len(table), dtype=torch.bool, device=table.device)
-        return table.expand(num_images, -1, -1), mask
+        mask = torch.ones(num_images, self.text.text_length, dtype=torch.bool, device=self.device)
+        return self.text.null((torch.empty(0, dtype=self.text.cfg_uncond.dtype), mask))
 
     @torch.no_grad()
     def prepare(
@@ -286,14 +288,14 @@ class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # ty
             batch=len(mask) // len(parts),
             branches=len(parts),
             sizes=tuple(self.sizes),
-            text=[block.ca.keys_and_values(context) for block in self.blocks],  # type: ignore[union-attr,operator]
+            text=[block.read_text(context) for block in self.blocks],  # type: ignore[union-attr,operator]
             text_mask=mask[:, None, None],
             rope=rope.to(context.device),
         )
 
     def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
         """Inputs ``[R, w, D]`` of the scales from ``first`` on."""
-        parts = [] if features is None else [self.word_embed(features.to(self.word_embed.weight.dtype))]
+        parts = [] if features is None else [self.word_embed(features.to(compute_dtype(self.word_embed)))]
         if first == 0:
             parts.insert(0, condition.start.expand(-1, condition.sizes[0], -1))
         x = torch.cat(parts, dim=1)
@@ -325,4 +327,4 @@ class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # ty
 
     def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
         h = self.head_nm(x, condition.head_rows)
-        return self.head(h.to(self.head.weight.dtype)).float()
+        return self.head(h.to(compute_dtype(self.head))).float()
