@@ -24,7 +24,7 @@ from vargen.adapters.prompts import PackedPrompts
 from vargen.adapters.session import PromptSession
 from vargen.backbones.layers.cache.kv_cache import UNWRITTEN, KVCache, Plan
 from vargen.features import Feature
-from vargen.hooks import hooked
+from vargen.hooks import hooked, runs_as_forward
 from vargen.protocols import Layout, StepOut
 
 
@@ -56,6 +56,7 @@ class TransformersBackbone(FamilyAdapter):
         self._compiled = compile_body(self, compile) if compile is not False else None
         self.static = static or self._compiled is not None
 
+    @runs_as_forward
     @torch.no_grad()
     def open(
         self,
@@ -105,6 +106,7 @@ class TransformersBackbone(FamilyAdapter):
             last = last[condition.source.to(last.device)]
         return last, past
 
+    @runs_as_forward
     @torch.no_grad()
     def step(
         self,
@@ -123,6 +125,7 @@ class TransformersBackbone(FamilyAdapter):
         session.width = width
         return out
 
+    @runs_as_forward
     @torch.no_grad()
     def step_at(self, session: PromptSession, codes: Tensor, slots: Tensor, *, hidden: bool = False) -> StepOut:
         """Score codes [B, w] at any stream slots [B, w] (-1 = no entry); they are permanent, ``commit`` plays no part.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from vargen.adapters.prompts import PackedPrompts, PromptIds, pack, split_rows
+from vargen.hooks import execution_device, hooked, runs_as_forward
 from vargen.protocols import Layout
 from vargen.validation.checks import read_grid
 
@@ -89,6 +90,7 @@ class FamilyAdapter(nn.Module):
         """Codes [B, N] in the form in which the model's own ``generate`` returns them."""
         return codes
 
+    @runs_as_forward
     def embed(self, codes: Tensor) -> Tensor:
         """Input embeddings of codes: [...] int64 to [..., D]."""
         ids = self._ids()
@@ -132,10 +134,8 @@ class FamilyAdapter(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where codes are expected: the device on which tokens are embedded."""
-        embedding = self.text_embedding
-        hook = getattr(embedding, "_hf_hook", None)  # a dispatched model: weights may rest on "meta"
-        where = getattr(hook, "execution_device", None)
-        return embedding.weight.device if where is None else torch.empty(0, device=where).device
+        # hooks around the adapter bring all of the model; a dispatched model has them around its parts
+        return execution_device(self if hooked(self) else self.text_embedding)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -234,6 +234,7 @@ class FamilyAdapter(nn.Module):
         mask = torch.stack([nn.functional.pad(torch.ones_like(row), (longest - len(row), 0)) for row in rows])
         return PromptIds(ids, mask)
 
+    @runs_as_forward
     @torch.no_grad()
     def prepare(self, condition: Any, *, guidance_scale: float | Tensor = 1.0, negative: Any = None) -> PackedPrompts:
         """Check a batch of prompts and add the unconditional branch.

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vargen.checkpoints.bounds import count_layers, read_shape
 from vargen.checkpoints.reader import build_strict, load_original
+from vargen.hooks import execution_device, runs_as_forward
 from vargen.tokenizers.layers.conv import ConvDecoder
 from vargen.tokenizers.settings import LEVELS
 from vargen.tokenizers.vq.checkpoints import taming_to_llamagen
@@ -39,7 +40,7 @@ class PixelDecoder(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.vq.parameters()).device
+        return execution_device(self)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -65,6 +66,7 @@ class PixelDecoder(nn.Module):
         """Nothing to do: the decoder is part of the model and moves with the backbone."""
         return self
 
+    @runs_as_forward
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """[B, h, w] int64 to [B, 3, H, W], about [-1, 1], unclamped."""
@@ -111,6 +113,7 @@ class TamingPixels(PixelDecoder):
         self.vq.to(*args, **kwargs)
         return self
 
+    @runs_as_forward
     @torch.no_grad()
     def decode(self, codes: Tensor) -> Tensor:
         """[B, h, w] int64 to [B, 3, H, W], about [-1, 1], unclamped."""
