@@ -210,6 +210,7 @@ CASES: dict[str, Family] = {
     "multiscale": Family(made("MultiScaleVQTokenizer", MULTI), there_and_back(PIECE)),
     "multiscale-one-phi": Family(made("MultiScaleVQTokenizer", MULTI, num_phi=1), there_and_back(PIECE)),
     "multiscale-own-phi": Family(made("MultiScaleVQTokenizer", MULTI, num_phi=0), there_and_back(PIECE)),
+    "bits": Family(made("MultiScaleBSQTokenizer", CONV, codebook_dim=4, scales=[1, 2, 4]), there_and_back(PIECE)),
     "frames": Family(made("VideoFSQTokenizer", FRAMES), there_and_back(torch.zeros(1, 3, 5, 8, 8))),
     "frames-flat": Family(
         made("VideoFSQTokenizer", FRAMES, factorized=True, refine_channels=4),

@@ -19,6 +19,8 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor
 
+from vargen.hooks import HookedModel, runs_as_forward
+from vargen.outputs import pytree
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import ConvDecoder, ConvEncoder
 from vargen.tokenizers.multiscale_bsq.quantizer import Scales, SignQuantizer, check_bits
@@ -30,6 +32,7 @@ SCALES_1M = (1, 2, 4, 6, 8, 12, 16, 20, 24, 32, 40, 48, 64)  # of the published 
 ScaleList = Sequence[int | Sequence[int]]
 
 
+@pytree
 @dataclass
 class MultiScaleBSQEncoderOutput:
     """Result of ``MultiScaleBSQTokenizer.encode``."""
@@ -38,7 +41,7 @@ class MultiScaleBSQEncoderOutput:
     latents: Tensor  # [B, C, h, w] sum of all scales
 
 
-class MultiScaleBSQTokenizer(Stored, ModelMixin, ConfigMixin):
+class MultiScaleBSQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
     """Images to bits over scales and back.
 
     The defaults are the published ``infinity_vae_d32reg``; the one of Infinity-8B has ``codebook_dim=14``,
@@ -119,12 +122,14 @@ class MultiScaleBSQTokenizer(Stored, ModelMixin, ConfigMixin):
         view.scales = tuple(map(pair_of, check_scales("scales", scales)))
         return view
 
+    @runs_as_forward
     def features(self, images: Tensor) -> Tensor:
         """Map images ``[B, in_channels, H, W]`` to what is quantized, ``[B, C, h, w]``."""
         check_images(images, self.config.in_channels, self.downsample)
         with half_precision_explained(self.dtype):
             return self.encoder(images.to(self.dtype))
 
+    @runs_as_forward
     def encode(self, images: Tensor) -> MultiScaleBSQEncoderOutput:
         """Turn images ``[B, in_channels, H, W]`` in [-1, 1] into bits.
 
@@ -142,6 +147,7 @@ class MultiScaleBSQTokenizer(Stored, ModelMixin, ConfigMixin):
         codes, _, total = self.quantize.encode(self.features(images), self.scales)
         return MultiScaleBSQEncoderOutput(codes, total.to(self.dtype))
 
+    @runs_as_forward
     def decode(self, codes: Sequence[Tensor]) -> Tensor:
         """Turn K tensors ``[B, n_k, d]`` of bits into images ``[B, in_channels, H, W]`` around [-1, 1], unclamped.
 
@@ -154,6 +160,7 @@ class MultiScaleBSQTokenizer(Stored, ModelMixin, ConfigMixin):
             )
         return self.decode_partial(codes)
 
+    @runs_as_forward
     def decode_partial(self, codes: Sequence[Tensor]) -> Tensor:
         """Decode the first few scales: a coarse picture at full size; arguments and errors as in ``decode``."""
         bits = check_bits(codes, self.scales, self.num_bits)
@@ -162,6 +169,7 @@ class MultiScaleBSQTokenizer(Stored, ModelMixin, ConfigMixin):
             total = self.accumulate(total, self.lookup(part.to(total.device)), k)
         return self.decode_latents(total)
 
+    @runs_as_forward
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Turn the sum of scales ``[B, C, h, w]`` into images, unclamped."""
         with half_precision_explained(self.dtype):
@@ -186,7 +194,7 @@ class MultiScaleBSQTokenizer(Stored, ModelMixin, ConfigMixin):
     def blank(self, num_images: int) -> Tensor:
         """The empty sum ``[B, C, h, w]`` float32."""
         size = self.quantize.cells(self.scales[-1])
-        return torch.zeros(num_images, self.config.codebook_dim, *size, device=self.device)
+        return torch.zeros(num_images, self.config.codebook_dim, *size, dtype=torch.float32, device=self.device)
 
     def lookup(self, codes: Tensor) -> Tensor:
         """Bits ``[B, n, d]`` to vectors ``[B, n, d]`` float32."""
