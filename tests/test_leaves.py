@@ -126,7 +126,7 @@ def scales(condition: Any) -> Callable[[Any], Any]:
 
 def first_scales(model: Any) -> Any:
     session, _ = model.open(model.prepare(CAPTIONS, guidance_scale=2.0))
-    return model.step(session, torch.ones(2, 4, 3)).logits
+    return model.step(session, torch.ones(2, 4, 3, dtype=torch.float32)).logits
 
 
 INFINITY = {

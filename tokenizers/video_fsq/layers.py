@@ -50,7 +50,7 @@ class FlatConv3d(nn.Conv3d):
         rows = rearrange(x, "b c t h w -> b t h w c")
         length = rows.shape[1] - k + 1
         near = torch.cat([rows[:, i : i + length] for i in range(k)], dim=-1) if k > 1 else rows
-        weight = rearrange(self.weight, "o c k 1 1 -> o (k c)")
+        weight = self.weight[..., 0, 0].transpose(1, 2).flatten(1)  # o (k c)
         return rearrange(F.linear(near, weight, self.bias), "b t h w c -> b c t h w")
 
 

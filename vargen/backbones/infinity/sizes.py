@@ -233,7 +233,7 @@ def reference_of(scales: tuple[Grid, ...]) -> Grid:
 
 def places(count: int, reference: int) -> Tensor:
     """``[count]`` where rows (or columns) of a scale lie among those of the reference: float32, rounded half to even."""
-    return torch.round(torch.arange(count) * (reference / count))
+    return torch.round(torch.arange(count, dtype=torch.float32) * (reference / count))
 
 
 def rope_rows(scales: tuple[Grid, ...], reference: Grid, head_dim: int, base: float = 10000.0) -> Tensor:
