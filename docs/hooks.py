@@ -196,6 +196,8 @@ def sizes() -> tuple[list[list[str]], str]:
         "RandAR": counts["randar"],
         "MAR": counts["mar"],
         "xAR": counts["xar"],
+        "Janus (7B: Pro alone)": counts["janus-original"],
+        "Emu3, and its vision tokenizer": counts["emu3-original"] | counts["emu3-vision-tokenizer"],
     }
     rows = [["model", "parameters in millions (GB in float32)"]]
     for model, sizes_of in published.items():

@@ -48,7 +48,7 @@ def convert(
     for name in _ARGUMENTS & config.keys():
         raise ValueError(f"{name} has an option of its own: --{name}")
     try:
-        if tokenizer is not None and _is_emu3(checkpoint):
+        if tokenizer is not None and _is_emu3(checkpoint, key):
             config["vision_tokenizer"], tokenizer = str(tokenizer), None
         if tokenizer is None:
             from vargen.checkpoints.verify import convert_checkpoint
@@ -61,12 +61,12 @@ def convert(
     _common.say(f"written to {folder}")
 
 
-def _is_emu3(checkpoint: Path) -> bool:
+def _is_emu3(checkpoint: Path, key: str | None) -> bool:
     """Whether the tokenizer belongs into the model itself."""
     from vargen.checkpoints.folders import family_of
     from vargen.checkpoints.reader import load_original
 
-    family = family_of(checkpoint, load_original(checkpoint))
+    family = family_of(checkpoint, load_original(checkpoint, key=key))
     return family is not None and family.name == "emu3-original"
 
 
