@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 
 from tests.golden_files import load_file
@@ -21,9 +22,11 @@ from vargen.backbones.infinity.sizes import (
     rope_rows,
     scales_for,
     scales_of,
+    to_native,
     to_official,
 )
 from vargen.checkpoints.manifests.published import PARAMETERS
+from vargen.checkpoints.reader import CheckpointError
 from vargen.checkpoints.verify import verify_checkpoint
 
 GOLDEN = Path(__file__).parent / "golden" / "infinity"
@@ -294,3 +297,46 @@ def test_published_sizes_have_exact_keys_and_parameters():
         assert report.size == f"infinity_{size}"
     one = verify_checkpoint(to_official(model.state_dict()))  # one chunk is written as blocks.*
     assert one.ok
+
+
+def shards(folder: Path, given: dict[str, Tensor], kind: str) -> Path:
+    """The checkpoint in two shards with an index."""
+    folder.mkdir()
+    names, listed = list(given), {}
+    for i, part in enumerate((names[::2], names[1::2])):
+        name = f"weights-0000{i + 1}-of-00002.{kind}"
+        tensors = {key: given[key].contiguous() for key in part}
+        save_file(tensors, folder / name) if kind == "safetensors" else torch.save(tensors, folder / name)
+        listed |= dict.fromkeys(part, name)
+    (folder / f"weights.{kind}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": listed}))
+    return folder
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_shards_are_read_strictly(tmp_path, kind):
+    given = weights()
+    folder = shards(tmp_path / "whole", given, kind)
+    model = InfinityTransformer.from_original(folder, scales=SCALES["ratio"])
+    assert all(
+        torch.equal(value, model.state_dict()[key]) for key, value in to_native(given).items() if "zero_k" not in key
+    )
+    (folder / f"weights-00002-of-00002.{kind}").unlink()
+    with pytest.raises(CheckpointError, match=r"weights-00002-of-00002") as caught:
+        InfinityTransformer.from_original(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_loading_is_strict_and_says_what_it_looks_like(tmp_path):
+    given = weights()
+    torch.save(given, tmp_path / "model.pth")
+    assert InfinityTransformer.from_original(tmp_path / "model.pth", scales=SCALES["ratio"]).num_bits == 16
+    bias = given.pop("block_chunks.1.module.0.ca.v_bias")
+    with pytest.raises(CheckpointError, match=r"missing key: blocks\.2\.ca\.v_bias"):
+        InfinityTransformer.from_original(given)
+    with pytest.raises(CheckpointError, match="unexpected key: spare"):
+        InfinityTransformer.from_original({**given, "block_chunks.1.module.0.ca.v_bias": bias, "spare": bias})
+    gone = {key: value for key, value in weights().items() if not key.startswith("block_chunks.1.module.1.")}
+    with pytest.raises(CheckpointError, match="block_chunks must be equally long"):
+        InfinityTransformer.from_original(gone)
+    with pytest.raises(CheckpointError, match="Infinity binary tokenizer"):
+        InfinityTransformer.from_original(load_file(GOLDEN / "vae.safetensors"))
