@@ -24,32 +24,37 @@ from vargen.kernels.warp import WarpSettings, warp_logits
 Target = Callable[[Tensor, Tensor], Tensor]
 
 
+@dataclass
+class Siblings:
+    """Children of one node an image, and the distributions that they are tested with.
+
+    Args:
+        images: ``[b]`` int64.
+        kids, codes: ``[b, C]`` int64 children and their codes, -1 where there is none.
+        live: ``[b]`` bool, images that still test.
+        p: ``[b, V]`` target distributions of the node.
+        q: ``[b, V]`` distributions that the codes were drawn from; None for deterministic ones.
+    """
+
+    images: Tensor
+    kids: Tensor
+    codes: Tensor
+    live: Tensor
+    p: Tensor
+    q: Tensor | None
+
+    def tested(self, j: int, child: Tensor) -> tuple[Tensor, Tensor]:
+        """Code ``[b]`` of child j, 0 where there is none, and which images ``[b]`` test it: none before was accepted."""
+        return self.codes[:, j].clamp(min=0), self.live & (child < 0) & (self.codes[:, j] >= 0)
+
+
 class Visit(Protocol):
-    """Tests the children of one node an image."""
+    """Tests siblings, spending uniforms of ``progress``."""
 
     def __call__(
-        self,
-        progress: Progress,
-        images: Tensor,
-        kids: Tensor,
-        codes: Tensor,
-        live: Tensor,
-        p: Tensor,
-        q: Tensor | None,
-        draft: TreeProposals,
-        relaxation: Relaxation | None,
+        self, progress: Progress, siblings: Siblings, draft: TreeProposals, relaxation: Relaxation | None
     ) -> tuple[Tensor, Tensor]:
-        """Return the accepted child ``[b]`` (-1 if none) and the distribution ``[b, V]`` that is left.
-
-        Args:
-            progress: spends the uniforms.
-            images: ``[b]`` int64.
-            kids, codes: ``[b, C]`` int64 children and their codes, -1 where there is none.
-            live: ``[b]`` bool, images that still test.
-            p: ``[b, V]`` target distributions of the node.
-            q: ``[b, V]`` distributions that the codes were drawn from; None for deterministic ones.
-            draft, relaxation: as of ``verify_tree_reference``.
-        """
+        """Return the accepted child ``[b]`` (-1 if none) and the distribution ``[b, V]`` that is left."""
         ...
 
 
@@ -105,8 +110,8 @@ def verify_tree_reference(
         live = state.alive[images]
         kids, codes = _children(draft, images, nodes)
         codes = codes.where((level + 1 < state.limit[images])[:, None], -1)
-        q = _draft_distribution(draft, images, nodes)
-        child, p = (visit or visit_recursive)(state, images, kids, codes, live, p, q, draft, relaxation)
+        siblings = Siblings(images, kids, codes, live, p, _draft_distribution(draft, images, nodes))
+        child, p = (visit or visit_recursive)(state, siblings, draft, relaxation)
         state.move(images, level, child, live, p, draft.tokens)
     return state.found()
 
@@ -195,23 +200,15 @@ def normalized(weights: Tensor, fallback: Tensor) -> Tensor:
 
 
 def visit_recursive(
-    progress: Progress,
-    images: Tensor,
-    kids: Tensor,
-    codes: Tensor,
-    live: Tensor,
-    p: Tensor,
-    q: Tensor | None,
-    draft: TreeProposals,
-    relaxation: Relaxation | None,
+    progress: Progress, siblings: Siblings, draft: TreeProposals, relaxation: Relaxation | None
 ) -> tuple[Tensor, Tensor]:
     """Test each child on what the rejections before it left; a ``Visit``."""
+    images, kids, codes, p, q = siblings.images, siblings.kids, siblings.codes, siblings.p, siblings.q
     fallback, child = p, torch.full_like(images, -1)
     if relaxation is not None and relaxation.residual.startswith("upstream"):
         fallback = torch.full_like(p, 1.0 / p.shape[-1])
     for j in range(kids.shape[1]):
-        code = codes[:, j].clamp(min=0)
-        testing = live & (child < 0) & (codes[:, j] >= 0)
+        code, testing = siblings.tested(j, child)
         if not draft.replacement and j > 0:
             testing = testing & (codes[:, :j] != codes[:, j, None]).all(-1)
         if testing.device.type == "cpu" and not bool(testing.any()):

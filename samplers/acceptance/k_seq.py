@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vargen.kernels.tree.lantern import Relaxation
-from vargen.kernels.tree.reference import Progress, normalized, target_of, verify_tree_reference
+from vargen.kernels.tree.reference import Progress, Siblings, normalized, target_of, verify_tree_reference
 from vargen.kernels.tree.types import AcceptedPath, TreeProposals
 from vargen.kernels.warp import WarpSettings
 from vargen.random import Stream, uniform
@@ -68,27 +68,20 @@ def k_seq_residual(p: Tensor, q: Tensor, count: Tensor, rho: Tensor) -> Tensor:
 
 
 def visit_k_seq(
-    progress: Progress,
-    images: Tensor,
-    kids: Tensor,
-    codes: Tensor,
-    live: Tensor,
-    p: Tensor,
-    q: Tensor | None,
-    draft: TreeProposals,
-    relaxation: Relaxation | None,
+    progress: Progress, siblings: Siblings, draft: TreeProposals, relaxation: Relaxation | None
 ) -> tuple[Tensor, Tensor]:
     """Test the children without updates between them; a ``Visit``."""
-    child = torch.full_like(images, -1)
+    p, q = siblings.p, siblings.q
+    child = torch.full_like(siblings.images, -1)
     if q is None:  # nothing is proposed behind the last slot
         return child, p
-    number = (codes >= 0).sum(-1)
+    number = (siblings.codes >= 0).sum(-1)
     rho = k_seq_factor(p, q, number)
-    for j in range(kids.shape[1]):
-        code = codes[:, j].clamp(min=0)
+    for j in range(siblings.kids.shape[1]):
+        code, testing = siblings.tested(j, child)
         own = p.gather(1, code[:, None])[:, 0]
         share = (rho * q.gather(1, code[:, None])[:, 0]).to(p.dtype)
-        kept = progress.test(images, live & (child < 0) & (codes[:, j] >= 0), own, own, share)
-        child = torch.where(kept, kids[:, j], child)
+        kept = progress.test(siblings.images, testing, own, own, share)
+        child = torch.where(kept, siblings.kids[:, j], child)
     left = normalized(k_seq_residual(p, q, number, rho).to(p.dtype), p)
     return child, torch.where((number > 0)[:, None], left, p)
