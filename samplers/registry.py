@@ -34,6 +34,8 @@ SAMPLERS = {  # short name: public class
 
 DRAFTERS = {  # drafters without a model, for ``drafter=``
     "row-above": "samplers.drafters.row_above.RowAboveDrafter",
+    "token-recycling": "samplers.drafters.token_recycling.TokenRecyclingDrafter",
+    "ngram": "samplers.drafters.ngram.NgramDrafter",
 }
 
 RULES = (

@@ -244,7 +244,10 @@ def test_half_precision_says_what_the_clock_costs():
         (lambda: jacobi([3], rule="independent"), "needs rule='shared-noise'"),
         (lambda: vargen.SpeculativeSampler(num_draft_tokens="auto", rule="rejection"), "needs rule='shared-noise'"),
         (lambda: vargen.SpeculativeSampler(num_draft_tokens="auto", tree="siblings"), "must be a number for trees"),
-        (lambda: vargen.SpeculativeSampler(num_draft_tokens="many"), "num_draft_tokens must be an integer at least 0, 'auto'"),
+        (
+            lambda: vargen.SpeculativeSampler(num_draft_tokens="many"),
+            "num_draft_tokens must be an integer at least 0, 'auto'",
+        ),
     ],
 )
 def test_bad_settings_are_one_line(make, words):

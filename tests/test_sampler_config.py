@@ -60,7 +60,10 @@ def test_a_sampler_is_frozen():
         sampler.top_k = 5
     assert sampler.replace(top_k=5) == NextTokenSampler(top_k=5)
     assert sampler.top_k == 0
-    assert repr(sampler) == "NextTokenSampler(guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, row_invariant=False)"
+    assert (
+        repr(sampler)
+        == "NextTokenSampler(guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, row_invariant=False)"
+    )
 
 
 @pytest.mark.parametrize(

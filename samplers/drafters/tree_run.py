@@ -5,6 +5,7 @@ Letters: A images, G guidance branches, V codes, n nodes, w slots an iteration m
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from vargen.features import Feature
 from vargen.kernels.verify.types import VerifyOutcome
-from vargen.kernels.warp import warp_logits
+from vargen.kernels.warp import combine, warp_logits
 from vargen.protocols import Backbone
 from vargen.random import Stream, gumbel, uniform
 from vargen.samplers.acceptance.tree import TreeOutcome
@@ -56,11 +57,12 @@ class TreeRun:
 
     in_tree = True  # what it proposes is scored as a tree
 
-    def __init__(self, sampler: Any, model: DraftModel) -> None:
-        self.sampler, self.model = sampler, model
+    def __init__(self, sampler: Any, model: DraftModel, learns: bool = False) -> None:
+        self.sampler, self.model, self.learns = sampler, model, learns
         self.shapes: dict[int, Tree] = {}
         self.trees = torch.zeros(sampler.reach + 1, dtype=torch.int64)  # by number of proposals kept
         self.tests = torch.zeros(2, dtype=torch.int64)  # made, passed by relaxation only
+        self.drafted: TreeDraft | None = None  # what was proposed last, for drafters that learn from its scores
 
     @property
     def num_forwards(self) -> int:
@@ -73,11 +75,20 @@ class TreeRun:
     def select(self, rows: Tensor) -> None:
         """Keep these images."""
         self.model.select(rows)
+        self.drafted = None if self.drafted is None else self.drafted.select(rows)
 
     def propose(self, state: Any, logits: Tensor, outcome: Any, slots: Tensor, num_rows: Tensor) -> TreeDraft:
         """Extend the draft model by the permanent codes and fill a tree behind them."""
+        if self.drafted is not None:
+            self.model.watch(self.drafted, combine(logits, self.sampler.guidance_scale, 0))  # type: ignore[attr-defined]
+        draft = self._fill(state, outcome)
+        if self.learns:
+            self.drafted = replace(draft, tokens=torch.cat([state.last_codes(), draft.tokens[:, 1:]], dim=1))
+        return draft
+
+    def _fill(self, state: Any, outcome: Any) -> TreeDraft:
         if state.width == 1:  # the last slot of all images: nothing will be decided behind it
-            return TreeDraft(self._shape(1, logits.device), state.last_codes())
+            return TreeDraft(self._shape(1, state.keys.device), state.last_codes())
         root = self.model.extend(*self._news(state, outcome))
         s = self.sampler
         if s.tree == "dynamic":
@@ -85,7 +96,7 @@ class TreeRun:
         return draft_fixed(
             self.model,
             root,
-            self._shape(state.width, logits.device),
+            self._shape(state.width, state.keys.device),
             warp=self._warp,
             proposal=s.chosen_proposal,
             noise=lambda level, count: self._noise(state, level, count),

@@ -24,6 +24,7 @@ from vargen.samplers.acceptance.typical import Typical
 from vargen.samplers.base import MAX_DRAFTS, Run
 from vargen.samplers.drafters.base import check_drafter
 from vargen.samplers.drafters.chain import ChainDrafter
+from vargen.samplers.drafters.tree_run import TreeRun
 from vargen.samplers.registry import RULES, find_drafter
 from vargen.samplers.window.controller import AutoController, ByDepth, WidthController
 from vargen.samplers.window.decoder import WindowInputs, WindowState
@@ -31,6 +32,11 @@ from vargen.samplers.window.layout import SlotLayout
 from vargen.samplers.window.trees import MAX_NODES, TreeSampler
 from vargen.samplers.window.widths import Widths, check_rule, open_widths, read_widths, widest
 from vargen.validation.checks import check_choice, check_integer, check_number
+
+
+def fills_trees(drafter: Any) -> bool:
+    """Whether a drafter proposes trees, of which a chain is one: EAGLE, and drafters with a table."""
+    return hasattr(drafter, "open_drafts") or hasattr(drafter, "lookup")
 
 
 class _Guarantee:
@@ -45,7 +51,8 @@ class SpeculativeSampler(TreeSampler):
     """Let a drafter propose codes, keep what the target confirms. Exact for every drafter; a good one makes it fast.
 
     ``drafter=`` of ``sample`` (the pipeline's own) is a small backbone over the same codes, an ``EagleDrafter`` of the
-    backbone, or a drafter without a model, such as ``"row-above"`` (chains only).
+    backbone, or a drafter without a model: ``"row-above"`` and ``CopyDrafter`` (chains), ``"token-recycling"`` and ``"ngram"``
+    (chains and trees, which learn while they draw).
 
     Args:
         rule: ``"shared-noise"`` draws every code with the noise of its position and keeps the proposals that equal it:
@@ -129,7 +136,7 @@ class SpeculativeSampler(TreeSampler):
 
     def in_window(self, drafter: Any) -> bool:
         """Whether proposals are a window, not a tree: chains of all drafters but those that only fill trees."""
-        return self.fits_window and not self.reads_hidden(drafter)
+        return self.fits_window and not fills_trees(drafter)
 
     def make_widths(self, run: Run, layout: SlotLayout) -> Widths | None:
         """Who chooses, unless the number of drafts is given."""
@@ -143,7 +150,7 @@ class SpeculativeSampler(TreeSampler):
 
     def check_proposer(self, backbone: Backbone, drafter: Any) -> None:
         """Raise ``ValueError`` unless ``drafter`` can draft for the backbone."""
-        if not isinstance(self.num_draft_tokens, int) and self.reads_hidden(drafter):
+        if not isinstance(self.num_draft_tokens, int) and fills_trees(drafter):
             raise ValueError(
                 f"num_draft_tokens must be a number for {type(drafter).__name__}, which fills trees; 'auto', lists and "
                 "controllers are for drafters of chains"
@@ -154,12 +161,21 @@ class SpeculativeSampler(TreeSampler):
                     f"{type(drafter).__name__} proposes chains for the rules 'shared-noise' and 'rejection', got "
                     f"tree {self.tree!r} and rule {self.rule!r}"
                 )
+        elif hasattr(drafter, "lookup"):
+            self._check_lookup(backbone, drafter)
         elif drafter is not None and self.in_window(drafter):
             check_drafter(type(self).__name__, backbone, drafter)
         else:
             if self.tree == "chain":
                 check_integer("num_draft_tokens", self.chain_length, low=1, high=MAX_DRAFTS)
             super().check_proposer(backbone, drafter)
+
+    def _check_lookup(self, backbone: Backbone, drafter: Any) -> None:
+        if self.rule != "shared-noise" and self.temperature > 0:
+            raise ValueError(
+                f"{type(drafter).__name__} remembers earlier pictures, so only rule='shared-noise' gives one seed one picture, "
+                f"got {self.rule!r}"
+            )
 
     def make_rule(self, run: Run, inputs: Any) -> Rule:
         """The rule of that name, for a window or for a tree."""
@@ -177,6 +193,8 @@ class SpeculativeSampler(TreeSampler):
         """Open the drafter for one run."""
         if hasattr(drafter, "guess"):
             return drafter.begin(state)
+        if hasattr(drafter, "lookup"):
+            return TreeRun(self, drafter.begin(state), learns=drafter.watches_logits)
         if not self.in_window(drafter):
             return super().make_drafter(state, drafter, condition)
         prepared = drafter.prepare(condition, guidance_scale=self.guidance_scale)
