@@ -15,8 +15,8 @@ from vargen.kernels.draw import draw
 from vargen.kernels.verify.shift import shift_window
 from vargen.kernels.verify.types import Draft, Label, VerifyOutcome
 
-Init = Literal["uniform", "repeat_left", "repeat_above"]
-INITS = ("uniform", "repeat_left", "repeat_above")
+Init = Literal["auto", "uniform", "repeat_left", "repeat_above"]
+INITS = ("auto", "uniform", "repeat_left", "repeat_above")
 GUESS_BLOCK = 1 << 22  # noise numbers looked at together when the guesses of a run are made
 
 
@@ -24,7 +24,7 @@ class JacobiDrafter:
     """Drafts from the previous iteration; slots that were not in the window before are initialised.
 
     Args:
-        init: how a slot that enters the window is filled.
+        init: how a slot that enters the window is filled; "auto" is uniform here.
         guesses: ``[A, S]`` int64 codes to use in place of independent uniform ones. Only where any proposal is exact:
             the equality rule and greedy decoding.
     """
@@ -33,7 +33,7 @@ class JacobiDrafter:
     in_tree = False
 
     def __init__(self, init: Init, guesses: Tensor | None = None) -> None:
-        self.init, self.guesses = init, guesses
+        self.init, self.guesses = "uniform" if init == "auto" else init, guesses
 
     def commit(self, count: Tensor) -> None:
         """Nothing is kept that a commit would change."""

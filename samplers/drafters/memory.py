@@ -15,21 +15,27 @@ from torch import Tensor
 
 from vargen.kernels.verify.types import Draft, VerifyOutcome
 from vargen.samplers.drafters.base import PlainDrafter
-from vargen.samplers.drafters.jacobi import Init, shared_guesses
+from vargen.samplers.drafters.jacobi import INITS, Init, shared_guesses
 from vargen.samplers.drafters.row_above import RowAboveDrafter
+
+WAYS = tuple(init for init in INITS if init != "auto")
+POLL_EVERY = 4  # iterations of a device between two counts, at most
 
 
 class MemoryDrafter(PlainDrafter):
     """Guesses what the model drew last for a slot; slots that it has not seen are initialised.
 
     Args:
-        init: how.
+        init: how; "auto" is, for every image, the way that would have been right most often so far.
     """
 
     def __init__(self, init: Init) -> None:
         self.init = init
         self.memory: Tensor | None = None  # [A, S + 1] int64; the last column takes what is thrown away
         self.seen: Tensor | None = None  # [A, S + 1] int64 how often the model drew the slot
+        self.uniform: Tensor | None = None  # [A, S] int64, for "auto" only
+        self.hits: Tensor | None = None  # [A, 3] int64 permanent codes that each way would have guessed
+        self.known: Tensor | None = None  # [A] int64 slots that were counted
 
     @property
     def guesses_alone(self) -> bool:  # type: ignore[override]
@@ -40,6 +46,8 @@ class MemoryDrafter(PlainDrafter):
         """Keep these images."""
         if self.memory is not None and self.seen is not None:
             self.memory, self.seen = self.memory[rows], self.seen[rows]
+        if self.uniform is not None and self.hits is not None and self.known is not None:
+            self.uniform, self.hits, self.known = self.uniform[rows], self.hits[rows], self.known[rows]
 
     def ages(self, slots: Tensor) -> Tensor:
         """How often the model has drawn ``slots [A, w]``, ``[A, w]`` int64."""
@@ -58,6 +66,10 @@ class MemoryDrafter(PlainDrafter):
             guesses = shared_guesses(state)
             self.memory = torch.cat([guesses, guesses[:, -1:]], dim=1)
             self.seen = torch.zeros_like(self.memory)
+            if self.init == "auto":
+                self.uniform, self.known = guesses, state.length.clone()
+                self.hits = guesses.new_zeros(len(guesses), len(WAYS))
+        self._count(state)
         return super().propose(state, logits, outcome, slots, num_rows)
 
     def narrowed(self, state: Any) -> Draft:
@@ -74,5 +86,33 @@ class MemoryDrafter(PlainDrafter):
         if self.init == "uniform":
             return tokens
         fresh = self.ages(slots) == 0
-        first = state.last_codes() if self.init == "repeat_left" else RowAboveDrafter().guess(state, slots)
-        return torch.where(fresh, first, tokens)
+        return torch.where(fresh, self._first(state, slots, tokens), tokens)
+
+    def _first(self, state: Any, slots: Tensor, uniform: Tensor) -> Tensor:
+        """Guesses for slots that were not seen yet."""
+        if self.init == "repeat_left":
+            return state.last_codes()  # type: ignore[no-any-return]
+        above = RowAboveDrafter().guess(state, slots)
+        if self.hits is None:
+            return above
+        way = self.hits.argmax(-1, keepdim=True)  # A 1
+        left = torch.where(way == WAYS.index("repeat_left"), state.last_codes(), uniform)
+        return torch.where(way == WAYS.index("repeat_above"), above, left)
+
+    def _count(self, state: Any) -> None:
+        """Ask of the codes that became permanent which of the ways would have guessed them."""
+        if self.uniform is None or self.hits is None or self.known is None:
+            return
+        free = state.length.device.type == "cpu"
+        num = int((state.length - self.known).max()) if free else state.widths.most * POLL_EVERY
+        slots = self.known[:, None] + torch.arange(num, device=state.length.device)
+        counted, inside = slots < state.length[:, None], slots.clamp(max=state.layout.num_slots - 1)
+        rows = state.rows[:, None]
+        code = state.tokens[rows, inside]
+        guesses = (
+            self.uniform.gather(1, inside),
+            state.tokens[rows, (inside - 1).clamp(min=0)],
+            state.tokens[rows, (inside - state.layout.stride).clamp(min=0)],
+        )
+        self.hits += torch.stack([((guess == code) & counted).sum(-1) for guess in guesses], dim=-1)
+        self.known = state.length.clone()

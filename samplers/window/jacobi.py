@@ -42,14 +42,15 @@ class SpeculativeJacobiSampler(WindowSampler):
             ``NextTokenSampler`` with the same seed. ``"maximal"`` changes a guess as rarely as its distribution allows.
             ``"independent"`` draws it anew (the published rule); it gains little from windows above 16.
         init: first guess for a slot that enters the window: ``"uniform"``, ``"repeat_left"`` (the last known code) or
-            ``"repeat_above"`` (the code in the row above).
+            ``"repeat_above"`` (the code in the row above). ``"auto"`` takes, where the width changes, the one of these that
+            would have been right most often in the image so far, else "uniform".
     """
 
     replayable: ClassVar[bool] = True
 
     window: int | str | Sequence[int] | WidthController = 32
     rule: Literal["shared-noise", "maximal", "independent"] = "shared-noise"
-    init: Init = "uniform"
+    init: Init = "auto"
 
     def check(self) -> None:
         """Check the shared settings, the window, the rule and the initialiser."""
