@@ -164,11 +164,12 @@ def test_acceptance_by_age_foresees_what_widths_commit():
     backbone, seen = SpatialBackbone(64, (8, 8)), {}
     for width in (4, 16):
         chosen, model = Cycle(width), ByAge()
-        out = jacobi(chosen).sample(backbone, zeros(16), seeds=range(16))
+        jacobi(chosen).sample(backbone, zeros(16), seeds=range(16))
         for told in chosen.told:
             model.observe(dataclasses.replace(told, num_iterations=0))  # nothing fades
-            model.passes[told.width] += told.num_images
-        seen[width] = out.stats.tokens_per_forward(64), model
+            if model.settling < 0:  # a window that fills is not counted
+                model.passes[told.width] += told.num_images
+        seen[width] = model.committed[width] / model.passes[width], model
     for width, (committed, model) in seen.items():
         assert model.expected([width])[0] == pytest.approx(committed, rel=0.1), width
     assert seen[16][1].expected([4])[0] == pytest.approx(seen[4][0], rel=0.25)  # one width tells about another
@@ -269,3 +270,35 @@ def test_bad_calls_are_one_line():
     masked.features = frozenset()
     with pytest.raises(ValueError, match="SpeculativeJacobiSampler needs a backbone with"):
         jacobi("auto").sample(masked, zeros(1), seeds=[1])
+
+
+def test_what_a_run_learned_serves_the_next_one():
+    """Costs and acceptance are remembered by backbone and number of branches, and forgotten with it."""
+    backbone = SpatialBackbone(32, (4, 4))
+    first = AutoController(known=backbone, kind=1)
+    first.choose(Situation((1, 2, 4), 1, 1, 100, "cpu"))
+    for width in (1, 1, 2, 2, 4, 4):
+        first.observe(Iteration(width, 1, 2.0 if width == 1 else 0.5, 1, [4], [4]))
+    again, other = AutoController(known=backbone, kind=1), AutoController(known=backbone, kind=2)
+    assert again.choose(Situation((1, 2, 4), 1, 1, 100, "cpu")) == 4
+    assert again.costs is first.costs
+    other.choose(Situation((1, 2, 4), 1, 1, 100, "cpu"))
+    assert other.costs is not first.costs
+    assert AutoController(known=[]).known is None  # cannot be remembered
+
+
+def test_the_first_window_of_several_images_must_promise_more():
+    """Images that differ in length make every later pass dearer, so a small promise is not enough."""
+    costs = {1: 1.0, 2: 1.0}
+    for promise, chosen in ((1.1, 1), (1.4, 2)):
+        controller = AutoController(ByDepth())
+        controller.acceptance.prior[:] = promise - 1.0
+        controller.choose(Situation((1, 2), 1, 8, 100, "cpu"))
+        for _ in range(3):
+            controller.observe(Iteration(1, 8, costs[1], 1, [0], [0]))
+        controller.costs.excess[2, 8, True].append(
+            controller.costs._correction(1, 8, False) - controller.costs._prior(2, 8) + controller.costs._prior(1, 8)
+        )
+        for _ in range(20):
+            controller.observe(Iteration(1, 8, costs[1], 1, [0], [0]))
+        assert controller.choose(Situation((1, 2), 1, 8, 100, "cpu")) == chosen

@@ -144,7 +144,7 @@ def test_samplers_swap_like_schedulers():
     assert back == jacobi.replace(window=16)
     sampler, unused = NextTokenSampler.from_config(jacobi.config, return_unused_kwargs=True)
     assert sampler == plain
-    assert unused == {"window": 8, "rule": "shared-noise", "init": "uniform"}
+    assert unused == {"window": 8, "rule": "shared-noise", "init": "auto"}
 
 
 def test_unknown_keys_of_our_own_configuration_raise():

@@ -229,6 +229,10 @@ class GumbelCache:
             self._held[image, slot[image, column]] = where
         return self._rows[torch.arange(len(self.seeds), device=slot.device)[:, None], slot]
 
+    def fresh(self, positions: Tensor) -> Tensor:
+        """The same rows of any number of positions, made anew and not kept."""
+        return gumbel(self.seeds, positions, self.num_codes)
+
     def select(self, rows: Tensor) -> None:
         """Keep the images ``rows`` (int64 indices), in that order."""
         self.seeds, self._held, self._rows = self.seeds[rows], self._held[rows], self._rows[rows]
@@ -258,6 +262,8 @@ class NoiseRows:
     def rows(self, positions: Tensor) -> Tensor:
         """Noise ``[A, W, V]`` float32 of ``positions [A, W]``."""
         return given_rows(self.noise, self.images, positions, self.num_codes)
+
+    fresh = rows
 
     def select(self, rows: Tensor) -> None:
         """Keep the images ``rows`` (int64 indices), in that order."""

@@ -19,7 +19,6 @@ from vargen.samplers.drafters.jacobi import INITS, Init, shared_guesses
 from vargen.samplers.drafters.row_above import RowAboveDrafter
 
 WAYS = tuple(init for init in INITS if init != "auto")
-POLL_EVERY = 4  # iterations of a device between two counts, at most
 
 
 class MemoryDrafter(PlainDrafter):
@@ -104,7 +103,7 @@ class MemoryDrafter(PlainDrafter):
         if self.uniform is None or self.hits is None or self.known is None:
             return
         free = state.length.device.type == "cpu"
-        num = int((state.length - self.known).max()) if free else state.widths.most * POLL_EVERY
+        num = int((state.length - self.known).max()) if free else state.widths.most
         slots = self.known[:, None] + torch.arange(num, device=state.length.device)
         counted, inside = slots < state.length[:, None], slots.clamp(max=state.layout.num_slots - 1)
         rows = state.rows[:, None]

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary, ref
 
 import numpy as np
 
@@ -28,7 +29,9 @@ PRIORS = {
 }
 MEMORY = 0.97  # what an iteration keeps of the weight of those before it
 EARLY = 0.2  # by so much the steady state overstates how often slots were seen (fitted at widths 2 to 64)
+SETTLE = 5  # iterations in which a wider window fills with slots that were seen often enough
 TRUST = 6.0  # guesses that the prior counts for
+LEAVE = 1.15  # the first window of several images must promise so much more (measured: ragged passes cost 1.1 to 1.2)
 STAY = 1.03  # another width must promise so much more
 RECONSIDER = 6  # iterations between two comparisons of all widths
 LOOK = 2  # iterations of a look at another width
@@ -130,10 +133,17 @@ class ByAge(Acceptance):
         super().__init__(list(prior))
         self.committed: dict[int, float] = defaultdict(float)  # by width
         self.passes: dict[int, float] = defaultdict(float)  # of one image
+        self.width, self.settling = 1, 0  # of the iteration before, iterations until its steady state
 
     def observe(self, iteration: Iteration) -> None:
-        """Count commits too."""
+        """Count commits too, but for windows of one, which tell nothing, and windows that were just widened."""
         super().observe(iteration)
+        if iteration.width > self.width:
+            self.settling = SETTLE
+        self.width = iteration.width
+        self.settling -= max(1, iteration.num_iterations)
+        if iteration.width == 1 or self.settling >= 0:
+            return
         fade, committed = MEMORY**iteration.num_iterations, sum(iteration.tested)
         for width in self.passes:
             self.committed[width] *= fade
@@ -171,26 +181,38 @@ class Costs:
     def __init__(self, table: Mapping[int, float]) -> None:
         self.rows, self.cost = np.log(list(table)), np.log(list(table.values()))
         self.slope = (self.cost[-1] - self.cost[-2]) / (self.rows[-1] - self.rows[-2])
-        self.excess: dict[int, deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))  # log of measured over prior
+        # by width, images and whether these differ in length: log of measured over prior
+        self.excess: dict[tuple[int, int, bool], deque[float]] = defaultdict(lambda: deque(maxlen=RECENT))
         self.begun: set[int] = set()
 
-    def observe(self, width: int, num_images: int, seconds: float) -> None:
+    def observe(self, width: int, num_images: int, ragged: bool, seconds: float) -> None:
         """Remember a time; the first of a width also pays for what is made once."""
         if width in self.begun:
-            self.excess[width].append(math.log(max(seconds, 1e-9)) - self._prior(width, num_images))
+            excess = math.log(max(seconds, 1e-9)) - self._prior(width, num_images)
+            self.excess[width, num_images, ragged].append(excess)
         self.begun.add(width)
 
-    def estimates(self, widths: tuple[int, ...], num_images: int) -> dict[int, float]:
+    def estimates(self, widths: tuple[int, ...], num_images: int, ragged: bool) -> dict[int, float]:
         """Seconds an iteration of each width; in units of one row where none was measured yet."""
-        seen = sorted((w, median(times)) for w, times in self.excess.items() if times)
-        corrections = np.zeros(len(widths))
-        if seen:
-            corrections = np.interp(np.log(widths), [math.log(w) for w, _ in seen], [excess for _, excess in seen])
-        return {w: math.exp(self._prior(w, num_images) + c) for w, c in zip(widths, corrections, strict=True)}
+        return {w: math.exp(self._prior(w, num_images) + self._correction(w, num_images, ragged)) for w in widths}
 
-    def measured(self, width: int) -> bool:
+    def measured(self, width: int, num_images: int, ragged: bool) -> bool:
         """Whether a width has times of its own."""
-        return len(self.excess[width]) > 1
+        return len(self.excess.get((width, num_images, ragged), ())) > 0
+
+    def _correction(self, width: int, num_images: int, ragged: bool) -> float:
+        """Of this width, else between its neighbours in width, else in rows; windows leave images ragged."""
+        ragged = ragged or width > 1
+        for known in (
+            {w: times for (w, n, r), times in self.excess.items() if n == num_images and r == ragged and times},
+            {w: times for (w, n, _), times in self.excess.items() if n == num_images and times},
+            {w * n / num_images: times for (w, n, _), times in self.excess.items() if times},
+        ):
+            if known:
+                at = sorted(known)
+                values = [median(known[w]) for w in at]
+                return float(np.interp(math.log(width), [math.log(w) for w in at], values))
+        return 0.0
 
     def _prior(self, width: int, num_images: int) -> float:
         rows = math.log(width * num_images)
@@ -198,22 +220,46 @@ class Costs:
         return float(np.interp(rows, self.rows, self.cost)) + beyond * float(max(self.slope, 1.0))
 
 
+_KNOWN: WeakKeyDictionary[Any, dict[Any, tuple[Costs, list[float]]]] = WeakKeyDictionary()
+
+
+def _remembers(known: Any) -> bool:
+    try:
+        return known is not None and bool(ref(known)) and hash(known) is not None
+    except TypeError:
+        return False
+
+
 class AutoController:
     """Takes the width with the most expected committed codes per second, and looks at its neighbours now and then.
 
     A look is an iteration or two of another width, which commit codes like all others; what looks have lost against the best
-    width stays below ``BUDGET`` of the time.
+    width stays below ``BUDGET`` of the time. Images that advance by windows differ in length from then on, and passes of one row
+    cost more than before: the first window must promise more than later ones.
 
     Args:
         acceptance: ``ByAge()`` for Jacobi windows, ``ByDepth()`` for chains of a drafter.
         prior: relative cost of an iteration by rows; None takes that of the device.
+        known: an object (the backbone) whose earlier runs in this process are remembered: their costs, and how often guesses
+            were right.
+        kind: what else must be equal for that, such as the number of guidance branches.
     """
 
-    def __init__(self, acceptance: Acceptance | None = None, prior: Mapping[int, float] | None = None) -> None:
+    patient = True  # windows of one may pass before it is asked again
+
+    def __init__(
+        self,
+        acceptance: Acceptance | None = None,
+        prior: Mapping[int, float] | None = None,
+        known: Any = None,
+        kind: Any = None,
+    ) -> None:
         self.acceptance, self.prior = ByAge() if acceptance is None else acceptance, prior
+        self.known, self.kind = known if _remembers(known) else None, (type(self.acceptance).__name__, kind)
         self.costs: Costs | None = None
         self.best, self.choice = 0, 0
-        self.age, self.hold, self.num_images = 0, 0, 0  # iterations since the last comparison, until the next
+        self.compared, self.hold, self.num_images = 0, 0, 0  # iterations at the last comparison, until the next
+        self.ragged = False
         self.promised: dict[int, float] = {}  # codes an iteration of each width
         self.speed = 0.0  # codes a second expected of the best width
         self.iterations, self.spent, self.lost = 0, 0.0, 0.0  # and the seconds
@@ -221,21 +267,25 @@ class AutoController:
 
     def choose(self, situation: Situation) -> int:
         """Compare all widths now and then; stay where little would be gained."""
-        if self.costs is None:
-            self.costs = Costs(self.prior or PRIORS.get(situation.device, PRIORS["other"]))
-        self.age += 1
-        if self.choice in situation.widths and self.age < self.hold and self.num_images == situation.num_images:
+        costs = self._open(situation.device)
+        same = self.choice in situation.widths and self.num_images == situation.num_images
+        if same and self.iterations - self.compared < self.hold:
             return self.choice
-        seconds = self.costs.estimates(situation.widths, situation.num_images)
+        num_images = situation.num_images
+        seconds = costs.estimates(situation.widths, num_images, self.ragged)
         self.promised = dict(zip(situation.widths, self.acceptance.expected(situation.widths).tolist(), strict=True))
         speed = {w: codes / seconds[w] for w, codes in self.promised.items()}
+        if num_images > 1 and not self.ragged:
+            speed = {w: value / (LEAVE if w > 1 else 1.0) for w, value in speed.items()}
         best = max(speed, key=speed.__getitem__)
         if self.best not in speed or speed[best] > STAY * speed[self.best]:
             self.best = best
+        if num_images > 1 and not self.ragged and not costs.measured(1, num_images, False):
+            self.best = 1  # what a window is worth shows beside it
         self.speed = speed[self.best]
-        look = self._look(situation.widths, seconds, self.costs)
+        look = self._look(situation.widths, seconds, costs)
         self.choice, self.hold = (look, LOOK) if look else (self.best, RECONSIDER)
-        self.age, self.num_images = 0, situation.num_images
+        self.compared, self.num_images = self.iterations, num_images
         return self.choice
 
     def observe(self, iteration: Iteration) -> None:
@@ -245,14 +295,35 @@ class AutoController:
         if iteration.width != self.best and iteration.width == self.choice and self.speed:
             gained = iteration.num_iterations * self.promised[iteration.width] / self.speed
             self.lost += max(0.0, seconds - gained)
+        self.ragged = self.ragged or (iteration.width > 1 and iteration.num_images > 1)
         if self.costs is not None:
-            self.costs.observe(iteration.width, iteration.num_images, iteration.seconds)
+            self.costs.observe(iteration.width, iteration.num_images, self.ragged, iteration.seconds)
         self.acceptance.observe(iteration)
+        self._remember()
+
+    def _open(self, device: str) -> Costs:
+        """Costs of this backbone, as far as earlier runs know them."""
+        if self.costs is None:
+            found = _KNOWN.get(self.known, {}) if self.known is not None else {}
+            if self.kind in found:
+                self.costs, rates = found[self.kind]
+                self.acceptance.prior = np.array(rates)
+            else:
+                self.costs = Costs(self.prior or PRIORS.get(device, PRIORS["other"]))
+        return self.costs
+
+    def _remember(self) -> None:
+        if self.known is not None and self.costs is not None:
+            found = _KNOWN.setdefault(self.known, {})
+            found[self.kind] = (self.costs, self.acceptance.rates.tolist())
 
     def _look(self, widths: tuple[int, ...], seconds: dict[int, float], costs: Costs) -> int | None:
         """The neighbour to look at, if there is one whose expected loss the budget allows."""
-        if not costs.measured(self.best) or self.choice != self.best:
+        images = self.num_images
+        if not costs.measured(self.best, images, self.ragged) or self.choice != self.best:
             return None
+        if self.best == 1 and not self.ragged and images > 1:
+            return None  # a look would leave the images ragged
         place = widths.index(self.best)
         for width in sorted(widths[max(0, place - 1) : place + 2], key=lambda w: self.tried.get(w, -AGAIN)):
             due = self.iterations - self.tried.get(width, -AGAIN) >= AGAIN

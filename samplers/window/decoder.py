@@ -32,12 +32,11 @@ from vargen.samplers.drafters.base import Drafter
 from vargen.samplers.window.cuda_graph import Replay, obstacle
 from vargen.samplers.window.layout import SlotLayout, forced_slots
 from vargen.samplers.window.state import WindowState
-from vargen.samplers.window.widths import Widths, commit_one
+from vargen.samplers.window.widths import POLL_EVERY, Widths, commit_one
 from vargen.validation.checks import check_flag
 
 __all__ = ["WindowInputs", "WindowSampler", "WindowState"]
 
-POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
 NOISE_BLOCK = 1 << 18  # Gumbel numbers made at once on the CPU for next-token sampling, which reads each row once
 GIVEN_BLOCK = 16  # positions for which a call's own noise is asked at once by next-token sampling
 NOISE_CACHE = 1 << 25  # Gumbel numbers kept on the CPU for window decoding, which reads each row many times
@@ -199,6 +198,9 @@ class WindowSampler(Sampler):
 
     def _score(self, state: WindowState) -> Tensor:
         """Feed the last permanent code and the proposals: logits ``[G, A, w, V]``."""
+        if state.width == 1:
+            codes = state.last_codes() if state.last is None else state.last
+            return state.backbone.step(state.session, codes).logits
         drafts = state.draft.tokens[:, : state.width - 1].clamp(min=0)  # a w-1; a missing one is fed as any code
         codes = torch.cat([state.last_codes(), drafts], dim=1)  # a w
         return state.backbone.step(state.session, codes).logits
@@ -240,6 +242,7 @@ class WindowSampler(Sampler):
             width=width,
             widths=widths,
             draft=Draft.none(num_images, width, device),
+            level=0 if device.type == "cpu" else None,
         )
 
     def _decide(self, state: WindowState, logits: Tensor) -> None:
@@ -249,11 +252,13 @@ class WindowSampler(Sampler):
             return
         if state.widths is not None and state.width == 1:
             commit_one(self, state, logits, NOISE_BLOCK)
+            asked = state.num_forwards >= state.next_poll
             self._look(state)
-            if not state.done:
+            if asked and not state.done:
                 self._propose(state, logits, None, state.length[:, None], state.length)
             return
         outcome, slots, num_rows = self._accept(state, logits)
+        state.last = None
         keep = self._look(state)
         if keep is not None:
             logits, slots, num_rows = logits[:, keep], slots[keep], num_rows[keep]
@@ -323,7 +328,8 @@ class WindowSampler(Sampler):
                 raise_errors(state.errors)
             return None
         free, static = looking_is_free(state.length.device), getattr(state.session, "static", False)
-        if not free and state.num_forwards < state.next_poll:
+        alone = state.widths is not None and state.width == 1
+        if (alone or not free) and state.num_forwards < state.next_poll:
             return None
         left = state.layout.num_slots - state.length
         most = int(left.max())
@@ -331,7 +337,8 @@ class WindowSampler(Sampler):
         if state.widths is not None:
             state.width = state.widths.next(state, most)
             least = int(left.where(left > 0, most).min())  # windows of one overshoot nothing
-            state.next_poll = state.num_forwards + min(POLL_EVERY, least)
+            state.level = state.layout.num_slots - most if free and least == most else None
+            state.next_poll = state.num_forwards + min(state.widths.patience(free), least)
         else:
             state.width = min(self.reach, most) if free and not static else state.width
             state.next_poll = state.num_forwards + max(-(-most // self.reach), min(POLL_EVERY, most))
@@ -348,6 +355,7 @@ class WindowSampler(Sampler):
         if state.noise is not None:
             state.noise.select(keep)
         state.drafter.select(keep)
+        state.last = None
         return keep
 
     def _commit_one(self, state: WindowState, logits: Tensor) -> None:

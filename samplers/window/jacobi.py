@@ -67,9 +67,8 @@ class SpeculativeJacobiSampler(WindowSampler):
 
     def make_widths(self, run: Run, layout: SlotLayout) -> Widths | None:
         """Who chooses, unless the window is a number."""
-        return open_widths(
-            "window", self.window, AutoController(), run, layout.num_slots, int(run.backbone.codebook_size)
-        )
+        auto = AutoController(known=run.backbone, kind=int(run.condition.branches))
+        return open_widths("window", self.window, auto, run, layout.num_slots, int(run.backbone.codebook_size))
 
     def make_rule(self, run: Run, inputs: Any) -> Rule:
         """The rule of that name."""

@@ -141,7 +141,9 @@ class SpeculativeSampler(TreeSampler):
     def make_widths(self, run: Run, layout: SlotLayout) -> Widths | None:
         """Who chooses, unless the number of drafts is given."""
         slots, codes = layout.num_slots, int(run.backbone.codebook_size)
-        auto = AutoController(ByDepth())
+        auto = AutoController(
+            ByDepth(), known=run.backbone, kind=(int(run.condition.branches), type(run.drafter).__name__)
+        )
         return open_widths("num_draft_tokens", self.num_draft_tokens, auto, run, slots, codes, extra=1)
 
     def begin(self, run: Run, inputs: WindowInputs) -> WindowState:

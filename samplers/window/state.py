@@ -42,6 +42,10 @@ class WindowState(DecodeState):
     counter: Tensor | None = None  # [A] int64 num_forwards on the device, where iterations are replayed
     replay: Replay | None = None  # the iteration as a CUDA graph
     widths: Widths | None = None  # who chooses the width, where it changes
+    level: int | None = None  # on the CPU, where widths change: permanent slots of all images, None where they differ
+    last: Tensor | None = (
+        None  # [A, 1] int64 codes of the last window of one, until images leave or a window is decided
+    )
     used: list[int] = field(default_factory=list)  # slots that each iteration behind the prefill could decide
 
     @property

@@ -17,6 +17,8 @@ from vargen.samplers.window.controller import WIDTHS, Iteration, Replayed, Situa
 from vargen.validation.checks import check_integer, shown
 
 MEMORY_SHARE = 0.25  # of what is free, for logits, noise and the part of the cache that windows need
+POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
+CALM = 64  # windows of one between two questions to the controller, at most
 COPIES = 3  # of the logits that a decision holds at once
 KINDS = 64  # of guesses told apart, see ``Iteration``
 LONGEST = 1 << 16  # widths that may be given
@@ -67,6 +69,9 @@ class Widths:
         self.counts: Tensor | None = None  # [2, K] guesses tested and right since then
         self.by_clock = not isinstance(controller, Replayed)
         self.noise_until = 0  # slots whose noise is made
+        self.calm = 1  # windows of one until the controller is asked again
+        self.ahead: Tensor | None = None  # [A, n, V] noise of the slots from ``begun`` on
+        self.begun = 0
 
     def resume(self) -> None:
         """A step begins."""
@@ -105,7 +110,14 @@ class Widths:
         if most_left == 0:
             return state.width
         chosen = self.controller.choose(Situation(self.allowed, state.width, num_images, most_left, self.device))
-        return max(1, min(check_integer("the width that the controller chose", chosen, low=1), self.most, most_left))
+        width = max(1, min(check_integer("the width that the controller chose", chosen, low=1), self.most, most_left))
+        patient = getattr(self.controller, "patient", False)
+        self.calm = min(2 * self.calm, CALM) if width == 1 and patient else 1
+        return width
+
+    def patience(self, free: bool) -> int:
+        """Iterations until the controller is asked again; it may have to wait for windows of one, which are cheap."""
+        return self.calm if free else POLL_EVERY
 
     def noise_rows(self, state: Any, slots: Tensor, block: int) -> Tensor | None:
         """Rows of noise ``[A, 1, V]`` of ``slots [A, 1]``; those of coming slots are made in one call."""
@@ -119,25 +131,50 @@ class Widths:
         rows: Tensor = state.noise.rows(state.layout.code_index[slots])
         return rows
 
+    def level_rows(self, state: Any, level: int, block: int) -> Tensor | None:
+        """Rows of noise ``[A, 1, V]`` of one slot that all images have reached; those of coming slots are made in one call."""
+        if state.noise is None:
+            return None
+        images = len(state.keys)
+        ahead = self.ahead
+        if ahead is None or len(ahead) != images or not 0 <= level - self.begun < ahead.shape[1]:
+            count = max(1, block // (images * state.noise.num_codes))
+            positions = state.layout.code_index[level : level + count].expand(images, -1)
+            ahead = self.ahead = state.noise.fresh(positions)
+            self.begun = level
+        return ahead[:, level - self.begun, None]
+
 
 def commit_one(sampler: Any, state: Any, logits: Tensor, block: int) -> None:
     """Draw and commit one code an image from ``logits [G, A, 1, V]``: next-token sampling of images that may differ in length."""
-    slots = state.length[:, None]  # a 1
-    fixed = None if state.forced is None else state.forced.gather(1, slots)
+    level, widths, index = state.level, state.widths, state.layout.code_index
+    slots = state.length[:, None] if level is None else None  # a 1
+    if slots is None:
+        positions, noise = index[level].expand(len(state.keys), 1), widths.level_rows(state, level, block)
+        fixed = None if state.forced is None else state.forced[:, level, None]
+    else:
+        positions, noise = index[slots], widths.noise_rows(state, slots, block)
+        fixed = None if state.forced is None else state.forced.gather(1, slots)
     if fixed is not None:  # the distribution of a fixed slot is never read
         logits = torch.where((fixed >= 0)[..., None], 0.0, logits)
-    positions, noise = state.layout.code_index[slots], state.widths.noise_rows(state, slots, block)
     tokens = draw(logits, seeds=state.keys, positions=positions, noise=noise, errors=state.errors, **sampler.warp)
     if fixed is not None:
         tokens = torch.where(fixed >= 0, fixed, tokens)
-    state.tokens[state.rows, state.length] = tokens[:, 0]
-    state.trace[state.rows, state.length] = state.num_forwards
+    whole = level is not None and len(state.keys) == len(state.tokens)
+    rows, column = slice(None) if whole else state.rows, state.length if level is None else level
+    state.tokens[rows, column] = tokens[:, 0]
+    state.trace[rows, column] = state.num_forwards
     if state.num_forwards:  # the prefill feeds no code
-        if getattr(state.drafter, "guesses_alone", False):
-            state.widths.count(state, slots, tokens, torch.ones_like(tokens, dtype=torch.bool))
+        if widths.since == state.num_forwards and getattr(state.drafter, "guesses_alone", False):
+            slots = (
+                state.length[:, None] if slots is None else slots
+            )  # the guess is of the first window behind a question
+            widths.count(state, slots, tokens, torch.ones_like(tokens, dtype=torch.bool))
         state.backbone.commit(state.session, 1)
         state.drafter.commit(torch.ones_like(state.length))
+    state.last = tokens
     state.length = state.length + 1
+    state.level = None if level is None else level + 1
     state.count()
 
 
