@@ -203,11 +203,12 @@ class Costs:
     def _correction(self, width: int, num_images: int, ragged: bool) -> float:
         """Of this width, else between its neighbours in width, else in rows; windows leave images ragged."""
         ragged = ragged or width > 1
-        for known in (
+        choices: tuple[dict[float, deque[float]], ...] = (
             {w: times for (w, n, r), times in self.excess.items() if n == num_images and r == ragged and times},
             {w: times for (w, n, _), times in self.excess.items() if n == num_images and times},
             {w * n / num_images: times for (w, n, _), times in self.excess.items() if times},
-        ):
+        )
+        for known in choices:
             if known:
                 at = sorted(known)
                 values = [median(known[w]) for w in at]
