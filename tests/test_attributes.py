@@ -138,8 +138,12 @@ def test_augmentation_is_light_and_leaves_half_alone():
 
 def test_training_learns_is_reproducible_and_leaves_the_global_generator_alone():
     losses = []
-    train_classifier(num_steps=30, batch_size=48, on_step=lambda _step, loss: losses.append(loss))
+    trained = train_classifier(num_steps=30, batch_size=48, on_step=lambda _step, loss: losses.append(loss))
     assert np.mean(losses[-3:]) < 0.8 * np.mean(losses[:3])
+    further = []
+    start = trained.state_dict()
+    train_classifier(num_steps=1, batch_size=48, start=start, on_step=lambda _step, loss: further.append(loss))
+    assert further[0] < 0.8 * losses[0]  # the same first batch
     torch.manual_seed(5)
     before = torch.get_rng_state()
     first, second, third = (train_classifier(num_steps=3, batch_size=16, seed=seed) for seed in (0, 0, 1))

@@ -195,6 +195,10 @@ def test_a_classifier_learns_and_saves(tmp_path):
     losses = []
     model = train_motion_classifier(num_steps=6, batch_size=8, on_step=lambda _, loss: losses.append(loss))
     assert len(losses) == 6
+    further = []
+    start = model.state_dict()
+    train_motion_classifier(num_steps=1, batch_size=8, start=start, on_step=lambda _, loss: further.append(loss))
+    assert further[0] != losses[0]  # the same first batch under other weights
     model.save_pretrained(tmp_path)
     clips = torch.rand(2, 3, 17, 32, 32)
     again = MotionClassifier.from_pretrained(tmp_path)

@@ -205,6 +205,19 @@ def test_kmeans_is_a_function_of_vectors_and_generator() -> None:
     assert torch.equal(torch.random.get_rng_state(), state)
 
 
+def test_kmeans_that_goes_on_keeps_the_place_of_centroids() -> None:
+    vectors = torch.randn(400, 3, generator=generator(5))
+    first, error = kmeans(vectors, 20, generator=generator(6), num_iterations=2)
+    order = torch.randperm(20, generator=generator(7))
+    further, less = kmeans(vectors, 20, num_iterations=3, start=first)
+    shuffled, _ = kmeans(vectors, 20, num_iterations=3, start=first[order])
+    torch.testing.assert_close(shuffled, further[order])
+    assert less < error
+    few = vectors[:5]
+    kept, _ = kmeans(few, 20, num_iterations=0, start=first)
+    assert torch.equal(kept, first)
+
+
 def test_kmeans_improves_on_a_random_subset_and_with_iterations() -> None:
     vectors = torch.randn(2000, 6, generator=generator())
     subset = vectors[torch.randperm(2000, generator=generator(1))[:32]]

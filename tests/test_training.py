@@ -19,11 +19,13 @@ from vargen.training.checkpoints import checkpoint_folders, load_optimizer
 from vargen.training.ema import EMA
 from vargen.training.export import export_pipeline
 from vargen.training.optim import parameter_groups
-from vargen.training.recipe import parse_recipe
+from vargen.training.recipe import load_recipe, parse_recipe
 from vargen.training.run import METRICS_FILE, train
+from vargen.training.sources import load_tokenizer
 from vargen.training.tasks.base import make_task
 
 ROOT = Path(__file__).parents[1]
+MODELS = ROOT / "vargen" / "assets" / "models"
 
 
 def vq_table(**changes):
@@ -222,6 +224,44 @@ def test_transformer_learns(vq_run, tmp_path):
     table["log"] = {**table["log"], "eval_every": 30}
     metrics = train(parse_recipe(table), output=tmp_path / "run").metrics
     assert metrics["held_out_nats_per_token"] < 0.8 * torch.log(torch.tensor(64.0))  # from ln V at the start
+
+
+@pytest.mark.parametrize(
+    ("recipe", "overrides", "start", "component"),
+    [
+        ("heroes32-llamagen", ["options.tokenizer=heroes32-llamagen"], "heroes32-llamagen", "backbone"),
+        ("heroes32-eagle", [], "heroes32-llamagen", "drafters/eagle"),
+        ("heroes32-multiscale-vq", [], "heroes32-var", "tokenizer"),
+        ("heroes32-var", ["options.tokenizer=heroes32-var"], "heroes32-var", "backbone"),
+        ("heroes32-nar", [], "heroes32-nar", "backbone"),
+        (
+            "heroes32-mar-draft",
+            ["options.tokenizer=heroes32-mar", "options.backbone=heroes32-mar-causal"],
+            "heroes32-mar-causal",
+            "drafter",
+        ),
+        ("heroes-video-nbp", ["options.tokenizer=heroes-video-nbp"], "heroes-video-nbp", "backbone"),
+    ],
+)
+def test_training_starts_from_given_weights(recipe, overrides, start, component):
+    task = make_task(load_recipe(recipe, [*overrides, f"options.start={start}"]))
+    found = task.build(initialize=True).state_dict()
+    shipped = load_file(MODELS / start / component / "diffusion_pytorch_model.safetensors")
+    assert found.keys() == shipped.keys()
+    for name, value in shipped.items():
+        assert torch.equal(found[name], value.to(found[name].dtype)), name
+
+
+def test_tokenizers_that_go_on_keep_their_codes(vq_run):
+    table = vq_table()
+    task = make_task(parse_recipe({**table, "options": {**table["options"], "start": str(vq_run)}}))
+    before, after = load_tokenizer(vq_run), task.build(initialize=True)
+    images = task.test_batch(0, 8)["image"]
+    same = (before.encode(images).codes == after.encode(images).codes).float().mean()
+    assert same > 0.8
+    assert not torch.equal(before.codebook, after.codebook)  # but k-means went on
+    fresh = make_task(parse_recipe(table | {"seed": 9})).build(initialize=True)
+    assert (before.encode(images).codes == fresh.encode(images).codes).float().mean() < 0.5
 
 
 def test_unused_codes_move_onto_encoder_outputs():

@@ -71,6 +71,17 @@ def test_patches_cover_what_fits_and_average_the_rest():
     assert errors[1] < 0.8 * errors[0]
 
 
+def test_a_dictionary_that_goes_on_keeps_the_place_of_its_patches():
+    torch.manual_seed(0)
+    patches = torch.randint(0, 256, (40, 12), dtype=torch.uint8)
+    table = patches[torch.randperm(40)[:30]]
+    new = torch.randint(0, 256, (1, 12), dtype=torch.uint8)
+    shown = torch.cat([table[:25].repeat_interleave(3, 0), new])  # five patches are seen no more, one is new
+    found = find_patches(shown, 30, torch.Generator(), 2, start=table)
+    assert torch.equal(found[:25], table[:25])
+    assert (found[25:] == new).all(1).any()
+
+
 def test_a_dictionary_starts_at_its_patches_and_reads_in_pieces(runs):
     recipe = load_recipe("heroes-video-fsq", TOKENIZER)
     tokenizer = load_tokenizer(runs / "fsq", VideoFSQTokenizer)

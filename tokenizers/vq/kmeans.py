@@ -61,6 +61,7 @@ def kmeans(
     l2_norm: bool = False,
     generator: torch.Generator | None = None,
     num_iterations: int = 12,
+    start: Tensor | None = None,
 ) -> tuple[Tensor, float]:
     """Cluster vectors.
 
@@ -70,6 +71,7 @@ def kmeans(
         l2_norm: cluster directions: vectors and centroids have unit length.
         generator: CPU generator of the seeding; ``None`` uses torch's global one.
         num_iterations: Lloyd iterations; stops early when no assignment changes.
+        start: ``[V, C]`` centroids to go on from instead of seeding: centroid i stays the i-th.
 
     Returns:
         Centroids ``[V, C]`` float32 and the mean squared distance of a vector to its centroid.
@@ -86,9 +88,9 @@ def kmeans(
         vectors = F.normalize(vectors, dim=-1)
     vectors, counts = vectors.unique(dim=0, return_counts=True)
     weights = counts.float()
-    if vectors.shape[0] <= num_centroids:
+    if vectors.shape[0] <= num_centroids and start is None:
         return vectors[torch.arange(num_centroids, device=vectors.device) % vectors.shape[0]], 0.0
-    centroids = _seed(vectors, weights, num_centroids, generator)
+    centroids = _seed(vectors, weights, num_centroids, generator) if start is None else start.to(vectors)
     previous = None
     for _ in range(num_iterations):
         index, distance = assign(vectors, centroids)

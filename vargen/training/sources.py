@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from diffusers import ModelMixin
 from torch import nn
 
+from vargen.checkpoints.reader import load_original, load_strict
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.checkpoints import checkpoint_folders, load_newest, load_weights
 from vargen.training.recipe import Recipe, parse_recipe
@@ -74,6 +75,27 @@ def read_run(run: str | Path) -> tuple[Recipe, dict[str, Any]]:
     if not checkpoint_folders(folder):
         raise ValueError(f"the run {folder} has no checkpoint yet; wait for the first one")
     return recipe, load_newest(folder, lambda checkpoint: load_weights(checkpoint, "ema"))
+
+
+def start_from_weights(model: nn.Module, source: str, component: str) -> None:
+    """Copy the weights of a model of the same shape: training goes on from them.
+
+    Args:
+        model: changed in place.
+        source: folder of a training run (its newest averaged weights are taken), of a saved model, of a pipeline that
+            holds one, or the name of a shipped model.
+        component: its folder in a pipeline.
+
+    Raises:
+        ValueError: nothing of the kind is there, or its weights have other names or shapes.
+    """
+    if (local_path(source) / RECIPE_FILE).is_file():
+        weights = read_run(source)[1]
+    else:
+        weights = load_original(component_folder(source, component) / "diffusion_pytorch_model.safetensors")
+    load_strict(
+        model, {name: value.float() if value.is_floating_point() else value for name, value in weights.items()}
+    )
 
 
 def stored_recipe(run: Path) -> Recipe:

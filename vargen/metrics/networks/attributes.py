@@ -124,6 +124,7 @@ def train_classifier(
     learning_rate: float = 3e-3,
     seed: int = 0,
     augment: bool = True,
+    start: dict[str, Tensor] | None = None,
     on_step: Callable[[int, float], Any] | None = None,
 ) -> AttributeClassifier:
     """Train a classifier on fresh heroes of the training split; deterministic for a number of threads.
@@ -136,6 +137,7 @@ def train_classifier(
         learning_rate: peak of a one-cycle schedule.
         seed: of the heroes, the weights and the noise.
         augment: light noise, blur and colour shifts.
+        start: weights to go on from, for example of a classifier of other parts; None starts from random ones.
         on_step: called with the step and its loss.
 
     Raises:
@@ -146,6 +148,8 @@ def train_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AttributeClassifier.for_heroes().to(memory_format=torch.channels_last).train()
+        if start is not None:
+            model.load_state_dict(start)
         optimiser = torch.optim.AdamW(model.parameters(), lr=learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(
             optimiser, learning_rate, total_steps=max(num_steps, 2), pct_start=0.15

@@ -174,7 +174,12 @@ def measure_motion(
 
 
 def train_motion_classifier(
-    *, num_steps: int = 500, batch_size: int = 32, seed: int = 0, on_step: Callable[[int, float], Any] | None = None
+    *,
+    num_steps: int = 500,
+    batch_size: int = 32,
+    seed: int = 0,
+    start: dict[str, Tensor] | None = None,
+    on_step: Callable[[int, float], Any] | None = None,
 ) -> MotionClassifier:
     """Train a classifier on fresh clips of the training split; deterministic for a number of threads.
 
@@ -182,6 +187,7 @@ def train_motion_classifier(
         num_steps: optimiser steps; the default sees 16k clips, two minutes on one core.
         batch_size: clips a step, each seen once.
         seed: of the clips, the weights and the noise.
+        start: weights to go on from; None starts from random ones.
         on_step: called with the step and its loss.
 
     Raises:
@@ -192,6 +198,8 @@ def train_motion_classifier(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = MotionClassifier().train()
+        if start is not None:
+            model.load_state_dict(start)
         optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 3e-3, total_steps=max(num_steps, 2), pct_start=0.1)
         data = MotionDataset(seed)

@@ -21,7 +21,7 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.draft_models.eagle import EagleDrafter
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
-from vargen.training.sources import RECIPE_FILE, component_folder, load_tokenizer, load_transformer
+from vargen.training.sources import RECIPE_FILE, component_folder, load_tokenizer, load_transformer, start_from_weights
 from vargen.training.tasks.base import Task, model_from, paired_grid
 
 
@@ -31,6 +31,7 @@ class DrafterOptions:
 
     backbone: str = "heroes32-llamagen"  # folder of a transformer run, of a saved model or pipeline, or a model's name
     tokenizer: str = "heroes32-llamagen"
+    start: str = ""  # run or drafter of the same shape whose weights to start from; empty = random weights
     feature_weight: float = 1.0
     distribution_weight: float = 0.1  # of the cross-entropy to the target's distribution; both weights as released
     noise: float = 0.2  # on the features, times 512 / L, uniform around 0
@@ -63,7 +64,10 @@ class DrafterTask(Task):
             "rope_base": c.rope_base,
             "condition_rope": c.condition_rope,
         }
-        return model_from(EagleDrafter, {"num_heads": c.num_heads, **self.recipe.model}, **fixed)
+        model: EagleDrafter = model_from(EagleDrafter, {"num_heads": c.num_heads, **self.recipe.model}, **fixed)
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "drafters/eagle")
+        return model
 
     def setup(self, device: torch.device) -> None:
         """Move the frozen models to the device of training."""

@@ -19,7 +19,7 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.protocols import Model
 from vargen.tokenizers.vq.model import VQTokenizer
 from vargen.training.recipe import Recipe
-from vargen.training.sources import load_tokenizer
+from vargen.training.sources import load_tokenizer, start_from_weights
 from vargen.training.tasks.base import Task, model_from, paired_grid
 
 if TYPE_CHECKING:
@@ -31,6 +31,7 @@ class LlamaGenOptions:
     """The tokenizer, and how the sample grids are drawn."""
 
     tokenizer: str = "runs/heroes32-vq"  # folder of a tokenizer run or of a saved tokenizer, or a model's name
+    start: str = ""  # run, model or pipeline of the same shape whose weights to start from; empty = random weights
     guidance_scale: float = 2.0
     grid_size: int = 16  # pictures on the sample grid, from conditions of test images
 
@@ -47,7 +48,10 @@ class LlamaGenTask(Task):
 
     def build(self, initialize: bool) -> LlamaGenTransformer:
         """Make the transformer for the tokenizer's codebook and the data set's conditions."""
-        return model_from(LlamaGenTransformer, self.model_settings(), **self.fixed())
+        model: LlamaGenTransformer = model_from(LlamaGenTransformer, self.model_settings(), **self.fixed())
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "backbone")
+        return model
 
     def fixed(self) -> dict[str, Any]:
         """Settings that tokenizer and data decide."""

@@ -19,6 +19,7 @@ from vargen.backbones.mar.causal import CausalMARTransformer
 from vargen.samplers.acceptance.gaussian import log_ratio
 from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.training.recipe import Recipe
+from vargen.training.sources import start_from_weights
 from vargen.training.tasks.mar import CausalMARTask, ContinuousTransformer, MAROptions, load_continuous
 
 
@@ -54,7 +55,9 @@ class MARDraftTask(CausalMARTask):
         )
         fixed = {**self.fixed(), **{name: getattr(c, name) for name in shared}}
         model: CausalMARTransformer = _make_drafter(self.recipe.model, c, fixed)
-        if initialize:
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "drafter")
+        elif initialize:
             head = {
                 k: v for k, v in self.backbone.diffloss.state_dict().items() if k in _fitting(model, self.backbone)
             }

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.nar.model import NARTransformer
-from vargen.training.sources import component_folder
+from vargen.training.sources import RECIPE_FILE, component_folder, start_from_weights, stored_recipe
 from vargen.training.tasks.base import model_from
 from vargen.training.tasks.llamagen import LlamaGenOptions, LlamaGenTask
+from vargen.validation.reading import local_path, read_json
 
 if TYPE_CHECKING:
     from vargen.samplers.base import Sampler
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 class NAROptions(LlamaGenOptions):
     """The tokenizer, the model to start from, and how the sample grids are drawn."""
 
-    start: str = ""  # folder of a LlamaGen model or pipeline, or a model's name; empty = random weights
+    start: str = ""  # folder or name of a LlamaGen model, or of a NAR model of the same shape; empty = random weights
     blocks: tuple[int, ...] = ()  # its blocks that become ours, one a layer; empty = the first ones
 
 
@@ -38,7 +39,9 @@ class NARTask(LlamaGenTask):
     def build(self, initialize: bool) -> NARTransformer:  # type: ignore[override]
         """Make the transformer for the tokenizer's codebook and the data set's conditions."""
         model: NARTransformer = model_from(NARTransformer, self.model_settings(), **self.fixed())
-        if initialize and self.options.start:
+        if initialize and self.options.start and _is_nar(self.options.start):
+            start_from_weights(model, self.options.start, "backbone")
+        elif initialize and self.options.start:
             source = LlamaGenTransformer.from_pretrained(component_folder(self.options.start, "backbone"))
             codes = torch.cat([self.test_batch(start, 64)["codes"] for start in range(0, 256, 64)])
             start_from(model, source, tuple(self.options.blocks), codes)
@@ -49,6 +52,14 @@ class NARTask(LlamaGenTask):
         from vargen.samplers.schedule.neighboring import NeighboringSampler
 
         return NeighboringSampler(guidance_scale=self.options.guidance_scale)
+
+
+def _is_nar(source: str) -> bool:
+    folder = local_path(source)
+    if (folder / RECIPE_FILE).is_file():
+        return stored_recipe(folder).task == "nar"
+    config = read_json(component_folder(source, "backbone") / "config.json")
+    return config.get("_class_name") == "NARTransformer"
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from vargen.datasets.motion.compose import FRAMES
 from vargen.protocols import Model
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.training.recipe import Recipe
+from vargen.training.sources import start_from_weights
 from vargen.training.tasks.base import model_from
 from vargen.training.tasks.llamagen import LlamaGenTask
 from vargen.training.tasks.video import ClipTask, to_strips
@@ -29,6 +30,7 @@ class NBPOptions:
     """The tokenizer, the length of clips, and how the sample strips are drawn."""
 
     tokenizer: str = "runs/heroes-video-fsq"  # folder of a tokenizer run or of a saved tokenizer, or a model's name
+    start: str = ""  # run, model or pipeline of the same shape whose weights to start from; empty = random weights
     frames: int = 17
     guidance_scale: float = 1.5
     temperature: float = 0.8
@@ -54,7 +56,10 @@ class NBPTask(ClipTask, LlamaGenTask):
     def build(self, initialize: bool) -> NBPTransformer:  # type: ignore[override]
         """Make the transformer for the tokenizer's codes and the data set's conditions."""
         fixed: dict[str, Any] = {**self.fixed(), "max_positions": None, "attribute_dropout_prob": 0.0}
-        return model_from(NBPTransformer, self.recipe.model, **fixed)
+        model: NBPTransformer = model_from(NBPTransformer, self.recipe.model, **fixed)
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "backbone")
+        return model
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module) -> dict[str, float]:

@@ -17,7 +17,7 @@ from vargen.backbones.var.model import VARTransformer
 from vargen.protocols import Model
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.training.recipe import Recipe
-from vargen.training.sources import load_tokenizer
+from vargen.training.sources import load_tokenizer, start_from_weights
 from vargen.training.tasks.base import Task, model_from, paired_grid
 
 
@@ -26,6 +26,7 @@ class VAROptions:
     """The tokenizer, and how the sample grids are drawn."""
 
     tokenizer: str = "runs/heroes32-multiscale-vq"  # folder of a run or of a saved tokenizer, or a model's name
+    start: str = ""  # run, model or pipeline of the same shape whose weights to start from; empty = random weights
     guidance_scale: float = 2.0
     grid_size: int = 16  # pictures on the sample grid, from conditions of test images
 
@@ -49,6 +50,8 @@ class VARTask(Task):
             **self.condition_settings(),
         }
         model: VARTransformer = model_from(VARTransformer, self.recipe.model, **fixed)
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "backbone")
         if initialize and model.config.codebook_head:
             model.set_codebook_(self.tokenizer.codebook)
         return model

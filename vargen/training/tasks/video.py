@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vargen.datasets.motion.compose import FRAMES
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.vq.kmeans import assign, update
+from vargen.training.sources import start_from_weights
 from vargen.training.tasks.base import Task, model_from, to_grid
 from vargen.training.tasks.vq import to_psnr, to_uint8
 
@@ -34,6 +35,7 @@ class VideoOptions:
     mse_weight: float = 1.0
     num_dictionary_clips: int = 2000
     num_kmeans_iterations: int = 10
+    start: str = ""  # run, tokenizer or model to go on from: k-means then continues from its dictionary
     grid_size: int = 8  # clips on the sample strip, originals above reconstructions
 
     def __post_init__(self) -> None:
@@ -62,6 +64,8 @@ class VideoTask(ClipTask):
     def build(self, initialize: bool) -> VideoFSQTokenizer:
         """Make the tokenizer; the patches of a dictionary are found over training clips."""
         model: VideoFSQTokenizer = model_from(VideoFSQTokenizer, self.recipe.model)
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "tokenizer")
         if initialize and self.recipe.model.get("dictionary"):
             o = self.options
             parts = np.array_split(np.arange(o.num_dictionary_clips), -(-o.num_dictionary_clips // 50))
@@ -69,8 +73,11 @@ class VideoTask(ClipTask):
             rows = [rearrange(model.features(part), "b c t h w -> (b t h w) c") for part in clips]
             patches = ((torch.cat(rows) + 1) * 127.5).round().to(torch.uint8)
             generator = torch.Generator().manual_seed(self.recipe.seed)
-            found = find_patches(patches, model.codebook_size, generator, o.num_kmeans_iterations)
+            known = model.patch_table if o.start else None
+            found = find_patches(patches, model.codebook_size, generator, o.num_kmeans_iterations, start=known)  # type: ignore[arg-type]
             model.patch_table.copy_(found)  # type: ignore[operator]
+            if o.start:
+                return model
             for value in model.decoder_layers[-1].parameters():
                 nn.init.zeros_(value)  # the patches themselves are where training starts
         return model
@@ -111,15 +118,21 @@ def to_strips(clips: Tensor, scale: int = 2) -> Tensor:
 
 
 @torch.no_grad()
-def find_patches(patches: Tensor, num_codes: int, generator: torch.Generator, num_iterations: int) -> Tensor:
+def find_patches(
+    patches: Tensor, num_codes: int, generator: torch.Generator, num_iterations: int, start: Tensor | None = None
+) -> Tensor:
     """Cluster patches of pixel art: ``[n, C]`` uint8 to ``[V, C]`` uint8, in an order that puts like by like.
 
-    k-means over distinct patches; centroids that few patches need move onto the patches that are served worst.
+    k-means over distinct patches; centroids that few patches need move onto the patches that are served worst. With
+    ``start``, a table ``[V, C]`` uint8, k-means goes on from there: rows keep their place, and only those that no patch
+    needs move.
     """
     hashes = patches.long() @ torch.randint(1, 2**31, (patches.shape[1],), generator=generator)
     _, inverse, counts = hashes.unique(return_inverse=True, return_counts=True)
     first = torch.empty(len(counts), dtype=torch.long).scatter_(0, inverse, torch.arange(len(hashes)))
     vectors, weights = patches[first].float() / 127.5 - 1, counts.float()
+    if start is not None:
+        return _continue(vectors, weights, start.float() / 127.5 - 1, num_iterations)
     if len(vectors) <= num_codes:
         chosen = torch.arange(num_codes) % len(vectors)
     else:
@@ -132,7 +145,17 @@ def find_patches(patches: Tensor, num_codes: int, generator: torch.Generator, nu
             used = torch.zeros(num_codes).index_add_(0, index, weights)
             moved = used.argsort()[: num_codes // 20]
             centroids[moved] = vectors[(distance * weights).topk(len(moved)).indices]
-    return ((centroids[_tree_order(centroids)] + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+    return _to_bytes(centroids[_tree_order(centroids)])
+
+
+def _continue(vectors: Tensor, weights: Tensor, centroids: Tensor, num_iterations: int) -> Tensor:
+    for _ in range(num_iterations):
+        centroids = update(vectors, weights, *assign(vectors, centroids), len(centroids))
+    return _to_bytes(centroids)
+
+
+def _to_bytes(vectors: Tensor) -> Tensor:
+    return ((vectors + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 def _tree_order(vectors: Tensor) -> Tensor:

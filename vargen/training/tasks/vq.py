@@ -16,7 +16,9 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vargen.tokenizers.vq.kmeans import kmeans
 from vargen.tokenizers.vq.model import VQTokenizer
+from vargen.training.sources import start_from_weights
 from vargen.training.tasks.base import Task, model_from, paired_grid
 
 
@@ -30,6 +32,7 @@ class VQOptions:
     num_kmeans_iterations: int = 12
     restart_every: int = 0  # steps between restarts of codes that no recent image uses; 0 = never
     num_restart_images: int = 512
+    start: str = ""  # run, tokenizer or model to go on from: k-means then continues from its codebook
     grid_size: int = 16  # pictures on the sample grid, originals above reconstructions
 
     def __post_init__(self) -> None:
@@ -48,12 +51,29 @@ class VQTask(Task):
     def build(self, initialize: bool) -> VQTokenizer:
         """Make the tokenizer; its codebook starts from k-means over training images."""
         model: VQTokenizer = model_from(VQTokenizer, self.recipe.model)
-        if initialize:
-            size = self.options.num_kmeans_images
-            images = self.train_data.examples(np.arange(size))["image"]
+        if initialize and self.options.start:
+            start_from_weights(model, self.options.start, "tokenizer")
+            self._refine_codebook(model)
+        elif initialize:
             generator = torch.Generator().manual_seed(self.recipe.seed)
-            model.init_codebook_(images, generator, self.options.num_kmeans_iterations)
+            model.init_codebook_(self._kmeans_images(), generator, self.options.num_kmeans_iterations)
         return model
+
+    def _kmeans_images(self) -> Tensor:
+        return self.train_data.examples(np.arange(self.options.num_kmeans_images))["image"]
+
+    @torch.no_grad()
+    def _refine_codebook(self, model: VQTokenizer) -> None:
+        """Go on with k-means from the codebook as it is, so that codes keep their meaning."""
+        vectors = torch.cat(
+            [model.features(part).permute(0, 2, 3, 1).flatten(0, 2) for part in self._kmeans_images().split(256)]
+        )
+        codebook = model.quantize.embedding.weight
+        iterations = self.options.num_kmeans_iterations
+        found, _ = kmeans(
+            vectors, len(codebook), l2_norm=model.quantize.l2_norm, num_iterations=iterations, start=codebook
+        )
+        codebook.copy_(found)
 
     def compile(self, model: nn.Module) -> None:
         """Compile the decoder, and the encoder where there is one."""
