@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+import shutil
 import zipfile
 
 import numpy as np
@@ -20,6 +21,7 @@ from vargen.backbones.par.model import PARTransformer
 from vargen.cli import eval as command
 from vargen.conditioners.attributes import AttributeConditioner
 from vargen.datasets.heroes.compose import HeroAtlas, parse_prompt
+from vargen.evaluation.classifier_cards import write_classifier_card
 from vargen.evaluation.conditions import Conditions, class_conditions, hero_conditions, prompt_file
 from vargen.evaluation.drawing.generate import generate, ordered_images
 from vargen.evaluation.likelihood import evaluate_likelihood, token_nats
@@ -32,6 +34,7 @@ from vargen.pipelines.image import ImagePipeline
 from vargen.samplers.schedule.parallel_group import ParallelGroupSampler
 from vargen.samplers.window.next_token import NextTokenSampler
 from vargen.tokenizers.vq.model import VQTokenizer
+from vargen.validation.places import MODELS_FOLDER
 
 
 class Means(nn.Module):
@@ -506,6 +509,8 @@ def test_card_holds_the_measured_numbers_and_nothing_else(hero_pipe, network, tm
         f"{fid.results[0]['value']:.4g}", f"{fid.attributes['share']:.1%}", "| model.safetensors | 15 | F16 |",
         f"nats per token: {likelihood.results[0]['nats_per_token']:.4g}", fid.environment["hardware"],
         fid.environment["date"], "steps: 123", "- model: dim=16, depth=2", "CC0", "psnr all", "guarantee exact",
+        "## Intended use", "## Limits", "vargen eval fid -m tiny-hero --num 16 --out report/",
+        "vargen eval reconstruction -m tiny-hero --num 16 --out", "vargen eval likelihood -m tiny-hero --num 3 --out",
     ):  # fmt: skip
         assert expected in text
     by_hand = "## What to know\n\nRed hats come out best.\n\n"
@@ -516,6 +521,37 @@ def test_card_holds_the_measured_numbers_and_nothing_else(hero_pipe, network, tm
     only_fid = write_card(model, tmp_path / "fid").read_text()
     assert "psnr" not in only_fid
     assert "nats per token" not in only_fid
+
+
+def test_cards_name_the_options_of_their_reports(hero_pipe, network, tmp_path):
+    model = tmp_path / "tiny-hero"
+    model.mkdir()
+    full = hero_conditions(40, full=True)
+    evaluate_fid(
+        hero_pipe, tmp_path / "f", num=40, network=network, model="tiny-hero", conditions=full, seed=7, interval=True
+    )
+    text = write_card(model, tmp_path / "f").read_text()
+    assert "vargen eval fid -m tiny-hero --num 40 --full-captions --seed 7 --interval --out report/" in text
+
+
+@pytest.mark.parametrize("name", ["heroes32-classifier", "heroes-video-classifier"])
+def test_classifiers_have_cards_with_their_own_numbers(name, tmp_path):
+    shipped = MODELS_FOLDER / name
+    card = (shipped / "README.md").read_text()
+    for section in ("Intended use", "Limits", "Data", "Licence", "Measurements"):
+        assert f"## {section}" in card
+    folder = tmp_path / name
+    shutil.copytree(shipped, folder)
+    record = json.loads((folder / "classifier.json").read_text())
+    accuracy = record["real_accuracy"]
+    record["real_accuracy"] = {**accuracy, "all": 0.1234} if isinstance(accuracy, dict) else 0.1234
+    (folder / "classifier.json").write_text(json.dumps(record))
+    text = write_classifier_card(folder, training=["Told in the test."]).read_text()
+    assert "12.34%" in text
+    assert "## Training\n\nTold in the test." in text
+    shutil.copytree(folder, tmp_path / "other")
+    with pytest.raises(ValueError, match="no classifier with a card"):
+        write_classifier_card(tmp_path / "other")
 
 
 def test_card_refuses_what_was_not_measured_on_this_model(hero_pipe, network, tmp_path):

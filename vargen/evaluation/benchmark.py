@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 REPORT = "bench.json"
 MAX_BATCH, MAX_REPEATS = 4096, 1000
-_COLUMNS = ("sampler", "guarantee", "forwards an image", "fewer")
+_COLUMNS = ("sampler", "guarantee", "forwards an image", "mean of", "fewer")
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class BenchRow:
     name: str  # as it was asked for: "jacobi:window=16"
     sampler: dict[str, Any]  # class and settings
     guarantee: str
-    forwards: float  # of the backbone, an image, in the quality run or, without one, at the smallest batch
+    forwards: float  # of the backbone, an image, in the quality run or, without one, of the largest batch
     seconds: dict[int, float]  # batch size -> seconds an image, median over the repeats
     metric: str = ""  # name of the distance
     distance: float | None = None
@@ -230,7 +230,9 @@ def bench_table(reports: Sequence[BenchReport], *, with_model: bool = True) -> l
         base = report.rows[0]
         for row in report.rows:
             cells = [report.model] if with_model else []
-            cells += [row.name, row.guarantee, f"{row.forwards:.1f}", f"{base.forwards / row.forwards:.1f}x"]
+            pictures = report.num_images or max(row.seconds)  # without quality runs: those of the largest batch
+            cells += [row.name, row.guarantee, f"{row.forwards:.1f}", str(pictures)]
+            cells.append(f"{base.forwards / row.forwards:.1f}x")
             for batch in batches:
                 own, first = row.seconds.get(batch), base.seconds.get(batch)
                 cells.append(f"{own:.3g} ({first / own:.2f}x)" if own and first else "-")
@@ -282,7 +284,7 @@ def _times(
     seed: int,
     progress: Progress | None,
 ) -> tuple[dict[str, dict[int, float]], dict[str, float]]:
-    """Return seconds an image by sampler and batch size, and forwards an image at the smallest batch."""
+    """Return seconds an image by sampler and batch size, and forwards an image, mean over the largest batch."""
     seconds: dict[str, dict[int, float]] = {name: {} for name in samplers}
     forwards: dict[str, float] = {}
     done, total = 0, len(batch_sizes) * repeats * len(samplers)
@@ -294,7 +296,7 @@ def _times(
                 stats = _call(pipe, sampler, conditions, batch, seed).stats
                 taken[name].append((time.perf_counter() - begun) / batch)
                 each = stats.forwards_per_image
-                forwards.setdefault(name, stats.num_forwards if each is None else float(each.double().mean()))
+                forwards[name] = stats.num_forwards if each is None else float(each.double().mean())
                 done += 1
                 if progress is not None:
                     progress("timing", done, total)

@@ -17,6 +17,19 @@ from vargen.validation.printable import printable, shown
 from vargen.validation.reading import read_json, read_text, read_toml
 
 _KEPT = "## What to know"
+_HERO_USE = [
+    "## Intended use",
+    "",
+    "Showing and measuring samplers, trying recipes, tests: the distribution of its pictures is known, and fresh real ones cost "
+    "nothing.",
+    "",
+    "## Limits",
+    "",
+    "It draws pixel heroes of 32 x 32 pixels from the named parts of one atlas and nothing else; words for other things are "
+    "refused. What a token still has to decide is little here, which flatters speculation: what a sampler saves says little about "
+    "models of photographs.",
+    "",
+]
 TRAINING_RECORD = "training.json"  # written by `vargen train` beside the model, where it does
 
 
@@ -67,9 +80,10 @@ def write_card(
 def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -> str:
     source = read_json(ATLAS_FOLDER / "atlas.json")["source"]
     lines = ["---", "library_name: vargen", "license: apache-2.0", "---", "", f"# {folder.name}", ""]
-    lines += [_summary(folder), "", *_kept_section(folder / "README.md")]
+    heroes = any("heroes" in str(r["protocol"].get("reference", "")) for r in reports)
+    lines += [_summary(folder), "", *(_HERO_USE if heroes else []), *_kept_section(folder / "README.md")]
     lines += ["## Components", "", *component_lines(folder), ""]
-    if any("heroes" in str(r["protocol"].get("reference", "")) for r in reports):
+    if heroes:
         lines += ["## Data", "", f"Pixel heroes composed at random from {source['title']} ({source['licence']}).", ""]
         lines += [source["note"], ""]
     lines += ["## Licence", "", "The weights: Apache-2.0, as the library.", ""]
@@ -77,7 +91,7 @@ def _card(folder: Path, reports: list[dict[str, Any]], recipe: dict[str, Any]) -
         lines += ["## Training", "", *flat_lines(recipe), ""]
     lines += ["## Measurements", ""]
     for report in reports:
-        lines += _measurement(report)
+        lines += [*_measurement(report), *_command(folder.name, report)]
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -147,6 +161,19 @@ def _measurement(report: dict[str, Any]) -> list[str]:
         lines += ["Attribute accuracy: " + attribute_table(report["attributes"])[0], ""]
         lines += [*attribute_table(report["attributes"])[2:], ""]
     return lines
+
+
+def _command(name: str, report: dict[str, Any]) -> list[str]:
+    """The command that makes a report again, where options of ``vargen eval`` are all that it takes."""
+    kind, protocol = report["kind"], report["protocol"]
+    if kind not in ("fid", "reconstruction", "likelihood"):
+        return []
+    words = [f"vargen eval {kind} -m {name} --num {protocol['num']}"]
+    words += ["--full-captions"] if str(protocol.get("conditions", "")).startswith("full captions") else []
+    words += [f"--seed {protocol['seed']}"] if protocol.get("seed") else []
+    words += ["--interval"] if any(row.get("error") is not None for row in report["results"]) else []
+    words += ["--out report/"]
+    return ["Again:", "", "```bash", " ".join(words), "```", ""]
 
 
 def read_recipe(folder: Path, recipe: str | Path | None) -> dict[str, Any]:

@@ -155,6 +155,17 @@ def _card(folder: Path, report: dict[str, Any]) -> str:
         "red and half blue).",
         "",
     ]
+    lines += [
+        "## Intended use",
+        "",
+        "Showing and measuring samplers of blocks, trying recipes, tests: what its clips should look like is known exactly.",
+        "",
+        "## Limits",
+        "",
+        "It draws these motions with these parts, clips of one length, and nothing else; words for other things are refused. Guidance and "
+        "temperature were chosen on labels of the same set as those of the report.",
+        "",
+    ]
     training = read_recipe(folder, None)
     if training.get("tokenizer", {}).get("step") == 0:
         lines += ["Its decoder's correction is untrained and adds nothing: frames are the patches of the codes.", ""]

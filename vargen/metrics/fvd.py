@@ -127,7 +127,7 @@ def video_features(
     Args:
         network: ``"i3d"`` (your file, see ``weights``), ``"lite0"`` (extra ``metrics``), ``"random"``, or a module that maps
             ``[B, 3, T, H, W]`` in [0, 1] to ``[B, D]`` and says D as ``num_features``.
-        weights: ``i3d_pretrained_400.pt`` or the same keys in another file; never unpickled.
+        weights: ``i3d_pretrained_400.pt`` or the same keys in another file; a pickle builds tensors alone.
         protocol: how clips reach I3D.
         digest: first hex digits of the SHA-256 that the file must have; None = any file whose names and shapes fit.
 

@@ -1,6 +1,6 @@
 """Checkpoints of a training run: folders written beside and renamed, so that a killed run never leaves half of one.
 
-Weights are safetensors. Optimizer states are read with ``weights_only=True``: nothing is ever unpickled into code.
+Weights are safetensors. Optimizer states are read with ``weights_only=True``: a pickle builds tensors alone.
 """
 
 from __future__ import annotations
