@@ -43,9 +43,7 @@ def load(name: str, dtype: torch.dtype = torch.float32, side: int = 16) -> Subje
 
         backbone = SpatialBackbone()
         title = "synthetic flat model, 16 x 16, V = 256, top-k 128"
-        return Subject(
-            backbone, perturbed(backbone, 0.3), torch.zeros(1, dtype=torch.int64), {"top_k": 128}, title
-        )
+        return Subject(backbone, perturbed(backbone, 0.3), torch.zeros(1, dtype=torch.int64), {"top_k": 128}, title)
     if name.startswith("llamagen-b-"):
         kind = name.removeprefix("llamagen-b-")
         title = f"LlamaGen-B, random weights, {kind}, {side} x {side} codes, {str(dtype).removeprefix('torch.')}"

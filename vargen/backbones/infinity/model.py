@@ -28,6 +28,8 @@ from vargen.backbones.infinity.sizes import (
     infinity_size_config,
     reference_of,
     rope_rows,
+    scales_for,
+    scales_of,
     to_native,
 )
 from vargen.backbones.settings.discrete import INFINITY
@@ -160,6 +162,31 @@ class InfinityTransformer(TextScaleBackbone, Stored, ModelMixin, ConfigMixin):  
         view = super().with_scales(scales)
         view._set_scales(view.scales, position_grid)
         return view
+
+    def with_size(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str | None = None,
+        pixels: str | None = None,
+    ) -> Self:
+        """The same model for a picture size of the official tables.
+
+        Args:
+            height: pixels, together with
+            width: pixels; one alone asks for a square.
+            aspect_ratio: height to width instead, such as ``"3:2"``.
+            pixels: about how many, with ``aspect_ratio``; ``None`` is ``"1M"``.
+
+        Raises:
+            ValueError: both ways at once, or none of the tables' sizes; the known ones are shown.
+        """
+        if height is None and width is None:
+            return self.with_scales(scales_of(aspect_ratio or "1:1", pixels or "1M"))
+        if aspect_ratio is not None or pixels is not None:
+            raise ValueError("give either height and width or aspect_ratio and pixels, got both")
+        tall = width if height is None else height
+        return self.with_scales(scales_for(tall, tall if width is None else width))  # type: ignore[arg-type]
 
     def _set_scales(self, scales: Any, position_grid: Any = None) -> None:
         super()._set_scales(scales)
