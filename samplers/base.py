@@ -162,7 +162,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
 
     def __post_init__(self) -> None:
         self.check()
-        settings = {name: _plain(getattr(self, name)) for name in self.setting_names()}
+        settings = {name: plain_number(getattr(self, name)) for name in self.setting_names()}
         for name, value in settings.items():
             object.__setattr__(self, name, value)
         # an object that chooses widths is not for a file, which asks for the library's own in its place
@@ -171,10 +171,18 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
 
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range; subclasses add their own settings."""
-        check_number("guidance_scale", self.guidance_scale, low=0.0, hint="1 is off")
-        check_number("temperature", self.temperature, low=0.0, hint="0 is greedy")
-        check_integer("top_k", self.top_k, low=0, hint="0 is off")
-        check_number("top_p", self.top_p, low=0.0, high=1.0, open_low=True, hint="1 is off")
+        for value in self._each("guidance_scale"):
+            check_number("guidance_scale", value, low=0.0, hint="1 is off")
+        for value in self._each("temperature"):
+            check_number("temperature", value, low=0.0, hint="0 is greedy")
+        for value in self._each("top_k"):
+            check_integer("top_k", value, low=0, hint="0 is off")
+        for value in self._each("top_p"):
+            check_number("top_p", value, low=0.0, high=1.0, open_low=True, hint="1 is off")
+
+    def _each(self, name: str) -> tuple[Any, ...]:
+        """The values of a setting: one, where a sampler does not take several."""
+        return (getattr(self, name),)
 
     @classmethod
     def setting_names(cls) -> tuple[str, ...]:
@@ -349,8 +357,9 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
                 f"{type(self).__name__} needs a backbone with {', '.join(sorted(missing))}; {type(backbone).__name__} "
                 f"offers {', '.join(sorted(offered)) or 'none of it'}. Samplers that fit: {', '.join(fitting) or 'none'}"
             )
-        if self.top_k and self.top_k > (num_codes := int(backbone.codebook_size)):
-            raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(self.top_k)} (0 is off)")
+        largest = max(self._each("top_k"))
+        if largest > (num_codes := int(backbone.codebook_size)):
+            raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(largest)} (0 is off)")
 
 
 class WithNegative:
@@ -368,9 +377,9 @@ class WithNegative:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.backbone, name)
 
-    def prepare(self, condition: Any, *, guidance_scale: Any = 1.0) -> Any:
+    def prepare(self, condition: Any, *, guidance_scale: Any = 1.0, **options: Any) -> Any:
         """As the backbone's own."""
-        return self.backbone.prepare(condition, guidance_scale=guidance_scale, negative=self.negative)
+        return self.backbone.prepare(condition, guidance_scale=guidance_scale, negative=self.negative, **options)
 
 
 def check_inputs(given: Iterable[str], kind: type[Inputs], owner: str) -> None:
@@ -387,10 +396,12 @@ def check_inputs(given: Iterable[str], kind: type[Inputs], owner: str) -> None:
 
 def _shared(name: str, value: Any) -> bool:
     """Whether a setting means the same to all samplers: their own words do not, nor do windows that are no number."""
+    if name in ("guidance_scale", "temperature", "top_k", "top_p") and isinstance(value, list | tuple):  # one a scale
+        return False
     return name not in OWN_WORDS and not (name in ("window", "num_draft_tokens") and not isinstance(value, Integral))
 
 
-def _plain(value: Any) -> Any:
+def plain_number(value: Any) -> Any:
     """A fraction or a number of numpy as Python's own: tensors do not multiply with every kind, JSON does not hold them."""
     if type(value) in (bool, int, float):
         return value

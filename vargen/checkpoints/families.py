@@ -64,6 +64,9 @@ _families: list[Family] = [
     Family("mvar", "M-VAR transformer", _NO, ("pos_1LC", "blocks.*.mamba.*")),
     Family("var", "VAR transformer", "VARTransformer", ("pos_1LC", "lvl_embed.weight")),
     Family("infinity", "Infinity transformer", "InfinityTransformer", ("text_proj_for_sos.ca.*", "cfg_uncond")),
+    Family(
+        "switti", "Switti transformer", "SwittiTransformer", ("text_pooler.weight", "blocks.*.cross_attn.to_kv.weight")
+    ),
     Family("mar", "MAR transformer", "MARTransformer", ("diffloss.net.*", "z_proj.weight")),
     Family("xar", "xAR transformer", "XARTransformer", ("encoder_blocks.*", "decoder_blocks.*", "pred.weight")),
     Family("ibq-ar", "IBQ transformer", _NO, ("transformer.tok_emb.weight", "transformer.class_emb.*")),

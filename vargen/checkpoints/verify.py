@@ -41,6 +41,7 @@ _builders: dict[str, Builder] = {
     "var": _later("transformers", "var_manifest"),
     "infinity": _later("transformers", "infinity_manifest"),
     "infinity-vae": _later("tokenizers", "bsq_manifest"),
+    "switti": _later("transformers", "switti_manifest"),
     "mar": _later("transformers", "mar_manifest"),
     "xar": _later("transformers", "xar_manifest"),
     "nbp": _later("transformers", "nbp_manifest"),

@@ -5,6 +5,7 @@ Letters: P prompts or labels, T condition positions, C width of text features.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from numbers import Integral
 from os import PathLike
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vargen.protocols import ConditionInput
 from vargen.validation.folders import Stored, check_component, one_line
+from vargen.validation.printable import shown
 from vargen.validation.reading import local_path
 
 MAX_ROWS = 2**16  # prompts or labels at once
@@ -37,6 +39,10 @@ class Conditioner(Stored, ConfigMixin, PushToHubMixin):
     ) -> ConditionInput:
         """Turn prompts or class labels into a condition."""
         raise NotImplementedError
+
+    def encode_negative(self, prompts: Sequence[str]) -> ConditionInput:
+        """What guidance leads away from; the empty text where a model has no empty condition of its own."""
+        return self.encode(prompts=prompts)
 
     def check(self, prompts: Sequence[str] | None = None, class_labels: Sequence[int | str] | None = None) -> None:
         """Raise ``ValueError`` for what ``encode`` refuses, without the work of a network."""
@@ -98,6 +104,24 @@ def one_of(prompts: Sequence[Any] | None, class_labels: Sequence[Any] | None) ->
         for prompt in prompts:
             check_prompt(prompt)
     return given
+
+
+def warn_of_cut(tokenizer: Any, captions: Sequence[str], mask: Tensor) -> None:
+    """Say which captions are longer than the text model takes: they were cut. Only rows without padding are counted again.
+
+    Args:
+        tokenizer: called with texts as those of transformers.
+        captions: P texts.
+        mask: [P, T], True = a token that is read.
+    """
+    full = mask.bool().all(1).tolist()
+    for caption, whole in zip(captions, full, strict=True):
+        if whole and (count := len(tokenizer(caption, truncation=False)["input_ids"])) > mask.shape[1]:
+            warnings.warn(
+                f"a caption has {count} tokens and the text model takes {mask.shape[1]}: the rest is cut, after "
+                f"{shown(caption[:40])}...; shorten it",
+                stacklevel=3,
+            )
 
 
 def check_prompt(text: Any, name: str = "a prompt", longest: int = MAX_CHARACTERS) -> None:

@@ -19,13 +19,13 @@ import torch
 from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
-from vargen.conditioners.base import Conditioner, check_prompt, one_of
+from vargen.conditioners.base import Conditioner, check_prompt, one_of, warn_of_cut
 from vargen.conditioners.captions import clean_caption
+from vargen.conditioners.encoders import load_text_encoder, load_text_tokenizer
 from vargen.hooks import execution_device, runs_as_forward
 from vargen.validation.checks import MAX_POSITIONS, Settings, anything, check_flag, check_integer, check_text, checked
-from vargen.validation.classes import component_class
 from vargen.validation.extras import install
-from vargen.validation.folders import check_component, check_settings, one_line
+from vargen.validation.folders import check_component, one_line
 from vargen.validation.reading import local_path
 
 MAX_CHARACTERS = 2000  # of a caption, of which 120 tokens are read; cleaning takes time with the square
@@ -161,6 +161,7 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
             return_attention_mask=True,
             return_tensors="pt",
         ).to(self.device)
+        warn_of_cut(self.tokenizer, captions, tokens.attention_mask)
         features = self.text_encoder(input_ids=tokens.input_ids, attention_mask=tokens.attention_mask)[0]
         return left_pad(features, tokens.attention_mask.bool())
 
@@ -204,39 +205,6 @@ class T5CaptionConditioner(nn.Module, Conditioner):  # nn.Module first: ConfigMi
             settings, _, _ = cls.extract_init_dict(config)  # from_config would drop the objects
             conditioner = cls(**settings, **parts)
         return conditioner if dtype is None else conditioner.to(dtype)
-
-
-def load_text_encoder(name: str | Path, **options: Any) -> Any:
-    """Load a ``T5EncoderModel`` from a folder or the Hub; its settings may not choose code to run.
-
-    Raises:
-        ValueError: they try to.
-    """
-    from transformers import T5Config, T5EncoderModel
-
-    if Path(name).is_dir():
-        check_component(name, T5EncoderModel)
-    settings, _ = T5Config.get_config_dict(name)
-    check_settings(Path(name) / "config.json", settings)
-    return T5EncoderModel.from_pretrained(name, **options)
-
-
-def load_text_tokenizer(name: str | Path) -> Any:
-    """Load the tokenizer of a T5 encoder from a folder or the Hub: one of the classes in ``vargen.validation.classes``.
-
-    Raises:
-        ValueError: another class, or code of its own.
-    """
-    from transformers import AutoTokenizer
-    from transformers.models.auto.tokenization_auto import get_tokenizer_config
-
-    if Path(name).is_dir():
-        check_component(name, AutoTokenizer)
-    settings = get_tokenizer_config(name)
-    check_settings(Path(name) / "tokenizer_config.json", settings)
-    if settings.get("tokenizer_class") is not None:
-        component_class("transformers", settings["tokenizer_class"], slot="the tokenizer of captions")
-    return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
 
 def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,6 +36,7 @@ from vargen.pipelines.components import (
 from vargen.pipelines.continuous import check_autoencoder, decode_tokens, is_continuous, undrawn_tokens
 from vargen.pipelines.drafters import EARLIER, StoredDrafters, warn_of_other_target
 from vargen.pipelines.editing import forced_codes, read_edit
+from vargen.pipelines.guided import negative_rows, sized
 from vargen.pipelines.outputs import ImagePipelineOutput
 from vargen.pipelines.progress import DecodeInterrupted, Watch, interrupt_calls, is_interrupted
 from vargen.pipelines.scales import decode_scales, flatten_codes, split_codes
@@ -352,6 +353,11 @@ class ImagePipeline(DiffusionPipeline):
         batch_size: int | None = None,
         drafter: DrafterInput = None,
         background: Background | None = None,
+        negative_prompt: PromptInput = None,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str | None = None,
+        pixels: str | None = None,
         **sampler_overrides: Any,
     ) -> ImagePipelineOutput | tuple[Any, ...]:
         """Generate ``num_images_per_prompt`` images for every prompt or class label, prompt-major.
@@ -383,6 +389,11 @@ class ImagePipeline(DiffusionPipeline):
             background: colour behind transparent pixels of ``image``: a name, ``"#rrggbb"`` or three integers.
             drafter: for this call, in place of the one in the slot: a model, the name of a stored one (``pipe.drafters``), or of
                 one that needs no model, such as ``"row-above"``.
+            negative_prompt: what guidance leads away from, one text or one a prompt, for models that read prompts.
+            height: of the images in pixels, for models of many picture sizes (Infinity), with
+            width: theirs; a pair that the model does not know is refused with the nearest.
+            aspect_ratio: height to width in place of both, such as ``"3:2"``.
+            pixels: about how many, ``"0.06M"``, ``"0.25M"``, ``"0.6M"`` or ``"1M"``, with ``aspect_ratio``; ``None`` is ``"1M"``.
             sampler_overrides: other settings of the sampler for this call, such as ``window=16``.
 
         Returns:
@@ -391,6 +402,35 @@ class ImagePipeline(DiffusionPipeline):
         Raises:
             ValueError: an argument out of range, before any work; see each one.
         """
+        size = {"height": height, "width": width, "aspect_ratio": aspect_ratio, "pixels": pixels}
+        size = {name: value for name, value in size.items() if value is not None}
+        if size and not hasattr(self.backbone, "with_size"):
+            sampler_overrides |= size  # refused there, with what to use instead
+        elif size:
+            return cast(Any, sized(self, height, width, aspect_ratio, pixels))(
+                prompt,
+                class_labels,
+                image,
+                mask_image,
+                num_images_per_prompt,
+                guidance_scale,
+                temperature,
+                top_k,
+                top_p,
+                seed,
+                generator,
+                output_type,
+                return_dict,
+                callback_on_step_end,
+                callback_on_step_end_tensor_inputs,
+                batch_size,
+                drafter,
+                background,
+                negative_prompt,
+                **sampler_overrides,
+            )
+        if negative_prompt is not None and self.conditioner is None:
+            sampler_overrides["negative_prompt"] = negative_prompt
         # 1. Check everything
         inputs.check_options(
             output_type,
@@ -417,10 +457,12 @@ class ImagePipeline(DiffusionPipeline):
         with inputs.evaluating(self._modules()):
             # 2. Conditions and seeds, one row an image
             if edit is not None and prompt is None and class_labels is None:
-                rows = self.backbone.null_condition(len(edit[0]))
+                rows = self._null_rows(len(edit[0]))
             else:
                 rows = self.encode_condition(prompt, class_labels)
             kept = edit and forced_codes(self.tokenizer, edit, inputs.condition_rows(rows), num_images_per_prompt)
+            away = negative_rows(self, negative_prompt, sampler, inputs.condition_rows(rows))
+            away = None if away is None else inputs.repeat_condition(away, num_images_per_prompt)
             condition = inputs.repeat_condition(rows, num_images_per_prompt)
             seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
             if edit is None and prompt is not None:  # a given image says the rest itself
@@ -429,7 +471,7 @@ class ImagePipeline(DiffusionPipeline):
             # 3. Draw codes, 4. decode them
             watch = Watch(self, callback_on_step_end, tuple(callback_on_step_end_tensor_inputs))
             at_once = min(batch_size or len(seeds), len(seeds))
-            drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch, drafting)
+            drawn = self._draw(sampler, (condition, kept, away), seeds, at_once, watch, drafting)
             images = None if output_type == "codes" else self._to_images(drawn, output_type, at_once)
         self.maybe_free_model_hooks()
         tokens = drawn.latents if is_continuous(self.backbone) else drawn.codes
@@ -455,6 +497,12 @@ class ImagePipeline(DiffusionPipeline):
         else:
             condition = inputs.class_ids(labels, getattr(self.backbone.config, "num_classes", None))
         return inputs.move_condition(condition, self.backbone.device)
+
+    def _null_rows(self, num_rows: int) -> ConditionInput:
+        """The condition that says nothing: the backbone's own, or the encoded empty text."""
+        if not getattr(self.backbone, "needs_negative", False) or self.conditioner is None:
+            return self.backbone.null_condition(num_rows)
+        return inputs.move_condition(self.conditioner.encode_negative([""] * num_rows), self.backbone.device)
 
     @torch.no_grad()
     def decode_codes(self, codes: Tensor) -> Tensor:
@@ -495,7 +543,7 @@ class ImagePipeline(DiffusionPipeline):
     def _draw_rows(self, sampler: Sampler, given: Rows, seeds: list[int], watch: Watch, drafter: Any) -> SamplerOutput:
         if watch.interrupted:
             return self._undrawn(seeds)
-        condition, kept = given
+        condition, kept, away = given
         try:
             return sampler.sample(
                 self.backbone,
@@ -505,6 +553,7 @@ class ImagePipeline(DiffusionPipeline):
                 drafter=drafter,
                 callback=watch,
                 **({} if kept is None else {"forced_codes": kept}),
+                **({} if away is None else {"negative": away}),
             )
         except DecodeInterrupted as stop:
             note = f"interrupted after {stop.state.num_forwards} forward passes"

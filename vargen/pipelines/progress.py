@@ -94,9 +94,14 @@ def interrupt_calls(pipe: DiffusionPipeline, stop: bool) -> None:
 
 
 def _calls(pipe: DiffusionPipeline) -> list[Watch]:
-    calls = [watch for watch in list(_running) if watch.pipe is pipe]
+    calls = [watch for watch in list(_running) if _whole(watch.pipe) is _whole(pipe)]
     own = [watch for watch in calls if watch.thread == threading.get_ident()]
     return own[-1:] or calls  # a callback may call the pipeline again: the innermost call is meant
+
+
+def _whole(pipe: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline that was called, of a view of it for one picture size."""
+    return vars(pipe).get("sized_from", pipe)
 
 
 def _copy(value: Any) -> Any:

@@ -29,6 +29,9 @@ OUTSIDE: dict[str, dict[str, str]] = {
     "diffusers": {"AutoencoderKL": "tokenizers"},
     "transformers": {
         "T5EncoderModel": "text",
+        "CLIPTextModel": "text",
+        "CLIPTokenizer": "text",
+        "CLIPTokenizerFast": "text",
         "T5Tokenizer": "text",
         "T5TokenizerFast": "text",
         "PreTrainedTokenizerFast": "text",

@@ -23,6 +23,8 @@ INSTEAD = {
     "sigmas": _STEPS,
     "height": _SIZE,
     "width": _SIZE,
+    "aspect_ratio": _SIZE,
+    "pixels": _SIZE,
     "eta": "there is no such noise in the drawing of codes; temperature says how random it is",
     "strength": "give image and mask_image to a next-scale model; codes outside the mask are kept, those inside drawn anew",
     "do_sample": _GREEDY,

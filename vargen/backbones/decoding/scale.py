@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vargen.backbones.layers.cache.kv_cache import Attend, KVCache
+from vargen.backbones.layers.cache.kv_cache import Attend, KVCache, attention
 from vargen.features import Feature
 from vargen.hooks import HookedModel, runs_as_forward
 from vargen.protocols import StepOut
@@ -69,6 +70,7 @@ class ScaleBackbone(HookedModel):
     """
 
     features = frozenset({Feature.SCALES})
+    sees_coarser = True  # whether a scale attends to coarser ones; else to itself alone, without a cache
     blocks: nn.ModuleList
     sizes: list[int]
     condition_embedding: Any
@@ -169,10 +171,22 @@ class ScaleBackbone(HookedModel):
         if features is not None:
             features = features.repeat(condition.branches, 1, 1)
         x = self._embed(condition, features, first)
-        plan = session.cache.plan_block(session.used, self._stamps(condition, first, num_scales))
-        h = self._run(x, condition, [session.cache.layer(i, plan) for i in range(len(self.blocks))], first)
+        attends = self._attends(session, self._stamps(condition, first, num_scales))
+        h = self._run(x, condition, attends, first)
         session.scale, session.used = first + num_scales, session.used + x.shape[1]
         return StepOut(self._score(h, condition, features, first).unflatten(0, (condition.branches, -1)))
+
+    def _attends(self, session: ScaleSession, stamps: Tensor) -> Sequence[Attend]:
+        """What attends in every block, for items with these stamps ``[w]``."""
+        if not self.sees_coarser:
+            mask = None if bool((stamps == stamps[0]).all()) else self._sees(stamps)
+            return [partial(attention, mask=mask)] * len(self.blocks)
+        plan = session.cache.plan_block(session.used, stamps)
+        return [session.cache.layer(i, plan) for i in range(len(self.blocks))]
+
+    def _sees(self, stamps: Tensor) -> Tensor:
+        """``[w, w]`` bool: which items an item attends to."""
+        return stamps <= stamps[:, None] if self.sees_coarser else stamps == stamps[:, None]
 
     def _num_scales(self, condition: ScaleCondition, features: Tensor | None, first: int) -> int:
         """How many scales are fed: the first one has no features."""

@@ -12,12 +12,11 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from vargen.backbones.decoding.text_scales import TextPair, check_words
 from vargen.backbones.layers.cache.kv_cache import Attend, attention
 from vargen.backbones.layers.transformer import DropPath, RMSNorm
 from vargen.backbones.var.layers import VARAttention, VARFeedForward
 from vargen.hooks import execution_device, runs_as_forward
-
-TextPair = tuple[Tensor, Tensor]
 
 
 class _KeysAndValues(nn.Module):
@@ -88,17 +87,8 @@ class TextCondition(nn.Module):
         """
         if not isinstance(condition, tuple | list) or len(condition) != 2:
             raise ValueError(f"a caption condition must be (features, mask), got {type(condition).__name__}")
-        device = execution_device(self)
-        features, mask = (torch.as_tensor(part, device=device) for part in condition)
-        if features.ndim != 3 or features.shape[2] != self.text_dim or not 1 <= features.shape[1] <= self.text_length:
-            allowed = f"[batch, 1..{self.text_length}, {self.text_dim}]"
-            raise ValueError(f"caption features must have shape {allowed}, got {list(features.shape)}")
-        if mask.shape != features.shape[:2]:
-            raise ValueError(f"caption mask must have shape {list(features.shape[:2])}, got {list(mask.shape)}")
-        mask = mask.bool()
-        if values and not mask.is_meta and not bool(mask.any(1).all()):
-            empty = int((~mask.any(1)).nonzero()[0])
-            raise ValueError(f"caption {empty} has no words: its mask is False everywhere; even '' has an end token")
+        width, device = self.text_dim, execution_device(self)
+        features, mask = check_words(*condition, width, self.text_length, device, values)
         return features.to(self.cfg_uncond.dtype), mask
 
     @runs_as_forward
@@ -112,12 +102,6 @@ class TextCondition(nn.Module):
         """Replace the captions of the samples ``dropped [B]`` by null ones."""
         features, mask = condition
         return torch.where(dropped[:, None, None], self.null(condition)[0], features), mask
-
-    def join(self, parts: list[TextPair]) -> TextPair:
-        """Captions of all branches as one batch, padded to the longest."""
-        longest = max(mask.shape[1] for _, mask in parts)
-        features = [F.pad(part, (0, 0, 0, longest - part.shape[1])) for part, _ in parts]
-        return torch.cat(features), torch.cat([F.pad(mask, (0, longest - mask.shape[1])) for _, mask in parts])
 
     def forward(self, features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         """``[R, T, C]`` to the pooled vector ``[R, D]`` and what blocks attend to ``[R, T, D]``; padding is masked, not read."""

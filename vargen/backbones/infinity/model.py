@@ -9,10 +9,7 @@ of a position, T text positions, C text width, D width, c head width.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any, Self
 
 import torch
@@ -20,10 +17,9 @@ from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from einops import rearrange
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
-from vargen.backbones.decoding.scale import ScaleBackbone, ScaleCondition, ScaleSession
-from vargen.backbones.infinity.layers import InfinityBlock, TextCondition, TextPair
+from vargen.backbones.decoding.text_scales import TextPair, TextScaleBackbone
+from vargen.backbones.infinity.layers import InfinityBlock, TextCondition
 from vargen.backbones.infinity.sizes import (
     GRIDS,
     Grid,
@@ -32,39 +28,22 @@ from vargen.backbones.infinity.sizes import (
     infinity_size_config,
     reference_of,
     rope_rows,
+    scales_for,
+    scales_of,
     to_native,
 )
-from vargen.backbones.layers.cache.kv_cache import Attend, attention
 from vargen.backbones.settings.discrete import INFINITY
 from vargen.backbones.var.layers import HeadNorm, modulation
 from vargen.checkpoints.reader import load_family
-from vargen.hooks import compute_dtype, runs_as_forward
-from vargen.protocols import StepOut
-from vargen.validation.checks import check_integer, check_scales, checked, pair_of
+from vargen.hooks import runs_as_forward
+from vargen.validation.checks import checked
 from vargen.validation.folders import Stored
 
 RECOMPUTED = ("*.zero_k_bias",)
 SCALES_1M = tuple(side for side, _ in GRIDS["1:1"])
 
 
-@dataclass(frozen=True)
-class InfinityCondition(ScaleCondition):
-    """Adds the caption, as every block attends to it, and where the positions of all scales lie."""
-
-    text: list[TextPair]  # of every block, keys and values [R, H, T, c]
-    text_mask: Tensor  # [R, 1, 1, T] bool, True = a word
-    rope: Tensor  # [L, 2, c]
-    mix: tuple[int, float] | None = None  # block behind which hidden states are guided, and the guidance scale
-
-    def first_branch(self) -> InfinityCondition:
-        """The conditional rows alone."""
-        shared = super().first_branch()
-        assert isinstance(shared, InfinityCondition)
-        text = [(key[: self.batch], value[: self.batch]) for key, value in self.text]
-        return replace(shared, text=text, text_mask=self.text_mask[: self.batch], mix=None)
-
-
-class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
+class InfinityTransformer(TextScaleBackbone, Stored, ModelMixin, ConfigMixin):  # type: ignore[misc]
     """Block-causal transformer: the pooled caption, then scale after scale, each predicted in one forward pass.
 
     Conditions are captions as ``T5CaptionConditioner`` encodes them: (features ``[B, T, C]``, mask ``[B, T]``). The defaults are
@@ -180,30 +159,43 @@ class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         Raises:
             ValueError: more scales than the model has levels for.
         """
-        listed = check_scales("scales", scales, longest=self.config.max_scales)
-        view = copy.copy(self)
-        view._set_scales(listed, position_grid)
+        view = super().with_scales(scales)
+        view._set_scales(view.scales, position_grid)
         return view
 
-    def _set_scales(self, scales: Any, position_grid: Any) -> None:
-        self.scales: tuple[Grid, ...] = tuple(map(pair_of, scales))
-        self.sizes = [h * w for h, w in self.scales]  # n_k
-        self.position_grid: Grid = reference_of(self.scales) if position_grid is None else tuple(position_grid)
+    def with_size(
+        self,
+        height: int | None = None,
+        width: int | None = None,
+        aspect_ratio: str | None = None,
+        pixels: str | None = None,
+    ) -> Self:
+        """The same model for a picture size of the official tables.
 
-    @property
-    def condition_embedding(self) -> TextCondition:  # type: ignore[override]
-        """What reads captions."""
-        return self.text
+        Args:
+            height: pixels, together with
+            width: pixels; one alone asks for a square.
+            aspect_ratio: height to width instead, such as ``"3:2"``.
+            pixels: about how many, with ``aspect_ratio``; ``None`` is ``"1M"``.
+
+        Raises:
+            ValueError: both ways at once, or none of the tables' sizes; the known ones are shown.
+        """
+        if height is None and width is None:
+            return self.with_scales(scales_of(aspect_ratio or "1:1", pixels or "1M"))
+        if aspect_ratio is not None or pixels is not None:
+            raise ValueError("give either height and width or aspect_ratio and pixels, got both")
+        tall = width if height is None else height
+        return self.with_scales(scales_for(tall, tall if width is None else width))  # type: ignore[arg-type]
+
+    def _set_scales(self, scales: Any, position_grid: Any = None) -> None:
+        super()._set_scales(scales)
+        self.position_grid: Grid = reference_of(self.scales) if position_grid is None else tuple(position_grid)
 
     @property
     def num_bits(self) -> int:
         """Bits of a position, d."""
         return int(self.config.num_bits)
-
-    @property
-    def grid_size(self) -> Grid:
-        """(height, width) of the last scale."""
-        return self.scales[-1]
 
     @runs_as_forward
     @torch.no_grad()
@@ -212,119 +204,9 @@ class InfinityTransformer(ScaleBackbone, Stored, ModelMixin, ConfigMixin):  # ty
         mask = torch.ones(num_images, self.text.text_length, dtype=torch.bool, device=self.device)
         return self.text.null((torch.empty(0, dtype=self.text.cfg_uncond.dtype), mask))
 
-    @torch.no_grad()
-    def prepare(
-        self,
-        condition: Any,
-        *,
-        guidance_scale: float | Tensor = 1.0,
-        negative: Any = None,
-        guidance_layer: int | None = None,
-    ) -> ScaleCondition:
-        """Check and embed captions; see ``ScaleBackbone.prepare``.
-
-        Args:
-            condition: (features [B, T, C], mask [B, T]).
-            guidance_scale: 1 = one branch; anything else adds the unconditional branch.
-            negative: a caption for the second branch instead of the null one; its rows may have another length.
-            guidance_layer: guide hidden states behind this block (negative from the last), the same at every scale, in place of
-                logits: the blocks behind it run the mix, and logits come from the conditional branch alone.
-
-        Raises:
-            ValueError: captions of a wrong shape or without words, a block that is none of the model's.
-        """
-        prepared = super().prepare(condition, guidance_scale=guidance_scale, negative=negative)
-        if guidance_layer is None or prepared.branches == 1:
-            return prepared
-        depth = len(self.blocks)
-        layer = check_integer("guidance_layer", guidance_layer, low=-depth, high=depth - 1) % depth
-        assert isinstance(prepared, InfinityCondition)
-        return replace(prepared, mix=(layer, float(guidance_scale)))
-
-    def forward(
-        self,
-        features: Tensor,
-        condition: Any,
-        *,
-        drop: Tensor | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """Predict the bits of every scale from the caption and the coarser scales.
-
-        In training mode captions are dropped: with ``drop`` as given, else drawn from ``generator`` (or the global one).
-        Evaluation mode drops nothing unless ``drop`` is given, and the caller's features are never written to.
-
-        Args:
-            features: [B, L - n_0, d] float32, ``tokenizer.scale_inputs(codes)``; fewer whole scales predict fewer.
-            condition: (features [B, T, C], mask [B, T]).
-            drop: [B] bool, True = without caption.
-            generator: for the drop decisions only.
-
-        Returns:
-            [B, L, 2 d] float32 logits, two a bit: of 0 and of 1.
-        """
-        caption = self.text.check(condition, values=False)
-        if drop is None and self.training and self.config.class_dropout_prob > 0:
-            where = caption[1].device if generator is None else generator.device
-            drop = torch.rand(len(caption[1]), generator=generator, device=where) < self.config.class_dropout_prob
-        if drop is not None:
-            caption = self.text.drop(caption, drop.to(caption[1].device))
-        prepared = self._condition([caption])
-        stamps = self._stamps(prepared, 0, self._num_scales(prepared, features, 0))
-        attend = partial(attention, mask=stamps <= stamps[:, None])
-        x = self._embed(prepared, features, 0)
-        return self._score(self._run(x, prepared, [attend] * len(self.blocks)), prepared, features)
-
-    def _condition(self, parts: Sequence[TextPair]) -> InfinityCondition:
-        features, mask = self.text.join(list(parts))
-        pooled, context = self.text(features, mask)
+    def _rows(self, pooled: Tensor) -> list[Tensor]:
         shared = rearrange(self.shared_ada_lin(pooled), "r (n d) -> r 1 n d", n=6)
-        rope = rope_rows(self.scales, self.position_grid, self.config.dim // self.config.num_heads)
-        return InfinityCondition(
-            start=pooled[:, None] + self.pos_start,
-            tokens=None,
-            rows=[block.modulate(shared) for block in self.blocks],  # type: ignore[operator]
-            head_rows=self.head_nm.modulate(pooled),
-            batch=len(mask) // len(parts),
-            branches=len(parts),
-            sizes=tuple(self.sizes),
-            text=[block.read_text(context) for block in self.blocks],  # type: ignore[union-attr,operator]
-            text_mask=mask[:, None, None],
-            rope=rope.to(context.device),
-        )
+        return [block.modulate(shared) for block in self.blocks]  # type: ignore[operator]
 
-    def _embed(self, condition: ScaleCondition, features: Tensor | None, first: int) -> Tensor:
-        """Inputs ``[R, w, D]`` of the scales from ``first`` on."""
-        parts = [] if features is None else [self.word_embed(features.to(compute_dtype(self.word_embed)))]
-        if first == 0:
-            parts.insert(0, condition.start.expand(-1, condition.sizes[0], -1))
-        x = torch.cat(parts, dim=1)
-        return x + self.lvl_embed(self._stamps(condition, first, self._num_scales(condition, features, first)))
-
-    def _run(
-        self,
-        x: Tensor,
-        condition: InfinityCondition,  # type: ignore[override]
-        attends: Sequence[Attend],
-        first: int = 0,
-    ) -> Tensor:
-        recompute = self.gradient_checkpointing and torch.is_grad_enabled()
-        offset = sum(condition.sizes[:first])
-        rope, mask = condition.rope[offset : offset + x.shape[1]], condition.text_mask
-        layers = zip(self.blocks, condition.rows, attends, condition.text, strict=True)
-        for i, (block, rows, attend, text) in enumerate(layers):
-            arguments = (x, rows, attend, text, mask, rope)
-            x = checkpoint(block, *arguments, use_reentrant=False) if recompute else block(*arguments)
-            if condition.mix is not None and i == condition.mix[0]:
-                given, other = x.chunk(2)
-                x = (other + condition.mix[1] * (given - other)).repeat(2, 1, 1)
-        return x
-
-    def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:
-        out = super()._feed(session, features)
-        mixed = getattr(session.condition, "mix", None) is not None
-        return StepOut(out.logits[:1]) if mixed else out
-
-    def _score(self, x: Tensor, condition: ScaleCondition, features: Tensor | None, first: int = 0) -> Tensor:
-        h = self.head_nm(x, condition.head_rows)
-        return self.head(h.to(compute_dtype(self.head))).float()
+    def _rope(self) -> Tensor:
+        return rope_rows(self.scales, self.position_grid, self.config.dim // self.config.num_heads)

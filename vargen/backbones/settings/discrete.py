@@ -328,3 +328,61 @@ INFINITY = Settings(
     ),
     _infinity_weights,
 )
+
+
+# Switti
+
+
+def _switti_heads(c: Any) -> None:
+    check_heads(c.dim, c.num_heads, 4 if c.rope else 1)
+    if c.crop_condition and c.dim % 8:
+        raise ValueError(f"crop_condition needs a dim that is a multiple of 8, got {c.dim}")
+    if c.class_dropout_prob:
+        raise ValueError(
+            f"class_dropout_prob must be 0, got {c.class_dropout_prob:g}: the model has no empty caption of its own"
+        )
+
+
+def _switti_weights(
+    dim: int,
+    num_layers: int,
+    codebook_size: int,
+    codebook_dim: int,
+    scales: Sequence[int | tuple[int, int]],
+    text_dim: int,
+    pooled_dim: int,
+    ffn_dim: int | None,
+) -> int:
+    block = dim * (13 * dim + 2 * text_dim + 3 * (ffn_dim or 4 * dim) + 32) + text_dim + 5 * (ffn_dim or 4 * dim)
+    rows = pooled_dim + codebook_dim + codebook_size + 2 * _grid_positions(scales) + len(scales) + 3 * dim + 32
+    return num_layers * block + dim * rows + codebook_size
+
+
+SWITTI = Settings(
+    {
+        "dim": WIDTH,
+        "num_layers": BLOCKS,
+        "num_heads": WIDTH,
+        "codebook_size": ROWS,
+        "codebook_dim": WIDTH,
+        "scales": check_scales,
+        "autoregressive": check_flag,
+        "text_dim": WIDTH,
+        "pooled_dim": WIDTH,
+        "text_length": POSITIONS,
+        "ffn_dim": optional(HIDDEN),
+        "swiglu": check_flag,
+        "rope": check_flag,
+        "rope_extent": PERIOD,
+        "rope_base": PERIOD,
+        "crop_condition": check_flag,
+        "norm_eps": EPS,
+        "drop_path_rate": DROPOUT,
+        "class_dropout_prob": SHARE,
+    },
+    (
+        _switti_heads,
+        at_most(MAX_POSITIONS, "positions", _grid_positions),
+    ),
+    _switti_weights,
+)

@@ -76,6 +76,10 @@ PARAMETERS: dict[str, dict[Any, int]] = {
         "layer40": 4_716_292_832,
         "layer48": 8_767_037_216,
     },
+    "switti": {  # the AR models have the same tensors
+        "512": 2_470_518_256,
+        "1024": 2_470_525_936,
+    },
     "mar": {"base": 207_924_768, "large": 478_326_304, "huge": 942_403_104},
     "xar": {"B": 172_638_224, "L": 608_397_968, "H": 1_186_024_096},
     # without the tokenizer in the files; the paper rounds, and leaves out embeddings and head: 0.7, 1.2 and 3 billion

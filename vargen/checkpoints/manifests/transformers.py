@@ -133,6 +133,24 @@ def var_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     return Manifest(shapes_on_meta(partial(VARTransformer.from_size, size)), size, counts[size], BUFFERS, BUFFERS)
 
 
+def switti_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
+    """Switti; whether scales see coarser ones changes no tensor."""
+    from vargen.backbones.switti.model import SwittiTransformer
+    from vargen.backbones.switti.sizes import BUFFERS, infer_switti_config, to_native, to_official
+
+    given = {"num_heads": 1, "autoregressive": False, "rope_extent": 128.0}  # change no shape
+    count = read_shape(state_dict, "lvl_embed.weight", 2)[0]
+    if count not in (10, 14):
+        given["scales"] = (1,) * count
+    config = infer_switti_config(to_native(state_dict), given)
+    make = partial(SwittiTransformer, **{**config, "rope": config["rope"]})
+    shapes = shapes_on_meta(make, to_official)
+    size = {10: "512", 14: "1024"}.get(count) if (config["dim"], config["num_layers"]) == (1920, 30) else None
+    if size is None:
+        return Manifest(shapes, optional=BUFFERS)
+    return Manifest(shapes, f"switti_{size}", PARAMETERS["switti"][size], optional=BUFFERS)
+
+
 def mar_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     """MAR."""
     from vargen.backbones.mar.model import MARTransformer
