@@ -13,6 +13,7 @@ from tests.toys import SpatialBackbone, perturbed
 from vargen.samplers.base import Sampler
 from vargen.samplers.window import widths as widths_module
 from vargen.samplers.window.controller import AutoController, ByAge, ByDepth, Iteration, Situation
+from vargen.samplers.window.fixed import chosen_window, fixed_width
 
 SEEDS = [7, 8, 9, 2**64 - 1]
 SETTINGS = [{}, {"guidance_scale": 2.0, "top_k": 20}, {"temperature": 0.7, "top_p": 0.9}, {"temperature": 0}]
@@ -302,3 +303,56 @@ def test_the_first_window_of_several_images_must_promise_more():
         for _ in range(20):
             controller.observe(Iteration(1, 8, costs[1], 1, [0], [0]))
         assert controller.choose(Situation((1, 2), 1, 8, 100, "cpu")) == chosen
+
+
+# ------------------------------------------------------------------------------------- the width where nothing is said
+
+
+class Half(SpatialBackbone):
+    """The flat model, said to be in half precision."""
+
+    dtype = torch.bfloat16
+
+
+@pytest.mark.parametrize(("images", "width"), [(1, 16), (2, 16), (3, 8), (4, 8), (5, 1), (64, 1)])
+def test_half_precision_takes_widths_from_the_table(images, width):
+    """Two runs with one seed agree: the width follows from device and images alone."""
+    assert fixed_width("cpu", images) == width
+    if images > 5:
+        return
+    out = vargen.SpeculativeJacobiSampler().sample(Half(16, (4, 5)), zeros(images), seeds=range(images))
+    assert max(out.stats.widths) == width
+    assert any(f"window={width}, from the table for bfloat16" in note for note in out.stats.notes)
+
+
+def test_elsewhere_the_clock_chooses():
+    backbone = SpatialBackbone(16, (4, 5))
+    expected = vargen.NextTokenSampler().sample(backbone, zeros(3), seeds=range(3)).codes
+    out = vargen.SpeculativeJacobiSampler().sample(backbone, zeros(3), seeds=range(3))
+    assert torch.equal(out.codes, expected)
+    assert "window='auto': codes do not depend on the width" in out.stats.notes
+    again = vargen.SpeculativeJacobiSampler(window=out.stats.widths).sample(backbone, zeros(3), seeds=range(3))
+    assert again.stats.widths == out.stats.widths
+    for rule in ("maximal", "independent"):
+        out = vargen.SpeculativeJacobiSampler(rule=rule).sample(backbone, zeros(3), seeds=range(3))
+        same = vargen.SpeculativeJacobiSampler(rule=rule, window=32).sample(backbone, zeros(3), seeds=range(3))
+        assert torch.equal(out.codes, same.codes)
+
+
+def test_a_gpu_replays_one_width():
+    class OnGPU(SpatialBackbone):
+        device = torch.device("cuda")
+
+    assert chosen_window("shared-noise", False, OnGPU(), 4)[0] == 32
+    assert chosen_window("shared-noise", False, OnGPU(), 1000)[0] == 1
+    assert chosen_window("shared-noise", True, OnGPU(), 4)[0] == "auto"
+
+
+def test_pipelines_of_causal_models_begin_with_it():
+    pipe = vargen.ImagePipeline.from_pretrained("heroes32-llamagen")
+    assert isinstance(pipe.sampler, vargen.SpeculativeJacobiSampler)
+    assert pipe.sampler.window is None
+    out = pipe("minotaur", seed=0)
+    plain = pipe("minotaur", seed=0, window=1)
+    assert torch.equal(out.codes, plain.codes)
+    assert out.stats.num_forwards < 0.5 * plain.stats.num_forwards

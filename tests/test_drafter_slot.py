@@ -65,7 +65,9 @@ def test_a_call_may_name_its_drafter(pipe: ImagePipeline) -> None:
     assert torch.equal(exact.codes, pipe(**ASK, drafter=slot).codes)
     with pytest.raises(ValueError, match=r"needs drafter="):
         pipe(**ASK)
-    with pytest.raises(ValueError, match=r"drafter must be one of eagle, row-above, got 'eagel'"):
+    with pytest.raises(
+        ValueError, match=r"drafter must be one of eagle, row-above, token-recycling, ngram, got 'eagel'"
+    ):
         pipe(**ASK, drafter="eagel")
 
 

@@ -46,6 +46,7 @@ class WindowState(DecodeState):
     last: Tensor | None = (
         None  # [A, 1] int64 codes of the last window of one, until images leave or a window is decided
     )
+    sampler: Any = None  # the one that decodes, where the caller's chose its window for the run
     used: list[int] = field(default_factory=list)  # slots that each iteration behind the prefill could decide
 
     @property

@@ -97,7 +97,9 @@ def _convert_pipeline(
         raise ValueError(f"{checkpoint} {found}; a pipeline needs a transformer that vargen loads")
     backbone = getattr(vargen, family.loader).from_original(state_dict, **config)
     pipe = vargen.ImagePipeline(
-        tokenizer=vargen.VQTokenizer.from_original(tokenizer), backbone=backbone, sampler=vargen.NextTokenSampler()
+        tokenizer=vargen.VQTokenizer.from_original(tokenizer),
+        backbone=backbone,
+        sampler=vargen.SpeculativeJacobiSampler(),
     )
     with atomic_dir(folder, overwrite=overwrite) as beside:
         pipe.save_pretrained(beside)

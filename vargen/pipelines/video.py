@@ -18,6 +18,7 @@ from vargen.outputs import SamplerOutput
 from vargen.pipelines import inputs
 from vargen.pipelines.components import register_pipeline
 from vargen.pipelines.drafters import StoredDrafters
+from vargen.pipelines.guided import negative_rows
 from vargen.pipelines.image import UNDRAWN, ImagePipeline
 from vargen.pipelines.progress import Watch
 from vargen.pipelines.types import LabelInput, PromptInput, Rows, SeedInput
@@ -87,6 +88,7 @@ class VideoPipeline(ImagePipeline):
         prompt: PromptInput = None,
         class_labels: LabelInput = None,
         frames: Any = None,
+        negative_prompt: PromptInput = None,
         num_frames: int | None = None,
         num_videos_per_prompt: int = 1,
         guidance_scale: float | None = None,
@@ -112,6 +114,7 @@ class VideoPipeline(ImagePipeline):
             frames: first frames to continue, for all prompts or one clip each: PIL images (of an
                 animation, all frames), ``[P, T0, 3, H, W]`` or
                 ``[P, T0, H, W, 3]`` (array) in [0, 1]. They are encoded and held; T0 = 1 + k * f, shorter than a clip.
+            negative_prompt: as in ``ImagePipeline``.
             num_frames: stop after so many frames, 1 + k * f; None is a whole clip.
             num_videos_per_prompt: clips of each prompt.
             guidance_scale, temperature, top_k, top_p: as in ``ImagePipeline``.
@@ -158,6 +161,8 @@ class VideoPipeline(ImagePipeline):
             if clips is not None:
                 grid = tuple(self.backbone.grid_size)
                 kept = given_codes(self.tokenizer, clips, grid, inputs.condition_rows(rows), num_videos_per_prompt)
+            away = negative_rows(self, negative_prompt, sampler, inputs.condition_rows(rows))
+            away = None if away is None else inputs.repeat_condition(away, num_videos_per_prompt)
             condition = inputs.repeat_condition(rows, num_videos_per_prompt)
             seeds = image_seeds(seed, generator, inputs.condition_rows(condition))
             if clips is None and prompt is not None:  # given frames say the rest themselves
@@ -166,7 +171,7 @@ class VideoPipeline(ImagePipeline):
             # 3. Draw codes, 4. decode them
             watch = VideoWatch(self, callback_on_step_end, tuple(wanted), wanted=length)
             at_once = min(batch_size or len(seeds), len(seeds))
-            drawn = self._draw(sampler, (condition, kept), seeds, at_once, watch)
+            drawn = self._draw(sampler, (condition, kept, away), seeds, at_once, watch)
             codes = cast(Tensor, drawn.codes).unflatten(1, tuple(self.backbone.grid_size))[:, :length]
             videos = None if output_type == "codes" else self._to_frames(codes, output_type, at_once)
         self.maybe_free_model_hooks()

@@ -26,7 +26,7 @@ from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
 from vargen.samplers.schedule.neighboring import NeighboringSampler
 from vargen.samplers.schedule.next_block import NextBlockSampler
 from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
-from vargen.samplers.window.next_token import NextTokenSampler
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
 from vargen.tokenizers.video_fsq.model import VideoFSQTokenizer
 from vargen.tokenizers.vq.model import VQTokenizer
@@ -40,7 +40,7 @@ from vargen.validation.reading import read_json
 
 TRAINING_FILE = "training.json"
 COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer and sampler of its pipeline
-    "llamagen": (VQTokenizer, NextTokenSampler),
+    "llamagen": (VQTokenizer, SpeculativeJacobiSampler),
     "var": (MultiScaleVQTokenizer, NextScaleSampler),
     "nar": (VQTokenizer, NeighboringSampler),
     "mar": (AutoencoderKL, ContinuousMaskedSampler),
