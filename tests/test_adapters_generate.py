@@ -150,3 +150,54 @@ def test_a_body_is_called_without_a_notice_about_its_cache() -> None:
         .sample(c.backbone, c.prompts, seeds=[0] * len(c.prompts["input_ids"]))
         .codes.numel()
     )
+
+
+class Heard:
+    """A streamer that keeps what it is told."""
+
+    def __init__(self) -> None:
+        self.parts: list[torch.Tensor] = []
+        self.ends = 0
+
+    def put(self, value: torch.Tensor) -> None:
+        assert self.ends == 0
+        self.parts.append(value)
+
+    def end(self) -> None:
+        self.ends += 1
+
+
+def one_prompt() -> dict[str, torch.Tensor]:
+    return {key: value[:1] for key, value in case("emu3").prompts.items()}
+
+
+def test_a_streamer_hears_prompt_tokens_and_end() -> None:
+    """As ``generate`` without a loop of one's own tells it: the prompt, one token a call, the end once."""
+    heard, model = Heard(), case("emu3").backbone.model
+    loop = generate_with(WINDOW, grid_size=(4, 4), streamer=heard)
+    found = model.generate(**one_prompt(), custom_generate=loop, do_sample=False, max_new_tokens=23)
+    assert torch.equal(heard.parts[0], found[:, :11])
+    assert all(part.shape == (1,) for part in heard.parts[1:])
+    assert torch.equal(torch.cat(heard.parts[1:]), found[0, 11:])
+    assert heard.ends == 1
+
+
+def test_a_streamer_is_ended_when_the_decode_fails() -> None:
+    """A thread that reads it would wait for ever."""
+
+    def fail(output: object) -> None:
+        raise RuntimeError("stop")
+
+    heard, model = Heard(), case("emu3").backbone.model
+    loop = generate_with(WINDOW, grid_size=(4, 4), streamer=heard, on_output=fail)
+    with pytest.raises(RuntimeError, match="stop"):
+        model.generate(**one_prompt(), custom_generate=loop, do_sample=False, max_new_tokens=23)
+    assert heard.ends == 1
+
+
+def test_a_streamer_for_several_sequences_or_without_end_is_refused() -> None:
+    """One line each."""
+    with pytest.raises(ValueError, match="a streamer takes one sequence a call, got 2"):
+        emu3_call(generate_with(WINDOW, grid_size=(4, 4), streamer=Heard()), 1.0, do_sample=False)
+    with pytest.raises(ValueError, match=r"streamer needs put\(ids\) and end\(\), got object"):
+        emu3_call(generate_with(WINDOW, grid_size=(4, 4), streamer=object()), 1.0, do_sample=False)

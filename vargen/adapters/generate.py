@@ -8,7 +8,8 @@ use ``vargen.wrap`` there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -60,19 +61,22 @@ def generate_with(
     *,
     seed: int | list[int] | None = None,
     on_output: Callable[[SamplerOutput], None] | None = None,
+    streamer: Any = None,
     **options: Any,
 ) -> Callable[..., Tensor]:
     """Make the ``custom_generate`` argument of a model's ``generate``.
 
     Guidance, temperature, top-k and top-p are those of the ``generate`` call (its ``do_sample=False`` is greedy, and its
     defaults hold, top_k = 50 among them); everything else is the sampler's. ``return_dict_in_generate`` works; beams, scores
-    and states of every step, stopping criteria and filled caches are refused. A ``streamer`` sees the prompt only:
-    transformers does not hand it on.
+    and states of every step, stopping criteria and filled caches are refused. Give a ``streamer`` here and not to
+    ``generate``, which does not hand it on: one given there sees the prompt only, and no ``end()``.
 
     Args:
         sampler: any window sampler; default speculative Jacobi decoding, which keeps the distribution.
         seed: as in ``ImagePipeline``; ``None`` draws from torch's global generator once.
         on_output: receives the ``SamplerOutput``, for its statistics.
+        streamer: of transformers; it is put the prompt, then every token when the image is complete (its order of drawing
+            is the sampler's), then it is ended, also when decoding fails. One sequence a call, as TextStreamer has it.
         options: of ``vargen.wrap``, such as ``grid_size=(h, w)`` in codes.
 
     Returns:
@@ -94,6 +98,7 @@ def generate_with(
         **kwargs: Any,
     ) -> Tensor:
         check_call(generation_config, stopping_criteria, kwargs)
+        check_streamer(streamer, len(input_ids))
         backbone = _backbone(model, kwargs, options)
         negative = _negative(logits_processor, backbone)
         stream = backbone.layout().length
@@ -106,13 +111,52 @@ def generate_with(
         prompts = (input_ids, torch.ones_like(input_ids) if mask is None else mask)
         seeds = image_seeds(seed, None, len(input_ids))
         other = negative if run.guidance_scale != 1 else None
-        output = run.sample(backbone, prompts, seeds=seeds, tokenizer=backbone.pixels(), negative=other)
-        if on_output is not None:
-            on_output(output)
-        found = torch.cat([input_ids, backbone.to_stream(output.codes).to(input_ids.device)], dim=1)
+        with streamed(streamer, input_ids) as put:
+            output = run.sample(backbone, prompts, seeds=seeds, tokenizer=backbone.pixels(), negative=other)
+            if on_output is not None:
+                on_output(output)
+            drawn = backbone.to_stream(output.codes).to(input_ids.device)
+            put(drawn)
+        found = torch.cat([input_ids, drawn], dim=1)
         return GenerateDecoderOnlyOutput(sequences=found) if generation_config.return_dict_in_generate else found
 
     return loop
+
+
+def check_streamer(streamer: Any, num_sequences: int) -> None:
+    """Refuse what is no streamer, and several sequences at once.
+
+    Raises:
+        ValueError: no ``put`` and ``end``; more than one sequence.
+    """
+    if streamer is None:
+        return
+    if not (callable(getattr(streamer, "put", None)) and callable(getattr(streamer, "end", None))):
+        raise ValueError(
+            f"streamer needs put(ids) and end(), got {type(streamer).__name__}; see transformers' BaseStreamer"
+        )
+    if num_sequences != 1:
+        raise ValueError(
+            f"a streamer takes one sequence a call, got {num_sequences}; use on_output or one call for each"
+        )
+
+
+@contextmanager
+def streamed(streamer: Any, prompt: Tensor) -> Iterator[Callable[[Tensor], None]]:
+    """Show a streamer the prompt ``[1, L]``, give a function for the tokens ``[1, S]``, and end it whatever happens."""
+    if streamer is None:
+        yield lambda drawn: None
+        return
+
+    def put(drawn: Tensor) -> None:
+        for token in drawn.cpu().unbind(1):
+            streamer.put(token)
+
+    streamer.put(prompt.cpu())
+    try:
+        yield put
+    finally:
+        streamer.end()
 
 
 def check_call(config: Any, criteria: Iterable[Any], kwargs: Mapping[str, Any]) -> None:
