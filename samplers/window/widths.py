@@ -63,8 +63,10 @@ class Widths:
     def __init__(self, controller: WidthController, limit: int, device: torch.device) -> None:
         self.controller, self.most, self.device = controller, limit, device.type
         self.allowed = tuple(w for w in WIDTHS if w <= limit)
+        # what other programs and threads take of a CPU is no cost of a width
+        self.clock = time.thread_time if device.type == "cpu" else time.perf_counter
         self.since = 0  # forward passes when the controller was asked last
-        self.mark = self.left = time.perf_counter()
+        self.mark = self.left = self.clock()
         self.paused = 0.0  # seconds that the caller took between steps
         self.counts: Tensor | None = None  # [2, K] guesses tested and right since then
         self.by_clock = not isinstance(controller, Replayed)
@@ -75,11 +77,11 @@ class Widths:
 
     def resume(self) -> None:
         """A step begins."""
-        self.paused += time.perf_counter() - self.left
+        self.paused += self.clock() - self.left
 
     def pause(self) -> None:
         """A step ends."""
-        self.left = time.perf_counter()
+        self.left = self.clock()
 
     def count(self, state: Any, slots: Tensor, tokens: Tensor, committed: Tensor) -> None:
         """Compare the guesses for ``slots [A, w]`` with the codes that became permanent (``committed [A, w]`` bool)."""
@@ -100,7 +102,7 @@ class Widths:
 
     def next(self, state: Any, most_left: int) -> int:
         """Tell the controller what became of the iterations since it was asked, and ask again."""
-        now, num_images = time.perf_counter(), len(state.keys)
+        now, num_images = self.clock(), len(state.keys)
         passed = state.num_forwards - self.since
         if self.since:  # not of the prefill
             tested, right = ([0] * KINDS,) * 2 if self.counts is None else self.counts.int().tolist()
