@@ -358,7 +358,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
                 f"offers {', '.join(sorted(offered)) or 'none of it'}. Samplers that fit: {', '.join(fitting) or 'none'}"
             )
         largest = max(self._each("top_k"))
-        if largest > (num_codes := int(backbone.codebook_size)):
+        if largest and largest > (num_codes := int(backbone.codebook_size)):  # continuous tokens have no codebook
             raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(largest)} (0 is off)")
 
 

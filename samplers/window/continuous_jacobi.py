@@ -25,11 +25,9 @@ from vargen.outputs import Guarantee, SamplerOutput
 from vargen.samplers.base import Inputs, Run
 from vargen.samplers.heads.diffusion import ChainHead, ContinuousSampler, work_dtype
 from vargen.samplers.state import DecodeState
-from vargen.samplers.window.controller import CHAINS, CHAINS_OF_SEVERAL, SETTLING, AutoController, ByAge, WidthController
+from vargen.samplers.window.controller import CHAINS, SETTLING, AutoController, ByAge, WidthController
 from vargen.samplers.window.widths import Widths, open_widths, read_widths, widest
 from vargen.validation.checks import check_number
-
-SEVERAL = 3  # images from which a pass of wider windows costs more than the rows of one image tell
 
 
 class _Guarantee:
@@ -99,7 +97,7 @@ class ContinuousJacobiSampler(ContinuousSampler):
             temperature=self.temperature,
             final_noise=self.final_noise,
         )
-        auto = AutoController(ByAge(SETTLING), CHAINS if shape[0] < SEVERAL else CHAINS_OF_SEVERAL)
+        auto = AutoController(ByAge(SETTLING), CHAINS, known=backbone, kind=("chains", int(run.condition.branches)))
         widths = open_widths("window", self.window, auto, run, shape[1], shape[2])
         most = min(widest(self.window), shape[1]) if widths is None else widths.most
         session, out = backbone.open(run.condition, max_window=most)

@@ -77,7 +77,6 @@ class WidthController(Protocol):
 
 # of continuous tokens, whose chains cost more than the backbone and less by row (heroes32-mar-causal)
 CHAINS = {1: 1.0, 32: 1.7, 256: 5.7}
-CHAINS_OF_SEVERAL = {4: 1.0, 8: 1.15, 32: 1.95, 64: 3.0, 256: 8.0}  # images in the batch, whose caches are read too
 SETTLING = (0.0, 0.1, 0.25, 0.35, 0.5, 0.55, 0.6, 0.65, 0.65, 0.65, 0.65, 0.7, 0.7, 0.75, 0.75, 0.8)  # by age, at 1e-4
 
 
