@@ -357,14 +357,9 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
                 f"{type(self).__name__} needs a backbone with {', '.join(sorted(missing))}; {type(backbone).__name__} "
                 f"offers {', '.join(sorted(offered)) or 'none of it'}. Samplers that fit: {', '.join(fitting) or 'none'}"
             )
-        largest, num_codes = (
-            max(self._each("top_k")),
-            getattr(backbone, "codebook_size", None),
-        )  # continuous tokens have none
-        if num_codes is not None and largest > int(num_codes):
-            raise ValueError(
-                f"top_k must be in 0..{int(num_codes)}, the codebook size, got {shown(largest)} (0 is off)"
-            )
+        largest = max(self._each("top_k"))
+        if largest and largest > (num_codes := int(backbone.codebook_size)):  # continuous tokens have no codebook
+            raise ValueError(f"top_k must be in 0..{num_codes}, the codebook size, got {shown(largest)} (0 is off)")
 
 
 class WithNegative:

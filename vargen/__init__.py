@@ -35,6 +35,7 @@ _names = {
     "AnyOrderTransformer": "backbones.llamagen.any_order",
     "MaskedTransformer": "backbones.llamagen.masked",
     "EagleDrafter": "draft_models.eagle",
+    "RowDrafter": "draft_models.row",
     "MARTransformer": "backbones.mar.model",
     "CausalMARTransformer": "backbones.mar.causal",
     "XARTransformer": "backbones.xar.model",

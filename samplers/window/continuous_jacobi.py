@@ -97,7 +97,8 @@ class ContinuousJacobiSampler(ContinuousSampler):
             temperature=self.temperature,
             final_noise=self.final_noise,
         )
-        widths = open_widths("window", self.window, AutoController(ByAge(SETTLING), CHAINS), run, shape[1], shape[2])
+        auto = AutoController(ByAge(SETTLING), CHAINS, known=backbone, kind=("chains", int(run.condition.branches)))
+        widths = open_widths("window", self.window, auto, run, shape[1], shape[2])
         most = min(widest(self.window), shape[1]) if widths is None else widths.most
         session, out = backbone.open(run.condition, max_window=most)
         state = JacobiState(

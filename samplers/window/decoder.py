@@ -203,7 +203,11 @@ class WindowSampler(Sampler):
             return state.backbone.step(state.session, codes).logits
         drafts = state.draft.tokens[:, : state.width - 1].clamp(min=0)  # a w-1; a missing one is fed as any code
         codes = torch.cat([state.last_codes(), drafts], dim=1)  # a w
-        return state.backbone.step(state.session, codes).logits
+        if not getattr(state.drafter, "reads_hidden", False):
+            return state.backbone.step(state.session, codes).logits
+        out = state.backbone.step(state.session, codes, hidden=True)
+        state.hidden = out.hidden
+        return out.logits
 
     def finish(self, state: WindowState) -> SamplerOutput:
         """Collect codes and statistics."""

@@ -24,6 +24,7 @@ from vargen.samplers.acceptance.typical import Typical
 from vargen.samplers.base import MAX_DRAFTS, Run
 from vargen.samplers.drafters.base import check_drafter
 from vargen.samplers.drafters.chain import ChainDrafter
+from vargen.samplers.drafters.row import RowDrafts, proposes_rows
 from vargen.samplers.drafters.tree_run import TreeRun
 from vargen.samplers.registry import RULES, find_drafter
 from vargen.samplers.window.controller import AutoController, ByDepth, WidthController
@@ -50,8 +51,8 @@ class _Guarantee:
 class SpeculativeSampler(TreeSampler):
     """Let a drafter propose codes, keep what the target confirms. Exact for every drafter; a good one makes it fast.
 
-    ``drafter=`` of ``sample`` (the pipeline's own) is a small backbone over the same codes, an ``EagleDrafter`` of the
-    backbone, or a drafter without a model: ``"row-above"`` and ``CopyDrafter`` (chains), ``"token-recycling"`` and ``"ngram"``
+    ``drafter=`` of ``sample`` (the pipeline's own) is a small backbone over the same codes, an ``EagleDrafter`` or a
+    ``RowDrafter`` (chains) of the backbone, or a drafter without a model: ``"row-above"`` and ``CopyDrafter`` (chains), ``"token-recycling"`` and ``"ngram"``
     (chains and trees, which learn while they draw).
 
     Args:
@@ -157,7 +158,9 @@ class SpeculativeSampler(TreeSampler):
                 f"num_draft_tokens must be a number for {type(drafter).__name__}, which fills trees; 'auto', lists and "
                 "controllers are for drafters of chains"
             )
-        if hasattr(drafter, "guess"):
+        if proposes_rows(drafter):
+            drafter.check_backbone(backbone)
+        if hasattr(drafter, "guess") or proposes_rows(drafter):
             if not self.fits_window:
                 raise ValueError(
                     f"{type(drafter).__name__} proposes chains for the rules 'shared-noise' and 'rejection', got "
@@ -191,10 +194,16 @@ class SpeculativeSampler(TreeSampler):
             return Typical(self.typical_epsilon, self.typical_alpha)
         return KSeq() if self.rule == "k-seq" else Recursive()
 
+    def reads_hidden(self, drafter: Any) -> bool:
+        """EAGLE and row drafters stand on hidden states."""
+        return proposes_rows(drafter) or super().reads_hidden(drafter)
+
     def make_drafter(self, state: WindowState, drafter: Any, condition: Any) -> Any:
         """Open the drafter for one run."""
         if hasattr(drafter, "guess"):
             return drafter.begin(state)
+        if proposes_rows(drafter):
+            return RowDrafts(drafter, state, self.warp)
         if hasattr(drafter, "lookup"):
             return TreeRun(self, drafter.begin(state), learns=drafter.watches_logits)
         if not self.in_window(drafter):

@@ -160,6 +160,24 @@ EAGLE = Settings(
 )
 
 
+def _row_weights(dim: int, right_dim: int, below_dim: int) -> int:
+    return (right_dim + below_dim) * (2 * dim + 1) + below_dim * dim + 2 * dim
+
+
+ROW = Settings(
+    {
+        "dim": WIDTH,
+        "right_dim": HIDDEN,
+        "below_dim": HIDDEN,
+        "codebook_size": ROWS,
+        "grid_size": GRID,
+        "num_condition_tokens": POSITIONS,
+    },
+    (AREA,),
+    _row_weights,
+)
+
+
 # NBP
 
 

@@ -25,6 +25,7 @@ TASKS = {  # name -> (module, class); imported when asked for
     "vq": ("vargen.training.tasks.vq", "VQTask"),
     "llamagen": ("vargen.training.tasks.llamagen", "LlamaGenTask"),
     "eagle": ("vargen.training.tasks.eagle", "DrafterTask"),
+    "row": ("vargen.training.tasks.row", "RowTask"),
     "multiscale-vq": ("vargen.training.tasks.multiscale_vq", "MultiScaleVQTask"),
     "var": ("vargen.training.tasks.var", "VARTask"),
     "nar": ("vargen.training.tasks.nar", "NARTask"),
