@@ -20,6 +20,8 @@ from vargen.backbones.nar.model import NARTransformer
 from vargen.backbones.nbp.model import NBPTransformer
 from vargen.backbones.nbp.sizes import PREFIX
 from vargen.backbones.par.model import PARTransformer
+from vargen.backbones.switti.model import SwittiTransformer
+from vargen.backbones.switti.sizes import to_official as switti_official
 from vargen.backbones.var.model import VARTransformer
 from vargen.backbones.xar.model import XARTransformer
 from vargen.draft_models.eagle import EagleDrafter
@@ -83,6 +85,8 @@ _INFINITY = {
     "text_dim": 6,
     "text_length": 4,
 }
+_SWITTI = {"dim": 8, "num_layers": 2, "num_heads": 2, "text_dim": 6, "pooled_dim": 5, "ffn_dim": 12}
+_SWITTI |= {"scales": (1, 2), "codebook_size": 6, "codebook_dim": 4}
 _MAR = {"grid_size": (2, 2), "latent_channels": 2, "mlp_ratio": 2.0, "num_classes": 3, "buffer_size": 2}
 _MAR_SIZES = {f"{part}_{name}": n for part in ("encoder", "decoder") for name, n in (("dim", 8), ("depth", 2))}
 _MAR_HEADS = {"encoder_num_heads": 2, "decoder_num_heads": 2}
@@ -126,6 +130,12 @@ FAMILIES: dict[str, Example] = {
         lambda: infinity_official(InfinityTransformer(**_INFINITY).state_dict(), num_chunks=2),
         {"scales": (1, 2)},
         "block_chunks.",
+    ),
+    "Switti": Example(
+        SwittiTransformer.from_original,
+        lambda: switti_official(SwittiTransformer(**_SWITTI).state_dict()),
+        {"num_heads": 2, "scales": (1, 2), "autoregressive": False},
+        "blocks.",
     ),
     "MAR": Example(
         MARTransformer.from_original,

@@ -53,6 +53,10 @@ TINY: dict[str, dict[str, Any]] = {
         "dim": 8, "num_layers": 1, "num_heads": 2, "num_bits": 3, "scales": (1, 2), "text_dim": 6, "text_length": 4,
         "max_scales": 3, "text_pool_heads": 2,
     },
+    "SwittiTransformer": {
+        "dim": 8, "num_layers": 1, "num_heads": 2, "codebook_size": 6, "codebook_dim": 4, "scales": (1, 2), "text_dim": 6,
+        "pooled_dim": 5, "text_length": 4, "ffn_dim": 8,
+    },
     "MARTransformer": {**TOKENS, **MAR, "decoder_num_heads": 2, "buffer_size": 2, "num_sampling_steps": "4"},
     "CausalMARTransformer": {**TOKENS, "dim": 8, "num_layers": 1, "num_heads": 2, "num_sampling_steps": "4"},
     "XARTransformer": {
@@ -69,6 +73,7 @@ TINY: dict[str, dict[str, Any]] = {
     "ClassConditioner": {"class_names": ("cat", "dog")},
     "AttributeConditioner": {},
     "T5CaptionConditioner": {},
+    "CLIPCaptionConditioner": {},
 }  # fmt: skip
 TINY["VARTransformer"] = {k: v for k, v in TINY["VARTransformer"].items() if k != "grid_size"}
 MODELS = [name for name in TINY if "Conditioner" not in name]
@@ -206,6 +211,9 @@ def run(model: Any) -> torch.Tensor:
     if name == "InfinityTransformer":
         caption = (torch.zeros(1, 1, c.text_dim), torch.ones(1, 1, dtype=torch.bool))
         return model(torch.zeros(1, model.num_codes - model.sizes[0], c.num_bits), caption)
+    if name == "SwittiTransformer":
+        caption = (torch.zeros(1, 1, c.text_dim), torch.zeros(1, c.pooled_dim), torch.ones(1, 1, dtype=torch.bool))
+        return model(torch.zeros(1, model.num_codes - model.sizes[0], c.codebook_dim), caption)
     condition = condition_of(model)
     if name == "VARTransformer":
         return model(torch.zeros(1, model.num_codes - model.sizes[0], c.codebook_dim), condition)
@@ -255,6 +263,7 @@ ABSURD: dict[
     "NBPTransformer": ({"condition_type": "text", "dim": 2**14, "text_vocabulary": 2**24}, "weights"),
     "VARTransformer": ({"scales": [2**9, 2**10]}, "positions"),
     "InfinityTransformer": ({"dim": 2**16, "num_layers": 1000}, "weights"),
+    "SwittiTransformer": ({"scales": [2**9, 2**10]}, "positions"),
     "MARTransformer": ({"latent_channels": 2**16, "patch_size": 16}, "numbers of a token"),
     "CausalMARTransformer": ({"head_width": 2**16, "head_depth": 100}, "weights"),
     "XARTransformer": ({"num_classes": 2**24, "dim": 2**13}, "weights"),
@@ -291,6 +300,9 @@ TOGETHER: tuple[
     ("NBPTransformer", {"code_rank": 2, "condition_type": "text"}, "code_rank is for models"),
     ("NBPTransformer", NO_HEAD, "needs num_attributes"),
     ("NBPTransformer", {"grid_size": (512, 514)}, "positions are allowed"),
+    ("SwittiTransformer", {"num_heads": 4}, "dim / num_heads must be a multiple of 4"),
+    ("SwittiTransformer", {"class_dropout_prob": 0.1}, "class_dropout_prob must be 0, got 0.1"),
+    ("SwittiTransformer", {"dim": 12}, "crop_condition needs a dim that is a multiple of 8, got 12"),
     ("VARTransformer", {"num_heads": 3}, "num_heads must divide dim, got dim=8, num_heads=3"),
     ("VARTransformer", {"mlp_ratio": 0.01}, "mlp_ratio must leave the feed-forward a width"),
     ("VARTransformer", {"scales": (2, 1)}, "no scale may be larger than the last one"),

@@ -129,6 +129,15 @@ def first_scales(model: Any) -> Any:
     return model.step(session, torch.ones(2, 4, 3, dtype=torch.float32)).logits
 
 
+def own_scales(model: Any) -> Any:
+    features, mask = CAPTIONS
+    given = features, features[:, 0], mask
+    session, _ = model.open(model.prepare(given, guidance_scale=2.0, negative=given))
+    return model.step(session, torch.ones(2, 4, 8, dtype=torch.float32)).logits
+
+
+SWITTI = {"dim": 16, "num_layers": 2, "num_heads": 2, "codebook_size": 32, "codebook_dim": 8, "scales": [1, 2, 3]}
+SWITTI |= {"text_dim": 6, "pooled_dim": 6, "ffn_dim": 24}
 INFINITY = {
     "dim": 16,
     "num_layers": 3,
@@ -175,6 +184,7 @@ CASES: dict[str, Family] = {
     "var-shared-norms": Family(made("VARTransformer", SCALES, codebook_dim=8, shared_aln=True), scales(LABELS)),
     "var-words": Family(made("VARTransformer", SCALES, IN_WORDS, codebook_dim=8, codebook_head=True), scales(WORDS)),
     "infinity": Family(made("InfinityTransformer", INFINITY), first_scales),
+    "switti": Family(made("SwittiTransformer", SWITTI), own_scales),
     "mar": Family(
         made("MARTransformer", MAR), drawn("ContinuousMaskedSampler", LABELS, num_steps=2, guidance_scale=2.0)
     ),

@@ -60,10 +60,6 @@ _families: list[Family] = [
         "LlamaGenTransformer",
         (*_GPT, "cls_embedding.embedding_table.weight"),
     ),
-    Family("distilled-decoding", "Distilled Decoding transformer", _NO, ("n_d_embed.weight",)),
-    Family("mvar", "M-VAR transformer", _NO, ("pos_1LC", "blocks.*.mamba.*")),
-    Family("var", "VAR transformer", "VARTransformer", ("pos_1LC", "lvl_embed.weight")),
-    Family("infinity", "Infinity transformer", "InfinityTransformer", ("text_proj_for_sos.ca.*", "cfg_uncond")),
     Family(
         "switti", "Switti transformer", "SwittiTransformer", ("text_pooler.weight", "blocks.*.cross_attn.to_kv.weight")
     ),
@@ -77,6 +73,10 @@ _families: list[Family] = [
         "VideoFSQTokenizer",
         ("encoder_layers.*.fn.1.beta", "decoder_layers.*.fn.1.beta"),
     ),
+    Family("distilled-decoding", "Distilled Decoding transformer", _NO, ("n_d_embed.weight",)),
+    Family("mvar", "M-VAR transformer", _NO, ("pos_1LC", "blocks.*.mamba.*")),
+    Family("var", "VAR transformer", "VARTransformer", ("pos_1LC", "lvl_embed.weight")),
+    Family("infinity", "Infinity transformer", "InfinityTransformer", ("text_proj_for_sos.ca.*", "cfg_uncond")),
     Family("rar", "RAR transformer", _NO, ("target_aware_pos_embed",)),
     Family("arpg", "ARPG transformer", _NO, ("layers.cross_dec.*", "layers.self_dec.*")),
     Family("lpd", "LPD transformer", _NO, ("token_emb.weight", "mask_token", "fake_latent")),

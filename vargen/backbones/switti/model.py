@@ -24,6 +24,7 @@ from vargen.backbones.switti.layers import CROP, CropEmbedding, SwittiBlock, Swi
 from vargen.backbones.switti.sizes import (
     BUFFERS,
     DEPTH,
+    from_hub_config,
     infer_switti_config,
     rope_rows,
     switti_size_config,
@@ -150,7 +151,13 @@ class SwittiTransformer(TextScaleBackbone, Stored, ModelMixin, ConfigMixin):  # 
             ValueError: missing or extra keys, wrong shapes, another family or number of scales.
         """
         return load_family(
-            cls, checkpoint, config, infer_switti_config, family="switti", ignore=BUFFERS, rename=to_native
+            cls,
+            checkpoint,
+            from_hub_config(config),
+            infer_switti_config,
+            family="switti",
+            ignore=BUFFERS,
+            rename=to_native,
         )
 
     @property

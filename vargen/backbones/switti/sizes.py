@@ -68,12 +68,9 @@ def to_official(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def infer_switti_config(state_dict: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Any]:
     """Read the settings off the shapes of a state dict in native names; ``given`` overrides them.
 
-    The names of a hub ``config.json`` (``use_ar``, ``reso``, ...) are understood in ``given``.
-
     Raises:
         CheckpointError: keys of Switti are missing, or scales, heads or ``autoregressive`` can be read nowhere.
     """
-    given = from_hub_config(given)
     dim, codebook_dim = read_shape(state_dict, "word_embed.weight", 2)
     depth = count_layers(state_dict, "blocks.")
     swiglu = "blocks.0.ffn.gate_proj.weight" in state_dict
