@@ -302,7 +302,7 @@ TOGETHER: tuple[
     ("NBPTransformer", {"grid_size": (512, 514)}, "positions are allowed"),
     ("SwittiTransformer", {"num_heads": 4}, "dim / num_heads must be a multiple of 4"),
     ("SwittiTransformer", {"class_dropout_prob": 0.1}, "class_dropout_prob must be 0, got 0.1"),
-    ("SwittiTransformer", {"dim": 12}, "crop_condition needs a dim that is a multiple of 8, got 12"),
+    ("SwittiTransformer", {"dim": 12, "num_heads": 3}, "crop_condition needs a dim that is a multiple of 8, got 12"),
     ("VARTransformer", {"num_heads": 3}, "num_heads must divide dim, got dim=8, num_heads=3"),
     ("VARTransformer", {"mlp_ratio": 0.01}, "mlp_ratio must leave the feed-forward a width"),
     ("VARTransformer", {"scales": (2, 1)}, "no scale may be larger than the last one"),

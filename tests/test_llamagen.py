@@ -14,6 +14,8 @@ from vargen.backbones.llamagen.model import LlamaGenTransformer
 from vargen.backbones.llamagen.sizes import SIZES
 from vargen.kernels.warp import warp_logits
 from vargen.protocols import Backbone
+from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 GOLDEN = Path(__file__).parent / "golden" / "llamagen"
 CONFIG = json.loads((GOLDEN / "config.json").read_text())
@@ -103,6 +105,9 @@ def test_greedy_tokens_with_a_guidance_interval():
     tokens = greedy(model, condition, 2.5, interval=CONFIG["cfg_interval"])
     assert torch.equal(tokens, io["greedy.tokens_cfg2.5_interval3"])
     assert not torch.equal(tokens, io["greedy.tokens_cfg2.5"])  # the recorded case must tell the two apart
+    settings = {"temperature": 0.0, "guidance_scale": 2.5, "guidance_interval": CONFIG["cfg_interval"]}
+    for sampler in (NextTokenSampler(**settings), SpeculativeJacobiSampler(window=5, **settings)):
+        assert torch.equal(sampler.sample(model, condition, seeds=range(len(condition))).codes, tokens)
 
 
 def test_caption_embeddings_and_mask():

@@ -55,6 +55,7 @@ class ChainDrafter:
         for j in range(state.width - 1):
             fixed = forced[:, j, None]
             out = self._forward(token)  # g a 1 v
+            out = self.sampler.within_interval(out, state.layout.code_index[slots[:, j, None]])
             out = torch.where((fixed >= 0)[..., None], 0.0, out)  # a fixed slot may have no distribution
             token, draft.prob[:, j, None] = self._draw(state, out, slots[:, j, None])
             token = torch.where(fixed >= 0, fixed, token)

@@ -60,7 +60,9 @@ class RowDrafts(PlainDrafter):
         """Remember the scores, then guess."""
         self.length = state.length.clone()
         self.slots, self.scores = slots, combine(logits, self.scale, 1.0)
-        self.num_rows = torch.zeros_like(num_rows) if outcome is None else num_rows  # windows of one leave nothing stale
+        self.num_rows = (
+            torch.zeros_like(num_rows) if outcome is None else num_rows
+        )  # windows of one leave nothing stale
         draft = super().propose(state, logits, outcome, slots, num_rows)
         drafts = draft.tokens[:, : state.width - 1].clamp(min=0)
         self.fed = torch.cat([state.last_codes(), drafts], dim=1)
@@ -92,7 +94,7 @@ class RowDrafts(PlainDrafter):
         """Scores ``[A, w, V]`` to which the right head adds, where the target has looked, and codes to start from."""
         assert self.scores is not None
         place = slots - self.slots[:, :1]  # rows of the last window
-        seen = (place < self.num_rows[:, None])
+        seen = place < self.num_rows[:, None]
         index = place.clamp(max=self.scores.shape[1] - 1)
         stale = self.scores.gather(1, index[..., None].expand(-1, -1, self.scores.shape[-1]))
         before = self.fed.gather(1, index.clamp(max=self.fed.shape[1] - 1))  # the code to the left when it looked

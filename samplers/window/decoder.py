@@ -33,7 +33,7 @@ from vargen.samplers.window.cuda_graph import Replay, obstacle
 from vargen.samplers.window.layout import SlotLayout, forced_slots
 from vargen.samplers.window.state import WindowState
 from vargen.samplers.window.widths import POLL_EVERY, Widths, commit_one
-from vargen.validation.checks import check_flag
+from vargen.validation.checks import check_flag, check_integer
 
 __all__ = ["WindowInputs", "WindowSampler", "WindowState"]
 
@@ -70,6 +70,8 @@ class WindowSampler(Sampler):
     """Base of the samplers that decode by windows; concrete ones choose a drafter and a rule.
 
     Args:
+        guidance_interval: I, guide the first code and the I + 1 behind it, later ones follow the conditional branch alone; -1 =
+            all are guided (``cfg_interval`` of LlamaGen, which counts the codes behind the first from 0).
         row_invariant: logits do not depend on how many rows or images share a forward pass, so the codes of the shared-noise
             rule are next-token's (run with the same setting) in every dtype. Slower: see ``docs/samplers.md``.
     """
@@ -78,11 +80,13 @@ class WindowSampler(Sampler):
     inputs_type: ClassVar[type[Inputs]] = WindowInputs
     replayable: ClassVar[bool] = False  # an iteration has fixed shapes and reads nothing back
 
+    guidance_interval: int = -1
     row_invariant: bool = False
 
     def check(self) -> None:
-        """Check the shared settings and the flag."""
+        """Check the shared settings, the interval and the flag."""
         super().check()
+        check_integer("guidance_interval", self.guidance_interval, low=-1, hint="-1 is always")
         check_flag("row_invariant", self.row_invariant)
 
     @property
@@ -249,8 +253,25 @@ class WindowSampler(Sampler):
             level=0 if device.type == "cpu" else None,
         )
 
+    def within_interval(self, logits: Tensor, positions: Tensor) -> Tensor:
+        """Logits ``[G, A, n, V]`` whose branches agree where codes at ``positions [A, n]`` are no longer guided."""
+        if self.guidance_interval < 0 or logits.shape[0] == 1:
+            return logits
+        off = positions > self.guidance_interval + 1
+        return torch.where(off[None, ..., None], logits[:1], logits)
+
+    def _of_rows(self, state: WindowState, logits: Tensor) -> Tensor:
+        """``within_interval`` of the rows of this iteration: slots of a window, or behind the nodes of a tree."""
+        if self.guidance_interval < 0:
+            return logits
+        tree = getattr(state.draft, "tree", None) if state.num_forwards else None
+        ahead = torch.arange(logits.shape[2], device=logits.device) if tree is None else tree.depth
+        slots = (state.length[:, None] + ahead).clamp(max=state.layout.num_slots - 1)
+        return self.within_interval(logits, state.layout.code_index[slots])
+
     def _decide(self, state: WindowState, logits: Tensor) -> None:
         """Draw or verify the rows ``logits [G, A, w, V]``, commit, and prepare the next iteration."""
+        logits = self._of_rows(state, logits)
         if self.num_rows == 1:
             self._commit_one(state, logits)
             return
@@ -274,9 +295,9 @@ class WindowSampler(Sampler):
         """One iteration of a replayable sampler on a static session: tensors in, tensors of the same shapes out."""
         if self.num_rows == 1:
             logits = state.backbone.step(state.session, state.last_codes()).logits
-            self._commit_next(state, logits)
+            self._commit_next(state, self._of_rows(state, logits))
             return
-        logits = self._score(state)
+        logits = self._of_rows(state, self._score(state))
         outcome, slots, num_rows = self._accept(state, logits)
         self._propose(state, logits, outcome, slots, num_rows)
 
