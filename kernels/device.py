@@ -191,13 +191,17 @@ def row_stats(
         if sane:
             lo = key_of(low).to(tl.int64)
             hi = key_of(peak).to(tl.int64) + 1
+            whole = lo
             if SPARSE:
-                lo = top_k_key(z, row, lo, hi, k, GUIDED, BLOCK, TILES)
+                lo = top_k_key(z, row, lo, hi, tl.where(k < 0, -k, k), GUIDED, BLOCK, TILES)
             if NUCLEUS:
-                tau = smallest_from(z, row, lo, GUIDED, BLOCK, TILES)
+                base = lo
+                if SPARSE:
+                    base = tl.where(k < 0, whole, lo)  # top-p first: of the whole distribution
+                tau = smallest_from(z, row, base, GUIDED, BLOCK, TILES)
                 mass = top_p * kept_mass(z, row, tau, peak, GUIDED, BLOCK, TILES)
-                lo = key_of(tau).to(tl.int64)
-                lo = top_p_key(z, row, lo, hi, peak, mass, GUIDED, BLOCK, TILES)
+                base = key_of(tau).to(tl.int64)
+                lo = tl.maximum(lo, top_p_key(z, row, base, hi, peak, mass, GUIDED, BLOCK, TILES))
             tau = smallest_from(z, row, lo, GUIDED, BLOCK, TILES)
     lse = float("inf")
     if sane:

@@ -21,7 +21,7 @@ NEG_INF = float("-inf")
 
 @dataclass(frozen=True)
 class WarpSettings:
-    """The settings of ``warp_logits``; temperature 0 is greedy."""
+    """The settings of ``warp_logits``; temperature 0 is greedy, a negative ``top_k`` counts after top-p."""
 
     guidance_scale: float | Tensor = 1.0
     temperature: float = 1.0
@@ -60,7 +60,7 @@ class WarpSettings:
         sampled = self.temperature > 0
         return {
             "k": self.top_k,
-            "SPARSE": sampled and 0 < self.top_k < num_codes,
+            "SPARSE": sampled and 0 < abs(self.top_k) < num_codes,
             "NUCLEUS": sampled and self.top_p < 1,
         }
 
@@ -125,8 +125,11 @@ def _any_masked(z: Tensor) -> bool:
 
 
 def threshold(z: Tensor, top_k: int, top_p: float) -> Tensor | None:
-    """Smallest value kept, ``[...]`` float32 for ``z [..., V]``, or ``None`` when nothing is removed."""
-    num_codes = z.shape[-1]
+    """Smallest value kept, ``[...]`` float32 for ``z [..., V]``, or ``None`` when nothing is removed.
+
+    ``top_k = -k`` measures top-p on the whole distribution and keeps of its codes the k likeliest.
+    """
+    num_codes, top_p_first, top_k = z.shape[-1], top_k < 0, abs(top_k)
     sparse = 0 < top_k < num_codes
     if not sparse and top_p >= 1:
         return None
@@ -134,7 +137,8 @@ def threshold(z: Tensor, top_k: int, top_p: float) -> Tensor | None:
         return _kth_largest(z, top_k)
     ordered = _descending(z)
     if sparse:
-        ordered, kept = ordered[..., :top_k], z.masked_fill(z < ordered[..., top_k - 1, None], NEG_INF)
+        ordered, cut = ordered[..., :top_k], ordered[..., top_k - 1, None]
+        kept = z if top_p_first else z.masked_fill(z < cut, NEG_INF)
     else:
         kept = z
     total = torch.logsumexp(

@@ -90,6 +90,20 @@ def test_structural_slots_are_not_counted():
     assert not torch.equal(cut[:, 4], whole[:, 4])
 
 
+@pytest.mark.parametrize("settings", [{"window": 4}, {"window": "auto"}], ids=str)
+def test_the_order_of_the_filters_is_that_of_every_sampler(settings):
+    filters = {"top_k": 3, "top_p": 0.6, "temperature": 1.5, "top_p_first": True}
+    backbone, labels, seeds = SpatialBackbone(16, (4, 5)), torch.zeros(32).long(), range(32)
+    expected = NextTokenSampler(**filters).sample(backbone, labels, seeds=seeds).codes
+    assert torch.equal(
+        SpeculativeJacobiSampler(**settings, **filters).sample(backbone, labels, seeds=seeds).codes, expected
+    )
+    drafted = SpeculativeSampler(num_draft_tokens=3, **filters)
+    assert torch.equal(drafted.sample(backbone, labels, seeds=seeds, drafter=perturbed(backbone, 0.3)).codes, expected)
+    other = NextTokenSampler(**{**filters, "top_p_first": False}).sample(backbone, labels, seeds=seeds).codes
+    assert not torch.equal(other, expected)
+
+
 def test_bad_interval():
     with pytest.raises(ValueError, match=r"guidance_interval must be an integer at least -1.*-1 is always"):
         NextTokenSampler(guidance_interval=-2)

@@ -62,7 +62,7 @@ def test_a_sampler_is_frozen():
     assert sampler.top_k == 0
     assert (
         repr(sampler)
-        == "NextTokenSampler(guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, guidance_interval=-1, row_invariant=False)"
+        == "NextTokenSampler(guidance_scale=1.0, temperature=1.0, top_k=0, top_p=1.0, guidance_interval=-1, top_p_first=False, row_invariant=False)"
     )
 
 

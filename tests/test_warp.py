@@ -59,6 +59,34 @@ def test_top_p_is_a_share_of_what_top_k_left(on_kernel):
     assert (on_kernel(warp_logits, z, top_k=3, top_p=0.7)[0, 0] > NEG).tolist() == kept
 
 
+def official_top_p_first(logits, top_k, top_p, temperature):
+    """The order of LANTERN's code: top-p of the whole distribution, then top-k of what is left."""
+    return official(official(logits, 0, top_p, temperature) * temperature, top_k, 1.0, temperature)
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 0.7), (20, 0.5), (5, 0.99), (62, 0.8), (1, 0.3)])
+def test_top_p_first_keeps_what_the_official_filters_keep_in_that_order(on_kernel, top_k, top_p):
+    torch.manual_seed(3)
+    logits, differ = torch.randn(1, 2, 2, 63) * 2, False
+    warped = warp_logits(logits, temperature=0.9, top_k=-top_k, top_p=top_p)
+    for image in range(2):
+        for row in range(2):
+            wanted = official_top_p_first(logits[0, image, row], top_k, top_p, 0.9)
+            assert torch.equal(warped[image, row] == NEG, wanted == NEG)
+            differ |= not torch.equal(wanted == NEG, official(logits[0, image, row], top_k, top_p, 0.9) == NEG)
+    assert differ == (top_k in (3, 20))  # the control: the two orders can be told apart
+    few = logits[:, :1, :1]
+    assert torch.equal(
+        on_kernel(warp_logits, few, top_k=-top_k, top_p=top_p), warp_logits(few, top_k=-top_k, top_p=top_p)
+    )
+
+
+def test_top_p_first_without_one_of_the_two():
+    z = torch.randn(1, 1, 2, 20)
+    assert torch.equal(warp_logits(z, top_k=-4), warp_logits(z, top_k=4))
+    assert torch.equal(warp_logits(z, top_k=-20, top_p=0.6), warp_logits(z, top_p=0.6))
+
+
 def test_top_k_of_nothing_or_everything_changes_nothing():
     z = torch.randn(1, 2, 3, 9)
     for k in (0, 9, 12):

@@ -72,6 +72,8 @@ class WindowSampler(Sampler):
     Args:
         guidance_interval: I, guide the first code and the I + 1 behind it, later ones follow the conditional branch alone; -1 =
             all are guided (``cfg_interval`` of LlamaGen, which counts the codes behind the first from 0).
+        top_p_first: measure top-p on the whole distribution and keep of its codes the ``top_k`` likeliest, as LANTERN's code does;
+            otherwise top-k comes first, and top-p counts what it left (LlamaGen, VAR, transformers).
         row_invariant: logits do not depend on how many rows or images share a forward pass, so the codes of the shared-noise
             rule are next-token's (run with the same setting) in every dtype. Slower: see ``docs/samplers.md``.
     """
@@ -81,12 +83,14 @@ class WindowSampler(Sampler):
     replayable: ClassVar[bool] = False  # an iteration has fixed shapes and reads nothing back
 
     guidance_interval: int = -1
+    top_p_first: bool = False
     row_invariant: bool = False
 
     def check(self) -> None:
-        """Check the shared settings, the interval and the flag."""
+        """Check the shared settings, the interval and the flags."""
         super().check()
         check_integer("guidance_interval", self.guidance_interval, low=-1, hint="-1 is always")
+        check_flag("top_p_first", self.top_p_first)
         check_flag("row_invariant", self.row_invariant)
 
     @property
@@ -121,7 +125,7 @@ class WindowSampler(Sampler):
         return {
             "guidance_scale": self.guidance_scale,
             "temperature": self.temperature,
-            "top_k": self.top_k,
+            "top_k": -self.top_k if self.top_p_first else self.top_k,  # how the kernels tell the order
             "top_p": self.top_p,
         }
 
