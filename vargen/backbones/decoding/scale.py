@@ -171,15 +171,16 @@ class ScaleBackbone(HookedModel):
         if features is not None:
             features = features.repeat(condition.branches, 1, 1)
         x = self._embed(condition, features, first)
-        attends = self._attends(session, self._stamps(condition, first, num_scales))
+        attends = self._attends(session, self._numbers(condition, first, num_scales))
         h = self._run(x, condition, attends, first)
         session.scale, session.used = first + num_scales, session.used + x.shape[1]
         return StepOut(self._score(h, condition, features, first).unflatten(0, (condition.branches, -1)))
 
     def _attends(self, session: ScaleSession, stamps: Tensor) -> Sequence[Attend]:
-        """What attends in every block, for items with these stamps ``[w]``."""
+        """What attends in every block, for items with these stamps ``[w]`` on the CPU: a GPU is not waited for."""
         if not self.sees_coarser:
-            mask = None if bool((stamps == stamps[0]).all()) else self._sees(stamps)
+            one = bool((stamps == stamps[0]).all())
+            mask = None if one else self._sees(stamps).to(session.condition.start.device)
             return [partial(attention, mask=mask)] * len(self.blocks)
         plan = session.cache.plan_block(session.used, stamps)
         return [session.cache.layer(i, plan) for i in range(len(self.blocks))]
@@ -203,9 +204,13 @@ class ScaleBackbone(HookedModel):
         return count
 
     def _stamps(self, condition: ScaleCondition, first: int, num_scales: int) -> Tensor:
-        """[w] block number of every item fed: -1 for condition positions, which only see one another."""
-        chosen = torch.cat([torch.full((condition.sizes[k],), k) for k in range(first, first + num_scales)])
-        chosen = chosen.to(condition.start.device)
+        """[w] block number of every item fed, on the model's device."""
+        return self._numbers(condition, first, num_scales).to(condition.start.device)
+
+    def _numbers(self, condition: ScaleCondition, first: int, num_scales: int) -> Tensor:
+        """[w] block number of every item fed, on the CPU: -1 for condition positions, which only see one another."""
+        scales = range(first, first + num_scales)
+        chosen = torch.cat([torch.full((condition.sizes[k],), k, device="cpu") for k in scales])
         if first == 0 and condition.tokens is not None:
             chosen = torch.cat([chosen.new_full((condition.tokens.shape[1],), -1), chosen])
         return chosen

@@ -38,7 +38,7 @@ class TextScaleCondition(ScaleCondition):
     text_mask: Tensor  # [R, 1, 1, T] bool, True = a word
     rope: Tensor | None  # [L, 2, c]; None = positions are learned
     mix: tuple[int, Tensor] | None = (
-        None  # block behind which hidden states are guided, and how much at each scale [K]
+        None  # block behind which hidden states are guided, and how much at each scale [K], on the CPU
     )
 
     def first_branch(self) -> TextScaleCondition:
@@ -131,7 +131,7 @@ class TextScaleBackbone(ScaleBackbone):
         layer = check_integer("guidance_layer", guidance_layer, low=-depth, high=depth - 1) % depth
         assert isinstance(prepared, TextScaleCondition)
         scales = torch.as_tensor(guidance_scale, dtype=torch.float32, device="cpu").expand(len(prepared.sizes))
-        return replace(prepared, mix=(layer, scales.to(prepared.start.device)))
+        return replace(prepared, mix=(layer, scales))
 
     def forward(
         self,
@@ -214,8 +214,8 @@ class TextScaleBackbone(ScaleBackbone):
         """Guided hidden states ``[B, w, D]`` from those of both branches."""
         assert condition.mix is not None
         given, other = x.chunk(2)
-        counts = torch.tensor(condition.sizes[first:], device=x.device)
-        scale = condition.mix[1][first:].repeat_interleave(counts)[: x.shape[1], None].to(x.dtype)
+        counts = torch.tensor(condition.sizes[first:], device="cpu")
+        scale = condition.mix[1][first:].repeat_interleave(counts)[: x.shape[1], None].to(x)
         return other + scale * (given - other)
 
     def _feed(self, session: ScaleSession, features: Tensor | None) -> StepOut:

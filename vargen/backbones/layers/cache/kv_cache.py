@@ -195,7 +195,8 @@ class KVCache:
             raise ValueError(f"the cache holds {self.capacity} slots, the block ends at {stop}; open a larger session")
         self.stamps[:, start:stop] = stamps
         self._written = max(self._written, stop)
-        mask = None if bool((stamps == stamps[0]).all()) else (self.stamps[:1, :stop] <= stamps[:, None])[None, None]
+        one = bool((stamps == stamps[0]).all())
+        mask = None if one else (self.stamps[:1, :stop] <= stamps.to(self.device)[:, None])[None, None]
         slots = torch.arange(start, stop, device=self.device).expand(self.num_rows, -1)
         return Plan(slots, (start, stop), stop, mask)
 
