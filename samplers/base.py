@@ -17,12 +17,14 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any, ClassVar, Self
 
+import torch
 from diffusers.configuration_utils import ConfigMixin, FrozenDict
 from diffusers.schedulers.scheduling_utils import SchedulerMixin
 from torch import Tensor
 
 import vargen
 from vargen.features import Feature
+from vargen.memory import peak_memory
 from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
 from vargen.protocols import Condition, ConditionInput, Model, Tokenizer
 from vargen.random import seed_tensor
@@ -337,6 +339,7 @@ class Sampler(Stored, SchedulerMixin, ConfigMixin, metaclass=_Renaming):
             commit_trace=trace,
             guarantee=self.weakened if departures else self.guarantee,
             notes=[*state.notes, *departures],
+            peak_memory=peak_memory(torch.device(state.backbone.device)),
             extra=dict(state.counts),
         )
         continuous = tokens.is_floating_point()

@@ -1,14 +1,15 @@
-"""Memory of a decode, from sizes alone: no model is built.
+"""Memory of a decode: from sizes alone, where no model is built, and as measured.
 
 Letters: R rows (images times guidance branches), L all positions, n_k positions of scale k, D width.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from vargen.backbones.layers.cache.kv_cache import CAPACITY_MULTIPLE
+import torch
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ def scale_decode_bytes(
         >>> scale_decode_bytes([1, 4, 16], num_layers=2, dim=8, num_logits=6)
         DecodeBytes(cache=3200, logits=768)
     """
+    from vargen.backbones.layers.cache.kv_cache import CAPACITY_MULTIPLE
+
     slots = -(-sum(sizes) // CAPACITY_MULTIPLE) * CAPACITY_MULTIPLE + 1
     cache = num_rows * slots * 2 * dim * num_bytes * num_layers if cached else 0
     return DecodeBytes(cache, num_rows * max(sizes) * num_logits * 4)
@@ -74,3 +77,20 @@ def text_to_image_bytes(num_rows: int = 2) -> dict[str, DecodeBytes]:
             cached=autoregressive,
         )
     return found
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at most in use so far: of a CUDA device what torch allocated, else the resident memory of the process.
+
+    It never falls; ``torch.cuda.reset_peak_memory_stats()`` before a call makes it that call's. None on other accelerators and
+    where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:
+        return None
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

@@ -40,6 +40,7 @@ class DecodeStats:
     widths: list[int] = field(
         default_factory=list
     )  # of window samplers, slots decided by each pass behind the prefill
+    peak_memory: int | None = None  # bytes at most in use so far, see ``peak_memory``; None where nobody tells
     extra: dict[str, Any] = field(default_factory=dict)  # numbers of one sampler only, named in its documentation
 
     def tokens_per_forward(self, num_codes: int) -> float:

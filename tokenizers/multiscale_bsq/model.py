@@ -23,6 +23,7 @@ from vargen.hooks import HookedModel, runs_as_forward
 from vargen.outputs import pytree
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import ConvDecoder, ConvEncoder
+from vargen.tokenizers.layers.tiling import Tiled
 from vargen.tokenizers.multiscale_bsq.quantizer import Scales, SignQuantizer, check_bits
 from vargen.tokenizers.settings import MULTISCALE_BSQ
 from vargen.validation.checks import check_scales, checked, pair_of
@@ -41,7 +42,7 @@ class MultiScaleBSQEncoderOutput:
     latents: Tensor  # [B, C, h, w] sum of all scales
 
 
-class MultiScaleBSQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
+class MultiScaleBSQTokenizer(Tiled, HookedModel, Stored, ModelMixin, ConfigMixin):
     """Images to bits over scales and back.
 
     The defaults are the published ``infinity_vae_d32reg``; the one of Infinity-8B has ``codebook_dim=14``,
@@ -127,7 +128,7 @@ class MultiScaleBSQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
         """Map images ``[B, in_channels, H, W]`` to what is quantized, ``[B, C, h, w]``."""
         check_images(images, self.config.in_channels, self.downsample)
         with half_precision_explained(self.dtype):
-            return self.encoder(images.to(self.dtype))
+            return self.in_pieces(self.encoder, images.to(self.dtype), self.downsample)
 
     @runs_as_forward
     def encode(self, images: Tensor) -> MultiScaleBSQEncoderOutput:
@@ -173,7 +174,7 @@ class MultiScaleBSQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Turn the sum of scales ``[B, C, h, w]`` into images, unclamped."""
         with half_precision_explained(self.dtype):
-            return self.decoder(latents.to(self.dtype))
+            return self.in_pieces(self.decoder, latents.to(self.dtype), 1)
 
     def scale_inputs(self, codes: Sequence[Tensor]) -> Tensor:
         """What a next-scale backbone reads at the scales behind the first, teacher-forced.

@@ -22,6 +22,7 @@ from vargen.hooks import HookedModel, runs_as_forward
 from vargen.outputs import pytree
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
+from vargen.tokenizers.layers.tiling import Tiled
 from vargen.tokenizers.multiscale_vq.checks import check_scale_codes
 from vargen.tokenizers.multiscale_vq.quantizer import ScaleQuantizer, Scales, read_scales
 from vargen.tokenizers.settings import MULTISCALE_VQ
@@ -52,7 +53,7 @@ class MultiScaleVQTokenizerOutput(MultiScaleVQEncoderOutput):
     images: Tensor | None = None  # [B, in_channels, H, W], unclamped
 
 
-class MultiScaleVQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
+class MultiScaleVQTokenizer(Tiled, HookedModel, Stored, ModelMixin, ConfigMixin):
     """Images to codes over scales and back.
 
     The defaults are the published model ``vae_ch160v4096z32``. ``encoder_type="patch"`` has no learned encoder: features
@@ -167,7 +168,7 @@ class MultiScaleVQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
         if self.config.encoder_type == "patch":
             return F.pixel_unshuffle(images.to(self.dtype), self.downsample)
         with half_precision_explained(self.dtype):
-            return self.quant_conv(self.encoder(images.to(self.dtype)))
+            return self.in_pieces(lambda x: self.quant_conv(self.encoder(x)), images.to(self.dtype), self.downsample)
 
     @runs_as_forward
     def encode(self, images: Tensor, scales: ScaleList | None = None) -> MultiScaleVQEncoderOutput:
@@ -226,7 +227,7 @@ class MultiScaleVQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
         """Turn sums of scales ``[B, C, h, w]`` into images ``[B, in_channels, H, W]``, unclamped."""
         latents = latents.to(self.dtype)
         with half_precision_explained(self.dtype):
-            images = self.decoder(self.post_quant_conv(latents))
+            images = self.in_pieces(lambda x: self.decoder(self.post_quant_conv(x)), latents, 1)
         if self.config.encoder_type == "patch":
             images = images + F.pixel_shuffle(latents, self.downsample)
         return images

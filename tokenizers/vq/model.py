@@ -23,6 +23,7 @@ from vargen.hooks import HookedModel, runs_as_forward
 from vargen.outputs import pytree
 from vargen.tokenizers.checks import check_images, check_range, half_precision_explained
 from vargen.tokenizers.layers.conv import Attention, ConvDecoder, ConvEncoder
+from vargen.tokenizers.layers.tiling import Tiled
 from vargen.tokenizers.settings import VQ
 from vargen.tokenizers.vq.quantizers import VectorQuantizer
 from vargen.validation.checks import checked
@@ -61,7 +62,7 @@ class VQTokenizerOutput(VQEncoderOutput):
     images: Tensor | None = None  # [B, in_channels, H, W], unclamped
 
 
-class VQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
+class VQTokenizer(Tiled, HookedModel, Stored, ModelMixin, ConfigMixin):
     """Images to a grid of codes and back.
 
     ``encoder_type="patch"`` has no learned encoder: a latent is the raw patch of f x f pixels (f = ``downsample``,
@@ -185,7 +186,7 @@ class VQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
         if self.config.encoder_type == "patch":
             return F.pixel_unshuffle(images.to(self.dtype), self.downsample)
         with half_precision_explained(self.dtype):
-            return self.quant_conv(self.encoder(images.to(self.dtype)))
+            return self.in_pieces(lambda x: self.quant_conv(self.encoder(x)), images.to(self.dtype), self.downsample)
 
     @runs_as_forward
     def encode(self, images: Tensor) -> VQEncoderOutput:
@@ -222,7 +223,7 @@ class VQTokenizer(HookedModel, Stored, ModelMixin, ConfigMixin):
         if latents.ndim != 4 or latents.shape[1] != self.config.codebook_dim:
             raise ValueError(f"latents must be [B, {self.config.codebook_dim}, h, w], got {tuple(latents.shape)}")
         with half_precision_explained(self.dtype):
-            images = self.decoder(self.post_quant_conv(latents.contiguous()))
+            images = self.in_pieces(lambda x: self.decoder(self.post_quant_conv(x.contiguous())), latents, 1)
         if self.config.encoder_type == "patch" and self.config.patch_residual:
             images = images + F.pixel_shuffle(latents, self.downsample)
         return images

@@ -217,6 +217,7 @@ def merge_stats(parts: Sequence[DecodeStats]) -> DecodeStats:
         guarantee=max((part.guarantee for part in parts), key=_WEAKEST_LAST.index),
         notes=list(dict.fromkeys(note for part in parts for note in part.notes)),
         widths=[width for part in parts for width in part.widths],
+        peak_memory=max((part.peak_memory for part in parts if part.peak_memory is not None), default=None),
         extra=extra,
     )
 
