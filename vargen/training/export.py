@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from vargen.samplers.scale.next_scale import NextScaleSampler
 from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
 from vargen.samplers.schedule.neighboring import NeighboringSampler
 from vargen.samplers.schedule.next_block import NextBlockSampler
+from vargen.samplers.window.continuous_jacobi import ContinuousJacobiSampler
 from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
@@ -45,7 +47,7 @@ COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer
     "var": (MultiScaleVQTokenizer, NextScaleSampler),
     "nar": (VQTokenizer, NeighboringSampler),
     "mar": (AutoencoderKL, ContinuousMaskedSampler),
-    "causal-mar": (AutoencoderKL, ContinuousSpeculativeSampler),
+    "causal-mar": (AutoencoderKL, partial(ContinuousJacobiSampler, window="by-batch", tolerance=1e-5)),
     "nbp": (VideoFSQTokenizer, NextBlockSampler),
     "mar-draft": (AutoencoderKL, ContinuousSpeculativeSampler),
 }
