@@ -12,13 +12,14 @@ candidates one after the other, next-token twice (its ratio to itself is the noi
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from _common import pin_to_core, report, table, write_json
+from _common import RESULTS, pin_to_core, report, table, write_json
 
 from vargen.metrics.heroes import draw_heroes
 from vargen.samplers.window.continuous_jacobi import ContinuousJacobiSampler
@@ -67,7 +68,7 @@ def seconds(model: Any, attributes: torch.Tensor, batch: int, turns: int) -> dic
     shared = {"temperature": 0.25, **GUIDANCE}
     plain = ContinuousSpeculativeSampler(num_draft_tokens=0, **shared)
     candidates: dict[str, Any] = {"next-token": plain, "again": plain}
-    candidates |= {f"window {w}": ContinuousJacobiSampler(window=w, **shared) for w in ("auto", 64)}
+    candidates |= {f"window {w}": ContinuousJacobiSampler(window=w, **shared) for w in ("auto", "by-batch")}
     taken: dict[str, list[float]] = {name: [] for name in candidates}
     widths: list[int] = []
     for turn in range(turns + 1):
@@ -92,14 +93,22 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8, help="images drawn together for the distances")
     parser.add_argument("--turns", type=int, default=9)
     parser.add_argument("--batches", type=int, nargs="*", default=[1, 4, 8])
+    parser.add_argument(
+        "--only", choices=("seconds", "accuracy"), help="measure one table, take the other from the recording"
+    )
     parser.add_argument("--core", type=int, default=0)
     options = parser.parse_args()
     pin_to_core(options.core)
     model = load_continuous(options.causal)
     attributes = torch.as_tensor(np.asarray(draw_heroes(max(options.images, 8), "reference").attributes))
-    timed = [seconds(model, attributes, batch, options.turns) for batch in options.batches]
-    few = attributes[: options.images]
-    near = [row for t in (0.25, 1.0) for row in accuracy(model, few, t, options.batch)]
+    file = RESULTS / "continuous_jacobi.json"
+    known = json.loads(file.read_text()) if options.only else {}
+    timed, near = known.get("seconds", []), known.get("accuracy", [])
+    if options.only != "accuracy":
+        timed = [seconds(model, attributes, batch, options.turns) for batch in options.batches]
+    if options.only != "seconds":
+        few = attributes[: options.images]
+        near = [row for t in (0.25, 1.0) for row in accuracy(model, few, t, options.batch)]
     print(table([{k: v for k, v in row.items() if k != "widths of auto"} for row in timed]), table(near), sep="\n")
     path = write_json("continuous_jacobi", report(seconds=timed, accuracy=near, images=options.images))
     print(path)

@@ -64,6 +64,7 @@ TINY: dict[str, dict[str, Any]] = {
         "encoder_depth": 1, "decoder_depth": 1,
     },
     "EagleDrafter": {**CODES, "ffn_dim": 8, "num_condition_tokens": 2},
+    "RowDrafter": {"dim": 8, "right_dim": 4, "below_dim": 4, "codebook_size": 8, "grid_size": (2, 2)},
     "VQTokenizer": {**VQ, "z_channels": 4},
     "MultiScaleVQTokenizer": {**VQ, "scales": (1, 2)},
     "MultiScaleBSQTokenizer": {**CONVOLUTIONS, "codebook_dim": 4, "scales": (1, 2)},
@@ -208,6 +209,8 @@ def run(model: Any) -> torch.Tensor:
     if name == "EagleDrafter":
         embeddings = model.embed(torch.zeros(1, 2).long()) if c.own_embeddings else torch.zeros(1, 2, c.dim)
         return model(torch.zeros(1, 2, c.dim), embeddings)
+    if name == "RowDrafter":
+        return model(*torch.zeros(3, 1, 2, c.dim))
     if name == "InfinityTransformer":
         caption = (torch.zeros(1, 1, c.text_dim), torch.ones(1, 1, dtype=torch.bool))
         return model(torch.zeros(1, model.num_codes - model.sizes[0], c.num_bits), caption)

@@ -100,6 +100,18 @@ def test_widths_are_chosen_told_and_repeated():
     assert torch.equal(again.latents, out.latents)
 
 
+def test_windows_by_batch_are_numbers_and_repeat():
+    """Two equal calls agree to the last bit; a large batch is next-token decoding."""
+    sampler = jacobi(window="by-batch", num_diffusion_steps=4)
+    for count, width in ((1, 64), (2, 32), (4, 12), (5, 1)):
+        seeds = list(range(count))
+        out, again = (draw(sampler, seeds=seeds) for _ in range(2))
+        assert torch.equal(out.latents, again.latents)
+        assert max(out.stats.widths) == min(width, model().num_codes - 1)
+    assert torch.equal(out.latents, draw(next_token(num_diffusion_steps=4), seeds=seeds).latents)
+    assert vargen.ContinuousJacobiSampler.from_config(sampler.config) == sampler
+
+
 def test_habit_a_pipeline_swaps_it_in():
     pipe = pipeline(causal(), next_token())
     expected = pipe(class_labels=[1], seed=5, output_type="codes").codes

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ from vargen.samplers.state import DecodeState
 from vargen.samplers.window.controller import CHAINS, SETTLING, AutoController, ByAge, WidthController
 from vargen.samplers.window.widths import Widths, open_widths, read_widths, widest
 from vargen.validation.checks import check_number
+
+BY_BATCH = "by-batch"
+# images at most, W: fast on a CPU core (benchmarks/results/continuous_jacobi.json); larger batches gain nothing
+WIDTH_BY_BATCH = ((1, 64), (2, 32), (4, 12))
 
 
 class _Guarantee:
@@ -46,6 +50,7 @@ class JacobiState(DecodeState):
     guesses: Tensor  # [A, N, D] what every slot holds: permanent tokens, then guesses
     seen: Tensor  # [A, N] int64 how often a slot was drawn
     width: int  # w of the next iteration
+    most: int  # W
     widths: Widths | None  # who chooses it
     used: list[int] = field(default_factory=list)
     moved: float = 0.0  # largest change of a number that a permanent token stands on unseen
@@ -61,7 +66,9 @@ class ContinuousJacobiSampler(ContinuousSampler):
     Args:
         guidance_scale, temperature, guidance_schedule, num_diffusion_steps: as in ``ContinuousSampler``.
         window: W, tokens scored in one forward pass: a number, ``"auto"``, a list or a controller, as in
-            ``SpeculativeJacobiSampler``. All rows of a window run their chains, which cost more than the backbone.
+            ``SpeculativeJacobiSampler``. All rows of a window run their chains, which cost more than the backbone. ``"by-batch"``
+            takes a number by how many images are drawn together, so that two equal calls agree to the last bit: "auto" goes by
+            the clock, and above tolerance 0 the last digits of tokens follow the widths.
         tolerance: a token has settled when no number of it changed by more than this from one pass to the next. 0 waits until
             nothing changes and is exact; above it the guarantee is heuristic, and ``stats.extra["largest_change"]`` says the
             largest change that was let pass.
@@ -82,7 +89,8 @@ class ContinuousJacobiSampler(ContinuousSampler):
     def check(self) -> None:
         """Raise ``ValueError`` for a setting out of range."""
         super().check()
-        object.__setattr__(self, "window", read_widths("window", self.window, low=1))
+        if self.window != BY_BATCH:
+            object.__setattr__(self, "window", read_widths("window", self.window, low=1))
         check_number("tolerance", self.tolerance, low=0.0, hint="0 is exact")
 
     @torch.no_grad()
@@ -98,8 +106,9 @@ class ContinuousJacobiSampler(ContinuousSampler):
             final_noise=self.final_noise,
         )
         auto = AutoController(ByAge(SETTLING), CHAINS, known=backbone, kind=("chains", int(run.condition.branches)))
-        widths = open_widths("window", self.window, auto, run, shape[1], shape[2])
-        most = min(widest(self.window), shape[1]) if widths is None else widths.most
+        window = self._chosen(shape[0])
+        widths = open_widths("window", window, auto, run, shape[1], shape[2])
+        most = min(widest(window), shape[1]) if widths is None else widths.most
         session, out = backbone.open(run.condition, max_window=most)
         state = JacobiState(
             backbone=backbone,
@@ -114,6 +123,7 @@ class ContinuousJacobiSampler(ContinuousSampler):
             guesses=torch.zeros(shape, dtype=head.dtype, device=keys.device),
             seen=torch.zeros(shape[:2], dtype=torch.int64, device=keys.device),
             width=1,
+            most=most,
             widths=widths,
         )
         ones = torch.ones_like(keys)
@@ -130,6 +140,27 @@ class ContinuousJacobiSampler(ContinuousSampler):
         state.used.append(state.width)
         if state.widths is not None:
             state.widths.resume()
+        if state.width == 1:
+            self._commit_one(state)
+        else:
+            self._commit_window(state)
+        if state.widths is not None:
+            state.widths.pause()
+        return state
+
+    def _commit_one(self, state: JacobiState) -> None:
+        """Next-token decoding: nothing is guessed, so nothing is compared."""
+        slots, image = state.length, torch.arange(len(state.keys), device=state.keys.device)
+        z = state.backbone.step(state.session, state.guesses[image, slots - 1][:, None]).logits
+        tokens = self._draw(state, z, slots[:, None])[:, 0]
+        state.guesses[image, slots], state.tokens[state.rows, slots] = tokens, tokens
+        state.trace[state.rows, slots] = state.num_forwards
+        state.seen[image, slots] += 1
+        state.backbone.commit(state.session, 1)
+        state.length, state.num_forwards = slots + 1, state.num_forwards + 1
+        self._look(state, state.tokens.shape[1])
+
+    def _commit_window(self, state: JacobiState) -> None:
         num, image = state.tokens.shape[1], torch.arange(len(state.keys), device=state.keys.device)[:, None]
         ahead = state.length[:, None] + torch.arange(state.width, device=image.device)  # A w
         slots = ahead.clamp(max=num - 1)
@@ -144,9 +175,6 @@ class ContinuousJacobiSampler(ContinuousSampler):
         passed = (kept > 0) & (torch.arange(state.width, device=image.device) < count[:, None] - 1)
         state.moved = max(state.moved, float(change.where(passed, 0.0).amax()))
         self._commit(state, tokens, ahead, count, settled)
-        if state.widths is not None:
-            state.widths.pause()
-        return state
 
     def finish(self, state: JacobiState) -> SamplerOutput:
         """Return the tokens ``[B, N, D]`` and statistics; ``stats.extra["largest_change"]`` is what tolerance let pass."""
@@ -159,6 +187,12 @@ class ContinuousJacobiSampler(ContinuousSampler):
         out = super().finish(state)
         out.stats.widths = list(state.used)
         return out
+
+    def _chosen(self, num_images: int) -> Any:
+        """The window of a batch."""
+        if self.window != BY_BATCH:
+            return self.window
+        return next((width for most, width in WIDTH_BY_BATCH if num_images <= most), 1)
 
     def _draw(self, state: JacobiState, z: Tensor, slots: Tensor) -> Tensor:
         """Tokens ``[A, w, D]`` for states ``[G, A, w, Z]``, by chains whose noise belongs to ``slots [A, w]``."""
@@ -189,7 +223,7 @@ class ContinuousJacobiSampler(ContinuousSampler):
         left = num - state.length
         most = int(left.max())
         state.done = most == 0
-        width = min(widest(self.window), most) if state.widths is None else state.widths.next(state, most)
+        width = min(state.most, most) if state.widths is None else state.widths.next(state, most)
         if state.done:
             return
         state.width = width
@@ -198,6 +232,8 @@ class ContinuousJacobiSampler(ContinuousSampler):
             state.rows, state.keys, state.length = state.rows[keep], state.keys[keep], state.length[keep]
             state.guesses, state.seen = state.guesses[keep], state.seen[keep]
             state.backbone.select(state.session, keep)
+        if width == 1:
+            return
         # a slot that the model has not drawn is guessed to repeat the one above, or the last permanent one
         image = torch.arange(len(state.keys), device=left.device)[:, None]
         slots = (state.length[:, None] + torch.arange(width, device=left.device)).clamp(max=num - 1)

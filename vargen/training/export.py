@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vargen.conditioners.attributes import AttributeConditioner
 from vargen.conditioners.base import Conditioner
 from vargen.conditioners.class_labels import ClassConditioner
 from vargen.draft_models.eagle import EagleDrafter
+from vargen.draft_models.row import RowDrafter
 from vargen.files import atomic_dir, atomic_write, writing
 from vargen.pipelines.components import SHARED_KEY, read_index
 from vargen.pipelines.drafters import DRAFTERS_FOLDER, record_target, weights_digest
@@ -25,6 +27,7 @@ from vargen.samplers.scale.next_scale import NextScaleSampler
 from vargen.samplers.schedule.masked_continuous import ContinuousMaskedSampler
 from vargen.samplers.schedule.neighboring import NeighboringSampler
 from vargen.samplers.schedule.next_block import NextBlockSampler
+from vargen.samplers.window.continuous_jacobi import ContinuousJacobiSampler
 from vargen.samplers.window.continuous_speculative import ContinuousSpeculativeSampler
 from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
 from vargen.tokenizers.multiscale_vq.model import MultiScaleVQTokenizer
@@ -44,7 +47,7 @@ COMPANIONS: dict[str, tuple[Any, Any]] = {  # task of a transformer -> tokenizer
     "var": (MultiScaleVQTokenizer, NextScaleSampler),
     "nar": (VQTokenizer, NeighboringSampler),
     "mar": (AutoencoderKL, ContinuousMaskedSampler),
-    "causal-mar": (AutoencoderKL, ContinuousSpeculativeSampler),
+    "causal-mar": (AutoencoderKL, partial(ContinuousJacobiSampler, window="by-batch", tolerance=1e-5)),
     "nbp": (VideoFSQTokenizer, NextBlockSampler),
     "mar-draft": (AutoencoderKL, ContinuousSpeculativeSampler),
 }
@@ -110,7 +113,7 @@ def export_pipeline(
 
 
 def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = False) -> Path:
-    """Write an "eagle" run as ``drafters/eagle`` of a pipeline folder, weights as float16 safetensors.
+    """Write an "eagle" or "row" run as ``drafters/<task>`` of a pipeline folder, weights as float16 safetensors.
 
     Args:
         run: folder of the run; the averaged weights of its newest checkpoint are taken.
@@ -126,10 +129,10 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
     """
     folder = Path(folder)
     read_index(folder)
-    drafter = load_drafter(run)
+    drafter, name = load_drafter(run), read_run(run)[0].task
     backbone = LlamaGenTransformer.from_pretrained(folder / "backbone")
     drafter.check_backbone(backbone)
-    place = folder / DRAFTERS_FOLDER / "eagle"
+    place = folder / DRAFTERS_FOLDER / name
     place.parent.mkdir(exist_ok=True)
     with atomic_dir(place, overwrite=overwrite) as beside:
         drafter.save_pretrained(beside)
@@ -139,7 +142,7 @@ def export_drafter(run: str | Path, folder: str | Path, *, overwrite: bool = Fal
         record_target(beside, weights_digest(backbone))
     record = folder / TRAINING_FILE
     facts = read_json(record) if record.is_file() else {}
-    facts["eagle"] = _facts(run)
+    facts[name] = _facts(run)
     with atomic_write(record, overwrite=True) as beside:
         beside.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
     return place
@@ -174,16 +177,18 @@ def forget_origin(file: Path) -> None:
         file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load_drafter(run: str | Path) -> EagleDrafter:
-    """Build the drafter of an "eagle" run with its averaged weights, in evaluation mode.
+def load_drafter(run: str | Path) -> EagleDrafter | RowDrafter:
+    """Build the drafter of an "eagle" or "row" run with its averaged weights, in evaluation mode.
 
     Raises:
         ValueError: not a run of this task, or no checkpoint yet.
     """
     recipe, weights = read_run(run)
-    if recipe.task != "eagle":
-        raise ValueError(f"{run} is a run of task {recipe.task!r}, an EAGLE drafter needs a run of task 'eagle'")
-    model: EagleDrafter = make_task(recipe).build(initialize=False)  # type: ignore[assignment]
+    if recipe.task not in ("eagle", "row"):
+        raise ValueError(
+            f"{run} is a run of task {recipe.task!r}, an EAGLE drafter needs a run of task 'eagle', a row drafter one of 'row'"
+        )
+    model: EagleDrafter | RowDrafter = make_task(recipe).build(initialize=False)  # type: ignore[assignment]
     model.load_state_dict(weights)
     return model.eval()
 

@@ -21,7 +21,7 @@ from vargen.validation.reading import local_path, read_json
 RECIPE_FILE = "recipe.json"
 T = TypeVar("T", bound=ModelMixin)
 TOKENIZER_TASKS = {"VQTokenizer": "vq", "MultiScaleVQTokenizer": "multiscale-vq", "VideoFSQTokenizer": "video-fsq"}
-OTHER_TASKS = (*TOKENIZER_TASKS.values(), "kl", "eagle")  # what trains no backbone
+OTHER_TASKS = (*TOKENIZER_TASKS.values(), "kl", "eagle", "row")  # what trains no backbone
 
 
 def load_tokenizer(source: str | Path, kind: type[T] = VQTokenizer) -> T:  # type: ignore[assignment]
