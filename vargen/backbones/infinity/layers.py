@@ -88,7 +88,8 @@ class TextCondition(nn.Module):
         if not isinstance(condition, tuple | list) or len(condition) != 2:
             raise ValueError(f"a caption condition must be (features, mask), got {type(condition).__name__}")
         width, device = self.text_dim, execution_device(self)
-        features, mask = check_words(*condition, width, self.text_length, device, values)
+        features, mask = condition
+        features, mask = check_words(features, mask, width, self.text_length, device, values)
         return features.to(self.cfg_uncond.dtype), mask
 
     @runs_as_forward

@@ -161,9 +161,9 @@ class SwittiBlock(nn.Module):
         self.cross_attn = SwittiCrossAttention(dim, text_dim, num_heads)
         self.ffn: nn.Module = (SwiGLU if swiglu else VARFeedForward)(dim, hidden_dim)
         self.attention_y_norm = RMSNorm(text_dim, EPS)
-        for name in ("self_attention", "cross_attention", "ffn"):
-            self.add_module(f"{name}_norm1", RMSNorm(dim, EPS))
-            self.add_module(f"{name}_norm2", RMSNorm(dim, EPS))
+        self.self_attention_norm1, self.self_attention_norm2 = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
+        self.cross_attention_norm1, self.cross_attention_norm2 = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
+        self.ffn_norm1, self.ffn_norm2 = RMSNorm(dim, EPS), RMSNorm(dim, EPS)
         self.ada_lin = modulation(dim, 6)
         if crop:
             self.crop_cond_scales = nn.Parameter(torch.zeros(1, dim))

@@ -138,7 +138,7 @@ def switti_manifest(state_dict: Mapping[str, Tensor]) -> Manifest:
     from vargen.backbones.switti.model import SwittiTransformer
     from vargen.backbones.switti.sizes import BUFFERS, infer_switti_config, to_native, to_official
 
-    given = {"num_heads": 1, "autoregressive": False, "rope_extent": 128.0}  # change no shape
+    given: dict[str, Any] = {"num_heads": 1, "autoregressive": False, "rope_extent": 128.0}  # change no shape
     count = read_shape(state_dict, "lvl_embed.weight", 2)[0]
     if count not in (10, 14):
         given["scales"] = (1,) * count

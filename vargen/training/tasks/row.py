@@ -29,7 +29,7 @@ class RowOptions:
 class RowTask(DrafterTask):
     """Train a ``RowDrafter``: cross-entropy from the target's distribution of every code to the drafter's."""
 
-    Options = RowOptions
+    Options = RowOptions  # type: ignore[assignment]
 
     def build(self, initialize: bool) -> RowDrafter:  # type: ignore[override]
         """Make a drafter whose widths are the backbone's."""
