@@ -22,20 +22,20 @@ from _common import pin_to_core, report, table, write_json
 
 from vargen.datasets.heroes.compose import HeroesDataset, caption
 from vargen.pipelines.image import ImagePipeline
-from vargen.samplers.window.jacobi import SpeculativeJacobiSampler
+from vargen.samplers.window.next_token import NextTokenSampler
 
 NUM_CAPTIONS = 8
 BATCHES = (1, 16)
-JACOBI = "heroes32-llamagen, Jacobi"
-MODELS = ("heroes32-llamagen", JACOBI, "heroes32-var", "heroes32-nar", "heroes32-mar", "heroes32-mar-causal")
+NEXT = "heroes32-llamagen, next-token"
+MODELS = (NEXT, "heroes32-llamagen", "heroes32-var", "heroes32-nar", "heroes32-mar", "heroes32-mar-causal")
 
 
 def load(name: str) -> ImagePipeline:
     """A shipped pipeline as it is stored, or with the sampler that its name says."""
     pipe = ImagePipeline.from_pretrained(name.split(",")[0])
     pipe.set_progress_bar_config(disable=True)
-    if name == JACOBI:
-        pipe.sampler = SpeculativeJacobiSampler.from_config(pipe.sampler.config)
+    if name == NEXT:
+        pipe.sampler = NextTokenSampler.from_config(pipe.sampler.config)
     return pipe
 
 
