@@ -4,13 +4,13 @@ Two ways to bring a measured number into a page, so that nobody types it twice:
 
 - a table: ``<!-- table: NAME -->`` in docs becomes one when the site is built (``docs/hooks.py``); in the README, which is read as it
   is, the table stands between this line and ``<!-- end of table -->``, written by ``--write``;
-- a sentence: an entry in ``docs/numbers.toml`` with the words around the number, and where the number comes from.
+- a sentence: an entry in ``docs/measured.toml`` with the words around the number, and where the number comes from.
 
 A number of a README or a page that looks like a measurement (a decimal fraction, a percentage, a number with a unit) and is neither
 in a table nor in an entry is an error: so is one that differs from its recording.
 
-    python docs/numbers.py            # check, one line a fault
-    python docs/numbers.py --write    # put what the recordings say into the pages, tables and sentences
+    python docs/measured.py            # check, one line a fault
+    python docs/measured.py --write    # put what the recordings say into the pages, tables and sentences
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-LEDGER = ROOT / "docs" / "numbers.toml"
+LEDGER = ROOT / "docs" / "measured.toml"
 RESULTS = ROOT / "benchmarks" / "results"
 MODELS = ROOT / "vargen" / "assets" / "models"
 
@@ -40,6 +40,7 @@ MASKED = (  # what holds no measurement: code, addresses, comments
     re.compile(r"`[^`\n]*`"),
     re.compile(r"\]\([^)]*\)"),
     re.compile(r"https?://\S+"),
+    re.compile(r"arXiv:\d{4}\.\d{4,5}"),
 )
 
 
@@ -78,7 +79,7 @@ def entries() -> tuple[list[Entry], dict[str, list[str]], dict[str, list[str]]]:
 def value(source: str) -> float:
     """Number of a source.
 
-    ``FILE: path`` reads JSON below benchmarks/results or models, its path made of keys and of ``[key=value,...]``, which picks
+    ``FILE: path`` reads JSON below benchmarks/results or models, its path made of keys and of ``[key=value;...]``, which picks
     the only row of a list; ``FILE.md ~ expression`` takes what the expression's group finds first; ``size: MODEL`` are the
     megabytes of a model folder. `` * N`` behind it multiplies, `` / SOURCE`` divides.
 
@@ -96,7 +97,7 @@ def value(source: str) -> float:
         file, expression = source.split(" ~ ", 1)
         found = re.search(expression, (MODELS / file).read_text(encoding="utf-8"))
         if not found:
-            raise ValueError(f"numbers.toml: {file} has no {expression!r}")
+            raise ValueError(f"measured.toml: {file} has no {expression!r}")
         return float(found[1].replace(",", ""))
     file, path = source.split(": ", 1)
     place = RESULTS / file if (RESULTS / file).is_file() else MODELS / file
@@ -108,10 +109,10 @@ def _walk(content: Any, path: str, source: str) -> Any:
         if name:
             content = content[name]
             continue
-        wanted = dict(pair.split("=", 1) for pair in condition.split(","))
+        wanted = dict(pair.split("=", 1) for pair in condition.split(";"))
         rows = [row for row in content if all(str(row.get(key)) == value for key, value in wanted.items())]
         if len(rows) != 1:
-            raise ValueError(f"numbers.toml: {source!r} picks {len(rows)} rows")
+            raise ValueError(f"measured.toml: {source!r} picks {len(rows)} rows")
         content = rows[0]
     return content
 
@@ -130,12 +131,12 @@ def faults(page: str, text: str) -> list[str]:
         covered.append(match.span())
         if match[3] != _block(match[2]):
             found.append(
-                f"{page}: the table {match[2]} is not what the recordings say; run python docs/numbers.py --write"
+                f"{page}: the table {match[2]} is not what the recordings say; run python docs/measured.py --write"
             )
     for entry in (entry for entry in measured if entry.page == page):
         matches = list(entry.pattern().finditer(text))
         if not matches:
-            found.append(f"{page}: there is no {entry.text!r}; change docs/numbers.toml with the page")
+            found.append(f"{page}: there is no {entry.text!r}; change docs/measured.toml with the page")
         for match in matches:
             covered.append(match.span())
             for stands, says, source in zip(match.groups(), entry.numbers(), entry.sources, strict=True):
@@ -145,13 +146,13 @@ def faults(page: str, text: str) -> list[str]:
         pattern = re.compile(r"\s+".join(re.escape(word) for word in words.split()))
         matches = list(pattern.finditer(text))
         if not matches:
-            found.append(f"{page}: there is no {words!r}; take it out of docs/numbers.toml")
+            found.append(f"{page}: there is no {words!r}; take it out of docs/measured.toml")
         covered += [match.span() for match in matches]
     covered += [section(text, heading) for heading in pending.get(page, [])]
     for start, stop, number in looks_measured(text):
         if not any(first <= start and stop <= last for first, last in covered):
             around = " ".join(text[max(0, start - 40) : stop + 25].split())
-            found.append(f"{page}: nothing says where {number} comes from ({around!r}); add it to docs/numbers.toml")
+            found.append(f"{page}: nothing says where {number} comes from ({around!r}); add it to docs/measured.toml")
     return found
 
 
