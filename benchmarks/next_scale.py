@@ -171,10 +171,12 @@ def small_pair() -> tuple[VARTransformer, MultiScaleVQTokenizer, LlamaGenTransfo
 
 
 def shipped_pair(batch: int) -> tuple[str, dict[str, tuple[Any, Any, Callable[[], Any]]]]:
-    """heroes32-var and heroes32-llamagen, both as shipped: backbone, sampler and a function that draws."""
+    """heroes32-var and heroes32-llamagen, the latter code after code: backbone, sampler and a function that draws."""
     pair = {}
     for kind, name in (("scale", "heroes32-var"), ("token", "heroes32-llamagen")):
         pipe = ImagePipeline.from_pretrained(name)
+        if kind == "token":
+            pipe.sampler = NextTokenSampler.from_config(pipe.sampler.config)
         condition = pipe.encode_condition(prompt=(PROMPTS * batch)[:batch])
         arguments = {"seeds": list(range(batch)), "tokenizer": pipe.tokenizer.eval()}
         draw = partial(pipe.sampler.sample, pipe.backbone.eval(), condition, **arguments)

@@ -109,7 +109,8 @@ def shipped_models(device: str) -> dict[str, tuple[Any, Any]]:
     found = {}
     for name, model in (("next-token", "heroes32-llamagen"), ("neighboring", "heroes32-nar")):
         pipe = ImagePipeline.from_pretrained(model)
-        found[name] = (pipe.backbone.eval().requires_grad_(False).to(device), pipe.sampler)
+        sampler = NextTokenSampler.from_config(pipe.sampler.config) if name == "next-token" else pipe.sampler
+        found[name] = (pipe.backbone.eval().requires_grad_(False).to(device), sampler)
     return found
 
 

@@ -37,6 +37,9 @@ class DecodeStats:
     commit_trace: Tensor | None = None  # [B, N] int64: the forward (0 = prefill) that made position n permanent
     guarantee: Guarantee = "exact"  # what this run kept; lower than the sampler's own when a cap or a fallback struck
     notes: list[str] = field(default_factory=list)  # one line for each departure from the sampler's own guarantee
+    depends_on_rows: bool = (
+        False  # of window samplers: half precision, not row_invariant; codes need not be next-token's
+    )
     widths: list[int] = field(
         default_factory=list
     )  # of window samplers, slots decided by each pass behind the prefill

@@ -160,7 +160,7 @@ class WindowSampler(Sampler):
             held, size = min(max(self.reach, GIVEN_BLOCK), table.num_slots), out.logits.shape[-1]
             state.noise = NoiseRows(inputs.noise, len(run.seeds), held, size, run.keys.device)
         state.rule = rule.first
-        if widths is not None and widths.by_clock and not self.row_invariant and backbone.dtype in HALVES:
+        if widths is not None and widths.by_clock and self._depends_on_rows(backbone):
             state.notes.append(ROUNDED)
         if self.num_rows > 1:
             state.drafter = self.make_drafter(state, run.drafter, run.given)
@@ -224,7 +224,12 @@ class WindowSampler(Sampler):
             state.counts["graph_replays"] = state.replay.count
         out = super().finish(state)
         out.stats.widths = list(state.used)
+        out.stats.depends_on_rows = self._depends_on_rows(state.backbone)
         return out
+
+    def _depends_on_rows(self, backbone: Any) -> bool:
+        """Whether the rows of a pass change each other's logits by more than the last bits of float32."""
+        return not self.row_invariant and getattr(backbone, "dtype", None) in HALVES
 
     def _first_state(
         self, run: Run, session: Any, layout: SlotLayout, num_codes: int, widths: Widths | None
