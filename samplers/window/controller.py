@@ -142,12 +142,12 @@ class ByAge(Acceptance):
             self.settling = SETTLE
         self.width = iteration.width
         self.settling -= max(1, iteration.num_iterations)
-        if iteration.width == 1 or self.settling >= 0:
-            return
         fade, committed = MEMORY**iteration.num_iterations, sum(iteration.tested)
         for width in self.passes:
             self.committed[width] *= fade
             self.passes[width] *= fade
+        if iteration.width == 1 or self.settling >= 0:
+            return
         if committed:
             self.committed[iteration.width] += committed
             self.passes[iteration.width] += iteration.num_images * iteration.num_iterations

@@ -18,7 +18,7 @@ from vargen.validation.checks import check_integer, shown
 
 MEMORY_SHARE = 0.25  # of what is free, for logits, noise and the part of the cache that windows need
 POLL_EVERY = 4  # iterations between two looks at a device's progress; on the CPU looking is free
-CALM = 64  # windows of one between two questions to the controller, at most
+CALM = 16  # windows of one between two questions to the controller, at most
 COPIES = 3  # of the logits that a decision holds at once
 KINDS = 64  # of guesses told apart, see ``Iteration``
 LONGEST = 1 << 16  # widths that may be given
