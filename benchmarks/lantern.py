@@ -31,7 +31,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(ROOT))  # the synthetic model lives with the tests
 
-from speculative import PROMPTS, nats
+from _models import PROMPTS, Subject
+from speculative import nats
 
 from tests.toys import perturbed
 from tests.tree_toys import TreeSpatial
@@ -107,7 +108,11 @@ def flat(num_images: int, noise: float) -> list[dict[str, Any]]:
         )
         out = sampler.sample(target, labels, seeds=list(range(num_images)), **options)
         row = row_of(label, curve, [out.stats], target.num_codes)
-        row["nats/code"] = round(nats(Unlimited(target), labels, out.codes, sampler.replace(top_k=0)), 4)
+        everything = {
+            "temperature": sampler.temperature,
+            "top_p": sampler.top_p,
+        }  # top-k would remove what was relaxed
+        row["nats/code"] = round(nats(Subject(Unlimited(target), None, labels, everything, ""), labels, out.codes), 4)
         rows.append(row)
         print(f"flat, noise {noise}: {label}, {row['codes/forward']} codes a forward", file=sys.stderr)
     return with_cost(rows, "nats/code")

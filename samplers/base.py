@@ -24,8 +24,7 @@ from torch import Tensor
 
 import vargen
 from vargen.features import Feature
-from vargen.memory import peak_memory
-from vargen.outputs import DecodeStats, Guarantee, SamplerOutput
+from vargen.outputs import DecodeStats, Guarantee, SamplerOutput, peak_memory
 from vargen.protocols import Condition, ConditionInput, Model, Tokenizer
 from vargen.random import seed_tensor
 from vargen.samplers.registry import OWN_WORDS, SAMPLERS, old_names, renamed, same_sampler

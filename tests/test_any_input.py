@@ -195,7 +195,7 @@ def caption_conditioner() -> T5CaptionConditioner:
         def to(self, device: Any) -> Any:
             return self
 
-    def tokenize(captions: list[str], max_length: int, **_: Any) -> Any:
+    def tokenize(captions: list[str], max_length: int = 64, **_: Any) -> Any:
         lengths = torch.tensor([[min(len(caption.encode()), max_length)] for caption in captions])
         mask = (torch.arange(max_length) < lengths).long()
         return Batch(input_ids=mask, attention_mask=mask)

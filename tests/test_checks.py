@@ -271,6 +271,7 @@ ABSURD: dict[
     "CausalMARTransformer": ({"head_width": 2**16, "head_depth": 100}, "weights"),
     "XARTransformer": ({"num_classes": 2**24, "dim": 2**13}, "weights"),
     "EagleDrafter": ({"dim": 2**14, "ffn_dim": 2**19, "num_layers": 100}, "weights"),
+    "RowDrafter": ({"dim": 2**16, "right_dim": 2**19, "below_dim": 2**19}, "weights"),
     "VQTokenizer": ({"base_channels": 2**10, "channel_multipliers": [1, 1024]}, "weights"),
     "MultiScaleVQTokenizer": ({"scales": [2**11]}, "positions"),
     "MultiScaleBSQTokenizer": ({"scales": [2**11]}, "positions"),

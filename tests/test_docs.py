@@ -61,7 +61,9 @@ def test_tables_hold_the_recorded_numbers():
         assert {line.count(" | ") for line in (header, *rows)} == {rule.count(" | ")}, name
     record = json.loads((ROOT / "benchmarks/results/speculative-synthetic.json").read_text())
     (row,) = [r for r in record["rows"] if r["sampler"] == "Jacobi W=32" and r["batch"] == 32]
-    assert f"| `SpeculativeJacobiSampler(window=32)` | exact | yes | {row['forwards']:.1f} |" in hooks.table("speculative")
+    assert f"| `SpeculativeJacobiSampler(window=32)` | exact | yes | {row['forwards']:.1f} |" in hooks.table(
+        "speculative"
+    )
     with pytest.raises(ValueError, match="unknown table 'speculativ'"):
         hooks.on_page_markdown("<!-- table: speculativ -->")
 

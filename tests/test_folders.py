@@ -36,7 +36,14 @@ from vargen.validation.folders import one_line as in_one_line
 from vargen.validation.reading import MAX_DEPTH
 
 PAYLOAD = "vargen_test_payload"  # a module that leaves a trace when it is imported
-NO_COMPONENTS = ("load_kl16", "DecodeSchedule", "RowAboveDrafter")  # of the rooms of components
+NO_COMPONENTS = (
+    "load_kl16",
+    "DecodeSchedule",
+    "RowAboveDrafter",
+    "CopyDrafter",
+    "NgramDrafter",
+    "TokenRecyclingDrafter",
+)  # of the rooms of components
 COMPONENTS = ("tokenizer", "backbone", "sampler", "conditioner")
 DEEP = "[" * 100_000 + "]" * 100_000
 

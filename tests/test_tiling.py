@@ -6,7 +6,7 @@ import torch
 import vargen
 from tests.test_jacobi import tiny_llamagen
 from vargen import MultiScaleBSQTokenizer, MultiScaleVQTokenizer, VQTokenizer
-from vargen.memory import peak_memory
+from vargen.outputs import peak_memory
 from vargen.pipelines.inputs import merge_stats
 from vargen.tokenizers.layers.tiling import _starts
 

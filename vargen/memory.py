@@ -1,15 +1,12 @@
-"""Memory of a decode: from sizes alone, where no model is built, and as measured.
+"""Memory of a decode: from sizes alone, no model is built.
 
 Letters: R rows (images times guidance branches), L all positions, n_k positions of scale k, D width.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-import torch
 
 
 @dataclass(frozen=True)
@@ -77,20 +74,3 @@ def text_to_image_bytes(num_rows: int = 2) -> dict[str, DecodeBytes]:
             cached=autoregressive,
         )
     return found
-
-
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes at most in use so far: of a CUDA device what torch allocated, else the resident memory of the process.
-
-    It never falls; ``torch.cuda.reset_peak_memory_stats()`` before a call makes it that call's. None on other accelerators and
-    where the system does not tell (Windows).
-    """
-    if device.type == "cuda":
-        return int(torch.cuda.max_memory_allocated(device))
-    if device.type != "cpu":
-        return None
-    try:
-        import resource
-    except ImportError:
-        return None
-    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

@@ -5,9 +5,11 @@ Letters: B images, N code positions, W window.
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils._pytree import register_dataclass
 
@@ -66,3 +68,20 @@ class SamplerOutput:
     seeds: list[int]
     stats: DecodeStats
     latents: Tensor | None = None
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes at most in use so far: of a CUDA device what torch allocated, else the resident memory of the process.
+
+    It never falls; ``torch.cuda.reset_peak_memory_stats()`` before a call makes it that call's. None on other accelerators and
+    where the system does not tell (Windows).
+    """
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    if device.type != "cpu":
+        return None
+    try:
+        import resource
+    except ImportError:
+        return None
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * (1 if sys.platform == "darwin" else 1024)

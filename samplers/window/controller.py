@@ -31,7 +31,9 @@ MEMORY = 0.97  # what an iteration keeps of the weight of those before it
 EARLY = 0.2  # by so much the steady state overstates how often slots were seen (fitted at widths 2 to 64)
 SETTLE = 5  # iterations in which a wider window fills with slots that were seen often enough
 TRUST = 6.0  # guesses that the prior counts for
-LEAVE = 1.08  # the first window of several images must promise so much more: ragged passes of one row cost 1.05 to 1.15
+LEAVE = (
+    1.08  # the first window of several images must promise so much more: ragged passes of one row cost 1.05 to 1.15
+)
 STAY = 1.03  # another width must promise so much more
 RECONSIDER = 6  # iterations between two comparisons of all widths
 LOOK = 2  # iterations of a look at another width

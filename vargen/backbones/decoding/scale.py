@@ -49,8 +49,12 @@ class ScaleCondition:
     @property
     def lengths(self) -> Tensor:
         """[R] int64 condition positions in the cache."""
-        count = 0 if self.tokens is None else self.tokens.shape[1]
-        return torch.full((self.batch * self.branches,), count, device=self.start.device)
+        return torch.full((self.batch * self.branches,), self.num_tokens, device=self.start.device)
+
+    @property
+    def num_tokens(self) -> int:
+        """Condition positions in the cache, of every row."""
+        return 0 if self.tokens is None else self.tokens.shape[1]
 
 
 class ScaleSession:
@@ -140,7 +144,7 @@ class ScaleBackbone(HookedModel):
         """
         if self.training:
             raise ValueError("the model is in training mode and its dropout would disturb decoding; call model.eval()")
-        count = int(condition.lengths[0])
+        count = condition.num_tokens
         rows = condition.start.shape[0]
         cache = KVCache(
             rows, count + sum(condition.sizes), len(self.blocks), device=condition.start.device, dtype=dtype
