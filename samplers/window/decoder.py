@@ -208,9 +208,9 @@ class WindowSampler(Sampler):
         """Feed the last permanent code and the proposals: logits ``[G, A, w, V]``."""
         if state.width == 1:
             codes = state.last_codes() if state.last is None else state.last
-            return state.backbone.step(state.session, codes).logits
-        drafts = state.draft.tokens[:, : state.width - 1].clamp(min=0)  # a w-1; a missing one is fed as any code
-        codes = torch.cat([state.last_codes(), drafts], dim=1)  # a w
+        else:
+            drafts = state.draft.tokens[:, : state.width - 1].clamp(min=0)  # a w-1; a missing one is fed as any code
+            codes = torch.cat([state.last_codes(), drafts], dim=1)  # a w
         if not getattr(state.drafter, "reads_hidden", False):
             return state.backbone.step(state.session, codes).logits
         out = state.backbone.step(state.session, codes, hidden=True)
